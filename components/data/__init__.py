@@ -1,0 +1,1 @@
+"""Image collections in, parquet shards out, and which rows each training step reads."""

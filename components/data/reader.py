@@ -1,0 +1,71 @@
+"""Rows by number from a folder of shards, in bounded memory."""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from .shards import Manifest, column_pixels
+
+CACHE_BYTES = 3 << 29
+
+
+class RowReader:
+    """Reads pixels by row number; keeps the row groups it used last, up to 1.5 GiB.
+
+    The row order of `order.py` touches at most 1 GiB at a time, so that each row group is read about once per epoch.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, cache_bytes: int = CACHE_BYTES) -> None:
+        self._shape = (manifest.channels, manifest.image_size, manifest.image_size)
+        self._folder, self._manifest = folder, manifest
+        self._ends = np.cumsum([shard.rows for shard in manifest.shards])
+        self._files: dict[int, tuple[pq.ParquetFile, np.ndarray]] = {}
+        self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._cache_bytes, self._held_bytes = cache_bytes, 0
+
+    def pixels(self, rows: np.ndarray) -> np.ndarray:
+        """Returns pixels (len(rows), C, H, W) uint8 in the order asked for.
+
+        Raises:
+            IndexError: if a row number is outside the dataset.
+        """
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < int(self._ends[-1]):
+            raise IndexError(f"rows {int(rows.min())}..{int(rows.max())} are outside a dataset of {int(self._ends[-1])} rows")
+        out = np.empty((len(rows), *self._shape), np.uint8)
+        shards = np.searchsorted(self._ends, rows, side="right")
+        for shard in np.unique(shards):
+            mine = np.flatnonzero(shards == shard)
+            begin = int(self._ends[shard - 1]) if shard else 0
+            self._gather(int(shard), rows[mine] - begin, mine, out)
+        return out
+
+    def _gather(self, shard: int, rows: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+        group_ends = self._open(shard)[1]
+        groups = np.searchsorted(group_ends, rows, side="right")
+        for group in np.unique(groups):
+            mine = groups == group
+            begin = int(group_ends[group - 1]) if group else 0
+            out[places[mine]] = self._group(shard, int(group))[rows[mine] - begin]
+
+    def _open(self, shard: int) -> tuple[pq.ParquetFile, np.ndarray]:
+        if shard not in self._files:
+            file = pq.ParquetFile(self._folder / self._manifest.shards[shard].name, memory_map=True)
+            counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            self._files[shard] = (file, np.cumsum(counts))
+        return self._files[shard]
+
+    def _group(self, shard: int, group: int) -> np.ndarray:
+        key = (shard, group)
+        if key not in self._groups:
+            table = self._open(shard)[0].read_row_group(group, columns=["pixels"], use_threads=False)
+            self._groups[key] = column_pixels(table.column("pixels"), self._shape)
+            self._held_bytes += self._groups[key].nbytes
+            self._evict()
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+    def _evict(self) -> None:
+        while self._held_bytes > self._cache_bytes and len(self._groups) > 1:
+            self._held_bytes -= self._groups.popitem(last=False)[1].nbytes

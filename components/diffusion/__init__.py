@@ -1,0 +1,1 @@
+"""The forward process, the objective and the samplers."""

@@ -1,0 +1,92 @@
+"""The forward process: betas, alpha_bar, and the conversions between eps, x_0 and v.
+
+Tensors indexed by `t` (int64, 0..T-1, shape (B,)) broadcast over images (B, C, H, W).
+"""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+Prediction = Literal["eps", "x_0", "v"]
+
+
+class DiffusionConfig(BaseModel):
+    """The diffusion process and what the network predicts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    num_steps: int = Field(1000, ge=2, le=10_000)
+    """T, the number of noise levels (DDPM section 4)."""
+    betas: Literal["linear", "cosine"] = "linear"
+    """Noise schedule: `linear` 1e-4 to 0.02 at T=1000 (DDPM section 4) or `cosine` (Improved DDPM Eq. 17)."""
+    prediction: Prediction = "eps"
+    """What the network estimates: `eps` (DDPM Eq. 14), `x_0`, or `v` (Progressive Distillation, appendix D)."""
+
+
+def linear_betas(num_steps: int) -> torch.Tensor:
+    """Returns betas (T,), float64, rising from 1e-4 to 0.02 at T=1000, scaled by 1000/T otherwise (DDPM section 4)."""
+    scale = 1000.0 / num_steps
+    return torch.linspace(1e-4 * scale, 0.02 * scale, num_steps, dtype=torch.float64).clamp(max=0.999)
+
+
+def cosine_betas(num_steps: int, offset: float = 0.008) -> torch.Tensor:
+    """Returns betas (T,), float64, of the squared-cosine alpha_bar, at most 0.999 (Improved DDPM Eq. 17)."""
+    edges = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    alpha_bar = torch.cos((edges + offset) / (1 + offset) * math.pi / 2) ** 2
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+class Schedule:
+    """Noise levels of a diffusion process, and the identities that hold between x_t, x_0, eps and v.
+
+    Attributes:
+        betas: (T,) float64.
+        alpha_bar: (T,) float64, the cumulative product of 1 - betas.
+    """
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        make_betas = {"linear": linear_betas, "cosine": cosine_betas}[config.betas]
+        self.prediction: Prediction = config.prediction
+        self.num_steps = config.num_steps
+        self.betas = make_betas(config.num_steps)
+        self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)
+
+    def to(self, device: torch.device | str) -> "Schedule":
+        """Moves the tables to a device, once, and returns the schedule."""
+        self.betas, self.alpha_bar = self.betas.to(device), self.alpha_bar.to(device)
+        return self
+
+    def signal_and_noise(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), float32, each (B, 1, 1, 1)."""
+        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+
+    def add_noise(self, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns x_t ~ q(x_t | x_0) for the noise eps (DDPM Eq. 4)."""
+        signal, noise = self.signal_and_noise(t)
+        return signal * x_0 + noise * eps
+
+    def target(self, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns what the network should output at x_t: eps, x_0, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0."""
+        if self.prediction == "eps":
+            return eps
+        if self.prediction == "x_0":
+            return x_0
+        signal, noise = self.signal_and_noise(t)
+        return signal * eps - noise * x_0
+
+    def predict_x_0(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the network's estimate of x_0 from its output at x_t (DDPM Eq. 15; Progressive Distillation app. D)."""
+        if self.prediction == "x_0":
+            return output
+        signal, noise = self.signal_and_noise(t)
+        if self.prediction == "v":
+            return signal * x_t - noise * output
+        return (x_t - noise * output) / signal
+
+    def eps_from_x_0(self, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Returns the noise that leads from x_0 to x_t: `add_noise` solved for eps."""
+        signal, noise = self.signal_and_noise(t)
+        return (x_t - signal * x_0) / noise

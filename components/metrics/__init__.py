@@ -1,0 +1,1 @@
+"""Feature extractors and the distances between feature distributions."""

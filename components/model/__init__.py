@@ -1,0 +1,1 @@
+"""The U-Net denoiser, its running averages, and the folder it is stored in."""

@@ -1,0 +1,200 @@
+"""A folder that rebuilds a denoiser by itself: JSON for what it is, safetensors for its weights, checksums for trust.
+
+step_000001000/
+denoiser.json       network, diffusion process, image format
+ema.safetensors     averaged weights: what samples are drawn from
+weights.safetensors optimizer.safetensors state.json      what training needs to go on
+manifest.json       every file with its size and SHA-256, written last
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..diffusion.schedule import DiffusionConfig, Schedule
+from ..errors import DataError
+from .unet import UNet, UNetConfig
+
+MANIFEST = "manifest.json"
+_DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
+
+
+class DenoiserSpec(BaseModel):
+    """All that decides what a denoiser computes, apart from its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: UNetConfig
+    diffusion: DiffusionConfig
+    image_size: int = Field(ge=1)
+    """Height and width, pixels."""
+    channels: Literal[1, 3]
+    """1 for grey, 3 for RGB."""
+
+    def build(self) -> UNet:
+        """Returns the network with fresh weights."""
+        return UNet(self.model, image_size=self.image_size, channels=self.channels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return (self.channels, self.image_size, self.image_size)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network in evaluation mode, ready to sample from."""
+
+    spec: DenoiserSpec
+    network: UNet
+    schedule: Schedule
+
+
+class TrainingRecord(BaseModel):
+    """Where training stood when the checkpoint was written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    step: int
+    """Optimiser steps done."""
+    train_digest: str
+    """Digest of the config and data that made these weights."""
+    precision: Literal["float32", "bfloat16"]
+    """Arithmetic of the network's forward and backward passes."""
+    nonfinite_steps: int = 0
+    """Steps whose gradient was not finite, and which were left out."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a resumed training run needs beyond the denoiser."""
+
+    weights: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+    record: TrainingRecord
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file with numpy alone, so that a registered model needs no further package to load.
+
+    Raises:
+        DataError: if the file is no safetensors file.
+    """
+    try:
+        raw = path.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:start])
+        header.pop("__metadata__", None)
+        return {name: _tensor(raw, start, entry) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is not a readable safetensors file ({error}); restore it or use another checkpoint") from error
+
+
+def _tensor(raw: bytes, start: int, entry: Mapping[str, Any]) -> torch.Tensor:
+    first, last = entry["data_offsets"]
+    values = np.frombuffer(raw[start + first : start + last], dtype=_DTYPES[entry["dtype"]])
+    return torch.from_numpy(values.reshape(entry["shape"]).copy())
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checkpoint(path: Path, spec: DenoiserSpec, ema: Mapping[str, torch.Tensor], state: TrainingState | None = None) -> None:
+    """Writes a checkpoint folder: under a temporary name, manifest last, then moved into place, replacing what was there."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    _write_json(staging / "denoiser.json", spec.model_dump(mode="json"))
+    _write_weights(staging / "ema.safetensors", ema)
+    if state is not None:
+        _write_weights(staging / "weights.safetensors", state.weights)
+        _write_weights(staging / "optimizer.safetensors", state.optimizer)
+        _write_json(staging / "state.json", state.record.model_dump())
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(staging.iterdir())}
+    _write_json(staging / MANIFEST, {"format": 1, "files": files})
+    _sync(staging)
+    shutil.rmtree(path, ignore_errors=True)
+    staging.rename(path)
+
+
+def _write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path)
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def verify(path: Path) -> dict[str, str]:
+    """Checks every file of a checkpoint against its manifest and returns file name -> SHA-256.
+
+    Raises:
+        DataError: naming the first file that is missing or differs.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is not a whole checkpoint: its {MANIFEST} cannot be read ({error}); name a checkpoint folder") from error
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]:
+            raise DataError(f"{file} does not match the checksum in {MANIFEST}; restore it or use another checkpoint")
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
+def load_denoiser(path: Path, device: torch.device | str = "cpu") -> Denoiser:
+    """Rebuilds the denoiser with its averaged weights, checksums verified.
+
+    Raises:
+        DataError: if the folder is no whole checkpoint.
+    """
+    verify(path)
+    spec = DenoiserSpec.model_validate_json((path / "denoiser.json").read_text(encoding="utf-8"))
+    network = spec.build()
+    network.load_state_dict(read_weights(path / "ema.safetensors"))
+    network = network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return Denoiser(spec, network, Schedule(spec.diffusion).to(device))
+
+
+def load_training_state(path: Path) -> TrainingState:
+    """Reads what training needs to go on, checksums verified.
+
+    Raises:
+        DataError: if the folder is no whole checkpoint, or holds no training state.
+    """
+    verify(path)
+    if not (path / "state.json").is_file():
+        raise DataError(f"{path} holds no training state; resume from a checkpoint that training wrote")
+    record = TrainingRecord.model_validate_json((path / "state.json").read_text(encoding="utf-8"))
+    return TrainingState(read_weights(path / "weights.safetensors"), read_weights(path / "optimizer.safetensors"), record)
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """Returns the last `step_*` folder, by step, that passes its checksums; None if there is none."""
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        try:
+            verify(path)
+        except DataError:
+            continue
+        return path
+    return None

@@ -1,0 +1,108 @@
+"""Weights to and from the names of diffusers' `UNet2DModel`, the format the field exchanges."""
+
+import torch
+
+from .unet import UNet
+
+Weights = dict[str, torch.Tensor]
+
+
+def diffusers_config(unet: UNet, *, image_size: int, channels: int) -> dict[str, object]:
+    """Returns the keyword arguments of the `diffusers.UNet2DModel` that is this network."""
+    config = unet.config
+    attends = [image_size >> level in config.attention_resolutions for level in range(len(config.channel_mults))]
+    widths = [config.base_channels * mult for mult in config.channel_mults]
+    return {
+        "sample_size": image_size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "layers_per_block": config.num_res_blocks,
+        "block_out_channels": widths,
+        "down_block_types": ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        "attention_head_dim": widths[-1] // config.num_heads if config.num_heads > 1 else None,
+        "norm_num_groups": config.num_groups,
+        "norm_eps": 1e-6,
+        "dropout": config.dropout,
+        "act_fn": "silu",
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+    }
+
+
+def _prefixes(unet: UNet) -> tuple[dict[str, str], list[str]]:
+    """Returns our module prefix -> theirs, and their residual blocks in the order ours run."""
+    renamed = {
+        "conv_in": "conv_in",
+        "norm_out": "conv_norm_out",
+        "conv_out": "conv_out",
+        "time.hidden": "time_embedding.linear_1",
+        "time.embedding": "time_embedding.linear_2",
+        "mid_1": "mid_block.resnets.0",
+        "mid_2": "mid_block.resnets.1",
+        "mid_attention": "mid_block.attentions.0",
+    }
+    order: list[str] = []
+    for ours, theirs, sampler in (("down", "down_blocks", "downsamplers"), ("up", "up_blocks", "upsamplers")):
+        order += ["mid_block.resnets.0", "mid_block.resnets.1"] if ours == "up" else []
+        for level, modules in enumerate(getattr(unet, ours)):
+            renamed[f"{ours}.{level}.resample.conv"] = f"{theirs}.{level}.{sampler}.0.conv"
+            for index in range(len(modules.blocks)):
+                renamed[f"{ours}.{level}.blocks.{index}"] = f"{theirs}.{level}.resnets.{index}"
+                renamed[f"{ours}.{level}.attentions.{index}"] = f"{theirs}.{level}.attentions.{index}"
+                order.append(f"{theirs}.{level}.resnets.{index}")
+    return renamed, order
+
+
+_LEAVES = {
+    "norm_1": "norm1",
+    "conv_1": "conv1",
+    "norm_2": "norm2",
+    "conv_2": "conv2",
+    "shortcut": "conv_shortcut",
+    "norm": "group_norm",
+    "out": "to_out.0",
+}
+
+
+def _their_name(name: str, renamed: dict[str, str]) -> str:
+    prefix = max((key for key in renamed if name.startswith(key + ".")), key=len)
+    leaf, _, kind = name[len(prefix) + 1 :].rpartition(".")
+    return ".".join(part for part in (renamed[prefix], _LEAVES.get(leaf, leaf), kind) if part)
+
+
+def to_diffusers(unet: UNet) -> Weights:
+    """Returns the network's weights under diffusers' names: fused products are cut into diffusers' separate ones."""
+    renamed, order = _prefixes(unet)
+    theirs: Weights = {}
+    for name, value in unet.state_dict().items():
+        kind = name.rpartition(".")[2]
+        if name.startswith("time.projections."):
+            pieces = value.split(unet.time.block_channels)
+            theirs |= {f"{block}.time_emb_proj.{kind}": piece for block, piece in zip(order, pieces, strict=True)}
+        elif ".qkv." in name or name.startswith("qkv."):
+            attention = _their_name(name.replace("qkv", "to_q"), renamed).removesuffix(f"to_q.{kind}")
+            theirs |= {f"{attention}to_{part}.{kind}": piece for part, piece in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            theirs[_their_name(name, renamed)] = value
+    return theirs
+
+
+def from_diffusers(unet: UNet, theirs: Weights) -> Weights:
+    """Returns a state dict for `unet` from the weights of its diffusers twin.
+
+    Raises:
+        KeyError: if a tensor is missing.
+    """
+    renamed, order = _prefixes(unet)
+    ours: Weights = {}
+    for name in unet.state_dict():
+        kind = name.rpartition(".")[2]
+        if name.startswith("time.projections."):
+            ours[name] = torch.cat([theirs[f"{block}.time_emb_proj.{kind}"] for block in order])
+        elif ".qkv." in name:
+            ours[name] = torch.cat([theirs[_their_name(name.replace("qkv", f"to_{part}"), renamed)] for part in "qkv"])
+        else:
+            ours[name] = theirs[_their_name(name, renamed)]
+    return ours

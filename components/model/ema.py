@@ -1,0 +1,36 @@
+"""Running averages of the weights."""
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """Exponential moving average of a module's parameters, kept in float32 (DDPM section 4, decay 0.9999).
+
+    Attributes:
+        weights: name -> average.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+    def decay_at(self, step: int) -> float:
+        """Returns the decay of update `step` (0, 1, ...), warmed up as min(decay, (1 + step) / (10 + step))."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Moves every average towards the module's present weights."""
+        present = [parameter.detach() for parameter in module.parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), present, 1.0 - self.decay_at(step))
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        """Replaces every average, in place.
+
+        Raises:
+            KeyError: if one is missing.
+        """
+        for name, average in self.weights.items():
+            average.copy_(weights[name])

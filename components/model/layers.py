@@ -1,0 +1,110 @@
+"""The parts of the DDPM U-Net. Activations are (B, C, H, W), channels_last in memory where the caller says so."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def init_layer(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> None:
+    """Draws weights uniformly with variance scale / fan_avg, biases 0 (the initialisation of the DDPM authors' code)."""
+    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(max(scale, 1e-10)))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def conv3x3(in_channels: int, out_channels: int, *, scale: float = 1.0, stride: int = 1, padding: int = 1) -> nn.Conv2d:
+    """Returns a 3x3 convolution, initialised as DDPM does."""
+    layer = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=padding)
+    init_layer(layer, scale)
+    return layer
+
+
+def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """Returns sine and cosine features (B, dim), float32, of time steps t (B,) (Transformer section 3.5, as DDPM's code has it)."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000.0) / (half - 1)))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class TimeMLP(nn.Module):
+    """Time steps to one bias per channel of every residual block: all blocks' projections are a single product."""
+
+    def __init__(self, base_channels: int, block_channels: list[int]) -> None:
+        super().__init__()
+        self.base_channels, self.block_channels = base_channels, block_channels
+        self.hidden = nn.Linear(base_channels, 4 * base_channels)
+        self.embedding = nn.Linear(4 * base_channels, 4 * base_channels)
+        self.projections = nn.Linear(4 * base_channels, sum(block_channels))
+        for layer in (self.hidden, self.embedding, self.projections):
+            init_layer(layer)
+
+    def forward(self, t: torch.Tensor) -> list[torch.Tensor]:
+        """Returns one (B, C_i, 1, 1) tensor for each residual block, in the order the blocks run."""
+        embedding = self.embedding(F.silu(self.hidden(timestep_embedding(t, self.base_channels))))
+        return list(self.projections(F.silu(embedding))[:, :, None, None].split(self.block_channels, dim=1))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a time bias, and a shortcut (DDPM appendix B)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, dropout: float, num_groups: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.norm_1 = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
+        self.conv_1 = conv3x3(in_channels, out_channels)
+        self.norm_2 = nn.GroupNorm(num_groups, out_channels, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = conv3x3(out_channels, out_channels, scale=0.0)
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        if isinstance(self.shortcut, nn.Conv2d):
+            init_layer(self.shortcut)
+
+    def forward(self, x: torch.Tensor, time_bias: torch.Tensor) -> torch.Tensor:
+        hidden = self.conv_1(F.silu(self.norm_1(x))) + time_bias
+        return self.shortcut(x) + self.conv_2(self.dropout(F.silu(self.norm_2(hidden))))
+
+
+class SelfAttention(nn.Module):
+    """Attention over all pixels, with a shortcut (DDPM appendix B)."""
+
+    def __init__(self, channels: int, *, num_heads: int, num_groups: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        init_layer(self.qkv)
+        init_layer(self.out, scale=0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        qkv = self.qkv(tokens).view(batch, height * width, 3, self.num_heads, channels // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(tokens.shape)
+        return x + self.out(attended).view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Halves height and width by a strided convolution, padded on the right and bottom as in DDPM's code."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels, stride=2, padding=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,146 @@
+"""The U-Net of the DDPM paper: eps_hat = UNet(x_t, t)."""
+
+from typing import Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+from torch.nn import functional as F
+
+from .layers import Downsample, ResidualBlock, SelfAttention, TimeMLP, Upsample, conv3x3
+
+
+class UNetConfig(BaseModel):
+    """The denoiser's architecture; the defaults are the CIFAR-10 column of the DDPM paper (35.746 M parameters)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    base_channels: int = Field(128, ge=4, multiple_of=2)
+    """Channels at full resolution."""
+    channel_mults: tuple[int, ...] = Field((1, 2, 2, 2), min_length=1)
+    """Channels of each level in units of `base_channels`; each level after the first halves height and width."""
+    num_res_blocks: int = Field(2, ge=1)
+    """Residual blocks per level on the way down; one more on the way up."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Heights (pixels) at which every residual block is followed by self-attention; the lowest level always has one."""
+    num_heads: int = Field(1, ge=1)
+    """Attention heads."""
+    num_groups: int = Field(32, ge=1)
+    """Groups of the group normalisation; divides the channels of every level."""
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    """Probability of a dropped activation in residual blocks, while training."""
+
+    @model_validator(mode="after")
+    def _check_divisions(self) -> Self:
+        if min(self.channel_mults) < 1:
+            raise ValueError("channel_mults holds a multiplier below 1; every level needs channels")
+        for mult in self.channel_mults:
+            channels = self.base_channels * mult
+            if channels % self.num_groups or channels % self.num_heads:
+                raise ValueError(
+                    f"base_channels={self.base_channels} times {mult} is {channels}, which num_groups={self.num_groups} or "
+                    f"num_heads={self.num_heads} does not divide; choose divisors of {channels}"
+                )
+        return self
+
+    def check_image_size(self, image_size: int) -> None:
+        """Raises ValueError, naming a size that would do, unless every level can halve the image."""
+        factor = 2 ** (len(self.channel_mults) - 1)
+        if image_size % factor or image_size < factor:
+            nearest = max(factor, round(image_size / factor) * factor)
+            raise ValueError(
+                f"image_size={image_size} cannot be halved {len(self.channel_mults) - 1} times; "
+                f"use a multiple of {factor} such as {nearest}, or fewer model.channel_mults"
+            )
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, the attention after each, and what leads to the next resolution."""
+
+    def __init__(self, blocks: list[ResidualBlock], attentions: list[nn.Module], resample: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attentions = nn.ModuleList(attentions)
+        self.resample = resample
+
+    def stages(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Returns the (residual block, attention) pairs in the order they run."""
+        return list(zip(self.blocks, self.attentions, strict=True))
+
+
+class UNet(nn.Module):
+    """The denoiser: (x_t (B, C, H, W), t (B,)) -> estimate (B, C, H, W).
+
+    Raises:
+        ValueError: if the image size cannot be halved as often as the config has levels.
+    """
+
+    def __init__(self, config: UNetConfig, *, image_size: int, channels: int) -> None:
+        super().__init__()
+        config.check_image_size(image_size)
+        self.config = config
+        widths = [config.base_channels * mult for mult in config.channel_mults]
+        sizes = [image_size >> level for level in range(len(widths))]
+        self.conv_in = conv3x3(channels, widths[0])
+        down, skips = self._make_down(widths, sizes)
+        up = self._make_up(widths, sizes, skips)
+        self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
+        self.mid_1, self.mid_2 = self._block(widths[-1], widths[-1]), self._block(widths[-1], widths[-1])
+        self.mid_attention = self._attention(widths[-1])
+        self.norm_out = nn.GroupNorm(config.num_groups, widths[0], eps=1e-6)
+        self.conv_out = conv3x3(widths[0], channels, scale=0.0)
+        running = [*(b for level in down for b in level.blocks), self.mid_1, self.mid_2, *(b for level in up for b in level.blocks)]
+        self.time = TimeMLP(config.base_channels, [block.out_channels for block in running if isinstance(block, ResidualBlock)])
+
+    def _block(self, in_channels: int, out_channels: int) -> ResidualBlock:
+        return ResidualBlock(in_channels, out_channels, dropout=self.config.dropout, num_groups=self.config.num_groups)
+
+    def _attention(self, channels: int) -> SelfAttention:
+        return SelfAttention(channels, num_heads=self.config.num_heads, num_groups=self.config.num_groups)
+
+    def _attention_at(self, size: int, channels: int) -> nn.Module:
+        return self._attention(channels) if size in self.config.attention_resolutions else nn.Identity()
+
+    def _make_down(self, widths: list[int], sizes: list[int]) -> tuple[list[Level], list[int]]:
+        """Returns the levels on the way down, and the channels of every tensor kept for the way up."""
+        levels, skips, width = [], [widths[0]], widths[0]
+        for number, (out_width, size) in enumerate(zip(widths, sizes, strict=True)):
+            blocks = [self._block(width if index == 0 else out_width, out_width) for index in range(self.config.num_res_blocks)]
+            attentions = [self._attention_at(size, out_width) for _ in blocks]
+            width, last = out_width, number == len(widths) - 1
+            levels.append(Level(blocks, attentions, nn.Identity() if last else Downsample(width)))
+            skips += [width] * (len(blocks) + (not last))
+        return levels, skips
+
+    def _make_up(self, widths: list[int], sizes: list[int], skips: list[int]) -> list[Level]:
+        levels, width, skips = [], widths[-1], list(skips)
+        for number in reversed(range(len(widths))):
+            blocks = []
+            for _ in range(self.config.num_res_blocks + 1):
+                blocks.append(self._block(width + skips.pop(), widths[number]))
+                width = widths[number]
+            attentions = [self._attention_at(sizes[number], width) for _ in blocks]
+            levels.append(Level(blocks, attentions, Upsample(width) if number else nn.Identity()))
+        return levels
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        biases = iter(self.time(t))
+        hidden = self.conv_in(x_t)
+        skips = [hidden]
+        for level in _levels(self.down):
+            for block, attention in level.stages():
+                hidden = attention(block(hidden, next(biases)))
+                skips.append(hidden)
+            if isinstance(level.resample, Downsample):
+                hidden = level.resample(hidden)
+                skips.append(hidden)
+        hidden = self.mid_2(self.mid_attention(self.mid_1(hidden, next(biases))), next(biases))
+        for level in _levels(self.up):
+            for block, attention in level.stages():
+                hidden = attention(block(torch.cat([hidden, skips.pop()], dim=1), next(biases)))
+            hidden = level.resample(hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+def _levels(modules: nn.ModuleList) -> list[Level]:
+    return [module for module in modules if isinstance(module, Level)]

@@ -1,0 +1,1 @@
+"""The four stages, the receipts between them, and their order."""

@@ -1,0 +1,154 @@
+"""The configuration of a run: one section per stage, plus the cluster. Load, override, validate, digest."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.config import ClusterConfig
+from components.data.sources import DataConfig
+from components.diffusion.schedule import DiffusionConfig
+from components.model.unet import UNetConfig
+from pipeline.errors import ConfigError
+from pipeline.evaluate import EvaluateConfig
+from pipeline.register import RegistryConfig
+from pipeline.train import TrainConfig
+
+DIGEST_LENGTH = 16
+
+
+class RunConfig(BaseModel):
+    """All settings of a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    data: DataConfig = Field(default_factory=DataConfig)
+    """Which images, and what becomes of them."""
+    model: UNetConfig = Field(default_factory=UNetConfig)
+    """The denoiser's architecture."""
+    diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
+    """The diffusion process."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """The optimisation."""
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    """Samples and the numbers taken of them."""
+    registry: RegistryConfig = Field(default_factory=RegistryConfig)
+    """The registered model, and when its champion falls."""
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    """Where it runs; never part of a result."""
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Self:
+        try:
+            self.model.check_image_size(self.data.image_size)
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from error
+        train, workers = self.train, self.cluster.num_workers
+        if train.global_batch_size % train.lanes:
+            raise ValueError(f"train.global_batch_size={train.global_batch_size} is no multiple of train.lanes={train.lanes}; use a multiple")
+        if train.lanes % workers:
+            raise ValueError(f"cluster.num_workers={workers} does not divide train.lanes={train.lanes}; use a divisor, or other lanes")
+        if self.evaluate.steps > self.diffusion.num_steps:
+            raise ValueError(f"evaluate.steps={self.evaluate.steps} is above diffusion.num_steps={self.diffusion.num_steps}; use at most that")
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a preset, lays `section.key=value` overrides on it, and validates once.
+
+    Raises:
+        ConfigError: naming the key or file that is wrong.
+    """
+    tree = _read_tree(path)
+    for override in overrides:
+        _lay(tree, override)
+    tree.setdefault("registry", {}).setdefault("model_name", f"ddpm-{path.stem}")
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(dict(detail)) for detail in error.errors())) from error
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"preset {path} cannot be read ({error.strerror}); name a preset or a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"preset {path} is not YAML ({' '.join(str(error).split())}); mend it") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict) or not all(isinstance(section, dict) for section in tree.values()):
+        raise ConfigError(f"preset {path} is not a tree of sections; write `section:` and below it `  key: value`")
+    return tree
+
+
+def _lay(tree: dict[str, Any], override: str) -> None:
+    address, equals, text = override.partition("=")
+    section, dot, key = address.partition(".")
+    if not (equals and dot and key and section):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, such as train.steps=1000")
+    tree.setdefault(section, {})[key] = _parse(section, key, text)
+
+
+def _parse(section: str, key: str, text: str) -> Any:
+    field = section_fields(section).get(key)
+    if field is not None and field.annotation is str:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{section}.{key}={text} is not a YAML value; quote it, or mend its brackets") from error
+
+
+def section_fields(section: str) -> Mapping[str, Any]:
+    """Returns the fields of a section by name, none for an unknown section."""
+    field = RunConfig.model_fields.get(section)
+    return getattr(field.annotation, "model_fields", {}) if field is not None else {}
+
+
+def _explain(detail: dict[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"]]
+    address = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        return f"{address} is not a setting; {_suggest(location)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{address}: {message}" if address else message
+    return f"{address}={detail['input']!r} is wrong: {message[0].lower()}{message[1:]}"
+
+
+def _suggest(location: list[str]) -> str:
+    known = list(RunConfig.model_fields) if len(location) == 1 else list(section_fields(location[0]))
+    prefix = "" if len(location) == 1 else f"{location[0]}."
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    return f"did you mean {prefix}{close[0]}?" if close else f"use one of {', '.join(prefix + name for name in known)}"
+
+
+def digest_of(*parts: object) -> str:
+    """Returns a digest of JSON values and config sections: 16 hexadecimal digits. Fields marked `result: False` do not count."""
+    plain = [result_fields(part) if isinstance(part, BaseModel) else part for part in parts]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:DIGEST_LENGTH]
+
+
+def result_fields(section: BaseModel) -> dict[str, Any]:
+    """Returns the values of a section that can change a result."""
+    extras = {name: field.json_schema_extra for name, field in type(section).model_fields.items()}
+    skipped = {name for name, extra in extras.items() if isinstance(extra, dict) and extra.get("result") is False}
+    return section.model_dump(mode="json", exclude=skipped)
+
+
+def config_digest(config: RunConfig) -> str:
+    """Returns the digest of all settings that can change a result: every section but the cluster's."""
+    return digest_of(*(result_fields(getattr(config, name)) for name in RunConfig.model_fields if name != "cluster"))
+
+
+def flatten(config: RunConfig) -> dict[str, str]:
+    """Returns every setting as `section.key` -> text."""
+    tree = config.model_dump(mode="json")
+    return {f"{section}.{key}": json.dumps(value) if isinstance(value, list) else str(value) for section in tree for key, value in tree[section].items()}

@@ -1,0 +1,9 @@
+"""Errors of a run that a person can mend: the command prints their message and exits 2."""
+
+
+class ConfigError(Exception):
+    """Raised when a setting is wrong. The message names the key, the value, and what would be right."""
+
+
+class RegistryError(Exception):
+    """Raised when the tracking server or model registry cannot do what was asked. The message says what would be right."""

@@ -1,0 +1,265 @@
+"""A checkpoint in, samples and a Frechet distance out: Ray actors draw and measure, each image from its own seed."""
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.connect import connect
+from cluster.placement import Placement, place
+from components.data.shards import Manifest, iterate_pixels, read_manifest
+from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
+from pipeline.context import StageContext
+from pipeline.draw import ExtractorChoice, Recipe, Team
+from pipeline.follow import read_metrics
+from pipeline.tracking import Tracking
+
+if TYPE_CHECKING:
+    from components.metrics.frechet import FeatureStats
+
+GRID_IMAGES, GRID_COLUMNS = 64, 16
+ANIMATION_IMAGES, ANIMATION_FRAMES = 16, 40
+PART_BATCHES = 4
+MIN_CLASSES = 2
+
+
+class EvaluateConfig(BaseModel):
+    """Samples and the numbers taken of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    num_samples: int = Field(10_000, ge=64)
+    """Images that are drawn and measured."""
+    sampler: Literal["ddim", "ancestral"] = "ddim"
+    """`ddim` (DDIM, eta 0) or `ancestral` (DDPM, on respaced steps)."""
+    steps: int = Field(50, ge=1)
+    """Network evaluations per image."""
+    first_seed: int = Field(0, ge=0, lt=2**62)
+    """Seed of the first image; image i has seed first_seed + i."""
+    batch_size: int = Field(64, ge=1)
+    """Images drawn together."""
+    extractor: Literal["auto", "inception", "classifier", "dct8"] = "auto"
+    """Features that are compared; `auto` is Inception where `inception_weights` is set, else the classifier where there are labels, else dct8."""
+    inception_weights: str | None = None
+    """Path of the Inception-2015 weights file, which makes the number an FID."""
+
+
+def check_weights(config: EvaluateConfig) -> None:
+    """Checks the Inception weights that a config names, before anything expensive starts.
+
+    Raises:
+        DataError: if the file is missing or another one.
+    """
+    if config.inception_weights is not None:
+        from components.metrics.features import check_inception_weights
+
+        check_inception_weights(Path(config.inception_weights).expanduser())
+
+
+def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, context: StageContext) -> Evaluation:
+    """Draws samples from a checkpoint's averaged weights, measures them against the dataset, and returns the receipt.
+
+    Raises:
+        DataError: if the checkpoint, the dataset or the Inception weights are not whole.
+    """
+    context.folder.mkdir(parents=True, exist_ok=True)
+    connect(context.cluster)
+    placement = place(context.cluster)
+    kinds = _choose_extractors(config, shards, context, placement)
+    with Team(placement, Path(model.path), kinds) as team:
+        references = _references(team, shards, context)
+        drawn = _draw(team, config, references, context)
+        frames = team.first("animation", _recipe(config), config.first_seed, ANIMATION_IMAGES, ANIMATION_FRAMES)
+    metrics = [_metric(config, shards, identity, reference, stats) for identity, reference, stats in zip(team.identities, references, drawn.stats, strict=True)]
+    pictures = _pictures(context.folder, drawn.first, frames, Path(model.folder))
+    return Evaluation(
+        inputs=context.inputs,
+        folder=str(context.folder),
+        metric=metrics[0],
+        guards=tuple(metrics[1:]),
+        samples_sha256=drawn.sha256,
+        images_per_second=drawn.images_per_second,
+        **pictures,
+    )
+
+
+def publish(evaluation: Evaluation, model: TrainedModel, tracking: Tracking, run_id: str) -> None:
+    """Logs an evaluation's numbers and pictures to the run of its model."""
+    values = {f"eval/{metric.name}": metric.value for metric in (evaluation.metric, *evaluation.guards)}
+    tracking.log_metrics(run_id, [(time.time_ns() // 1_000_000, model.steps, values)])
+    tracking.log_files(run_id, Path(evaluation.folder), "evaluate")
+
+
+def _choose_extractors(config: EvaluateConfig, shards: ShardSet, context: StageContext, placement: Placement) -> list[ExtractorChoice]:
+    """Returns the deciding extractor, and dct8 as guard behind it."""
+    kind = config.extractor
+    if kind == "auto":
+        kind = "inception" if config.inception_weights else "classifier" if shards.num_labels >= MIN_CLASSES else "dct8"
+    guard = ExtractorChoice("dct8")
+    if kind == "dct8":
+        return [guard]
+    if kind == "classifier":
+        return [ExtractorChoice("classifier", str(_classifier(shards, context, placement))), guard]
+    return [ExtractorChoice("inception", str(_inception(config, context))), guard]
+
+
+def _inception(config: EvaluateConfig, context: StageContext) -> Path:
+    from components.metrics.features import fetch_inception_weights
+
+    if config.inception_weights is not None:
+        return Path(config.inception_weights).expanduser().absolute()
+    return fetch_inception_weights(context.storage / "cache" / "inception")
+
+
+def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -> Path:
+    """Returns the folder of the dataset's classifier, trained on the cluster the first time."""
+    import ray
+
+    from components.errors import DataError
+    from components.metrics.classifier import RECIPE
+
+    if shards.num_labels < MIN_CLASSES:
+        raise DataError(f"evaluate.extractor=classifier needs labels, and {shards.source} has {shards.num_labels}; use dct8 or inception")
+    folder = context.storage / "cache" / "classifiers" / f"{shards.digest}-{RECIPE}"
+    if not (folder / "classifier.json").is_file():
+        context.reporter.line("  training the classifier whose features measure the samples, once for this dataset")
+        threads = placement.threads * placement.num_workers
+        ray.get(ray.remote(num_cpus=1)(make_classifier).remote(shards.path, str(folder), threads))
+    return folder
+
+
+def make_classifier(dataset: str, folder: str, threads: int) -> None:
+    """Trains the classifier of a dataset, up to 100,000 of its labelled rows, and moves it into place."""
+    import torch
+
+    from components.data.shards import read_shard
+    from components.metrics.classifier import train_classifier
+
+    torch.set_num_threads(threads)
+    manifest = read_manifest(Path(dataset))
+    numbers = {name: number for number, name in enumerate(manifest.label_names)}
+    pixels: list[np.ndarray] = []
+    classes: list[np.ndarray] = []
+    for shard in manifest.shards:
+        values, labels, _, _ = read_shard(Path(dataset) / shard.name)
+        labelled = np.asarray([label is not None for label in labels])
+        pixels.append(values[labelled])
+        classes.append(np.asarray([numbers[label] for label in labels if label is not None], np.int64))
+        if sum(map(len, pixels)) >= 100_000:
+            break
+    staging = Path(f"{folder}.{os.getpid()}.tmp")
+    train_classifier(np.concatenate(pixels), np.concatenate(classes), staging)
+    if not Path(folder).exists():
+        staging.replace(folder)
+
+
+def _references(team: Team, shards: ShardSet, context: StageContext) -> "list[FeatureStats]":
+    """Returns the dataset's statistics by every extractor, from the cache where they are known."""
+    manifest = read_manifest(Path(shards.path))
+    return [_reference(team, which, Path(shards.path), manifest, context) for which in range(len(team.identities))]
+
+
+def _reference(team: Team, which: int, dataset: Path, manifest: Manifest, context: StageContext) -> "FeatureStats":
+    from components.metrics.frechet import FeatureStats
+
+    name, digest, _ = team.identities[which]
+    cached = context.storage / "cache" / "references" / f"{manifest.digest}-{name}-{digest[:16]}.npz"
+    if cached.is_file():
+        with np.load(cached, allow_pickle=False) as saved:
+            return FeatureStats(saved["shift"], int(saved["count"]), saved["first"], saved["second"])
+    shift = team.first("mean_of_first", which, next(iterate_pixels(dataset, manifest, 256)))
+    work = ((which, pixels, shift) for pixels in iterate_pixels(dataset, manifest, 512))
+    stats = None
+    with context.reporter.progress(f"reference {name}", manifest.num_rows, "images") as advance:
+        for part in team.map("measure_one", work):
+            stats = part if stats is None else stats.merge(part)
+            advance(part.count)
+    assert stats is not None
+    _save_reference(cached, stats)
+    return stats
+
+
+def _save_reference(path: Path, stats: "FeatureStats") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(f".{os.getpid()}.tmp")
+    with staging.open("wb") as file:
+        np.savez(file, shift=stats.shift, count=stats.count, first=stats.first, second=stats.second)
+    staging.replace(path)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What drawing all samples left behind.
+
+    Attributes:
+        stats: one per extractor, over all samples.
+        first: (64, C, H, W) pixels of the first seeds.
+    """
+
+    stats: "list[FeatureStats]"
+    sha256: str
+    first: np.ndarray
+    images_per_second: float
+
+
+def _draw(team: Team, config: EvaluateConfig, references: "Sequence[FeatureStats]", context: StageContext) -> Drawn:
+    part_size = PART_BATCHES * config.batch_size
+    parts = [range(first, min(first + part_size, config.num_samples)) for first in range(0, config.num_samples, part_size)]
+    seeds = [range(config.first_seed + part.start, config.first_seed + part.stop) for part in parts]
+    shifts = [reference.shift for reference in references]
+    work = ((_recipe(config), part_seeds, shifts, part.start < GRID_IMAGES) for part, part_seeds in zip(parts, seeds, strict=True))
+    checksum, kept, totals, started = hashlib.sha256(), [], None, time.perf_counter()
+    with context.reporter.progress("sample", config.num_samples, "images") as advance:
+        for stats, part_checksum, pixels in team.map("part", work):
+            totals = stats if totals is None else [total.merge(stat) for total, stat in zip(totals, stats, strict=True)]
+            checksum.update(part_checksum)
+            kept.extend([] if pixels is None else [pixels])
+            advance(stats[0].count)
+    assert totals is not None
+    speed = config.num_samples / (time.perf_counter() - started)
+    return Drawn(totals, checksum.hexdigest(), np.concatenate(kept)[:GRID_IMAGES], speed)
+
+
+def _recipe(config: EvaluateConfig) -> Recipe:
+    return Recipe(config.sampler, config.steps, config.batch_size)
+
+
+def _metric(config: EvaluateConfig, shards: ShardSet, identity: tuple[str, str, str], reference: "FeatureStats", stats: "FeatureStats") -> Metric:
+    from components.metrics.frechet import frechet_distance
+
+    name, digest, preprocessing = identity
+    unit = MetricUnit(
+        extractor=name,
+        extractor_digest=digest,
+        preprocessing=preprocessing,
+        reference_digest=shards.digest,
+        reference_count=reference.count,
+        num_samples=config.num_samples,
+        first_seed=config.first_seed,
+        sampler=config.sampler,
+        steps=config.steps,
+    )
+    return Metric(value=frechet_distance(stats, reference), unit=unit)
+
+
+def _pictures(folder: Path, first: np.ndarray, frames: Sequence[np.ndarray], training: Path) -> dict[str, str]:
+    """Writes the sample grid, the denoising animation and the loss curve; returns their paths by field of the receipt."""
+    from components.figures import grid, save_animation, save_loss_curve
+
+    paths = {"grid": folder / "grid.png", "animation": folder / "denoising.gif", "loss_curve": folder / "loss.png"}
+    grid(first, GRID_COLUMNS).save(paths["grid"])
+    save_animation(paths["animation"], [grid(frame, GRID_COLUMNS // 2) for frame in frames])
+    lines = [line for line in read_metrics(training) if "train/loss" in line.metrics]
+    save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines])
+    return {name: str(path) for name, path in paths.items()}
+
+
+def is_intact(receipt: Evaluation) -> bool:
+    """Tells whether the pictures that a receipt describes are still there."""
+    return all(Path(path).is_file() for path in (receipt.grid, receipt.animation, receipt.loss_curve))

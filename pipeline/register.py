@@ -1,0 +1,320 @@
+"""A checkpoint and its evaluation in, a version in the model registry out; the champion falls only to a better number of the same unit."""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import components
+from pipeline.artifacts import Evaluation, Metric, MetricUnit, Registration, ShardSet, TrainedModel
+from pipeline.context import StageContext
+from pipeline.errors import RegistryError
+from pipeline.tracking import Tracking, as_tags, git_commit, public_uri, translated
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION = "champion"
+INPUTS_TAG = "ddpm.inputs"
+DESCRIPTION_LIMIT = 5000
+
+
+class RegistryConfig(BaseModel):
+    """The registered model, and when its champion falls."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model_name: str = Field("ddpm", pattern=r"^[A-Za-z0-9._ -]+$")
+    """Name in the model registry; by default `ddpm-` and the preset's name."""
+    min_gain: float = Field(0.0, ge=0.0)
+    """How much lower than the champion's a candidate's metric must be, in the metric's unit."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the champion falls, and why, in a sentence."""
+
+    promote: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version that the alias points to, and its number, if it carries one."""
+
+    version: int
+    metric: Metric | None
+
+
+def unlike_parts(one: MetricUnit, other: MetricUnit) -> list[str]:
+    """Returns which parts of two units differ, with both values."""
+    first, second = one.model_dump(), other.model_dump()
+    return [f"{part} {first[part]} against {second[part]}" for part in first if first[part] != second[part]]
+
+
+def decide(candidate: Metric, champion: Champion | None, min_gain: float) -> Decision:
+    """Compares two numbers of the same unit, lower being better; numbers of unlike units are never compared."""
+    if champion is None:
+        return Decision(True, f"first version: {candidate.name} is {candidate.value:.4g}, and there was no champion")
+    if champion.metric is None:
+        return Decision(False, f"kept: champion v{champion.version} carries no metric to compare with; evaluate it, or move the alias by hand")
+    unlike = unlike_parts(candidate.unit, champion.metric.unit)
+    if unlike:
+        return Decision(False, f"kept: not comparable with champion v{champion.version}, whose unit differs: {'; '.join(unlike)}")
+    gain = champion.metric.value - candidate.value
+    numbers = f"{candidate.name} is {candidate.value:.4g}, champion v{champion.version} has {champion.metric.value:.4g}"
+    if gain > 0 and gain >= min_gain:
+        return Decision(True, f"better by {gain:.4g}: {numbers}")
+    return Decision(False, f"kept: {numbers}; a gain {f'of {min_gain:g}' if min_gain else 'above 0'} is needed")
+
+
+def register(
+    config: RegistryConfig, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, *, context: StageContext, tracking: Tracking, run_id: str
+) -> Registration:
+    """Logs the model to its run, makes a version of it, decides about the champion, and returns the receipt.
+
+    A version that an interrupted call already made for the same inputs is taken up again.
+
+    Raises:
+        RegistryError: if the registry cannot be reached or refuses.
+    """
+    with translated(tracking.uri), _one_at_a_time(context.storage, config.model_name):
+        made = find_version(tracking, config.model_name, context.inputs)
+        if made is None:
+            made = _make_version(config, shards, model, evaluation, context, tracking, run_id)
+        number = int(made.version)
+        champion = find_champion(tracking, config.model_name)
+        if champion is not None and champion.version == number:
+            decision, previous = Decision(True, made.tags["ddpm.decision"]), None
+        else:
+            decision = decide(evaluation.metric, champion, config.min_gain)
+            previous = champion.version if champion else None
+            _carry_out(decision, number, shards, model, evaluation, config.model_name, tracking, run_id)
+    return Registration(
+        inputs=context.inputs,
+        model_name=config.model_name,
+        version=number,
+        uri=f"models:/{config.model_name}/{number}",
+        tracking_uri=tracking.uri,
+        mlflow_run_id=run_id,
+        promoted=decision.promote,
+        decision=decision.reason,
+        previous_champion=previous,
+        metric=evaluation.metric,
+    )
+
+
+@contextmanager
+def _one_at_a_time(storage: Path, name: str) -> Iterator[None]:
+    """Lets the processes of one machine decide one after the other, never both against the same champion."""
+    folder = storage / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def find_version(tracking: Tracking, name: str, inputs: str) -> "ModelVersion | None":
+    """Returns the version that was made for these inputs, if there is one."""
+    found = [version for version in tracking.client.search_model_versions(f"name='{name}'") if version.tags.get(INPUTS_TAG) == inputs]
+    return max(found, key=lambda version: int(version.version), default=None)
+
+
+def find_champion(tracking: Tracking, name: str) -> Champion | None:
+    """Returns the version that the alias `champion` points to."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = tracking.client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+            return None
+        raise
+    return Champion(int(version.version), read_metric(version.tags))
+
+
+def read_metric(tags: dict[str, str]) -> Metric | None:
+    """Returns the number that a version's tags carry, None where they carry none."""
+    try:
+        return Metric(value=float(tags["metric.value"]), unit=MetricUnit.model_validate_json(tags["metric.unit"]))
+    except (KeyError, ValueError, ValidationError):
+        return None
+
+
+def _make_version(
+    config: RegistryConfig, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, context: StageContext, tracking: Tracking, run_id: str
+) -> "ModelVersion":
+    from mlflow.exceptions import MlflowException
+
+    client = tracking.client
+    try:
+        client.get_registered_model(config.model_name)
+    except MlflowException:
+        client.create_registered_model(config.model_name)
+    logged = _log_model(config.model_name, model, run_id)
+    tags = _version_tags(shards, model, evaluation, context)
+    return client.create_model_version(config.model_name, source=f"models:/{logged}", run_id=run_id, tags=tags, model_id=logged)
+
+
+def _log_model(name: str, model: TrainedModel, run_id: str) -> str:
+    """Logs a model that carries its own code and weights, without pickle; returns the logged model's id."""
+    import mlflow
+
+    from components.model.checkpoint import DenoiserSpec, read_weights, write_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="ddpm-register-") as staging:
+        folder, source = Path(staging), Path(model.path)
+        spec = DenoiserSpec.model_validate_json((source / "denoiser.json").read_text(encoding="utf-8"))
+        write_checkpoint(folder / "checkpoint", spec, read_weights(source / "ema.safetensors"))
+        package = _copy_components(folder)
+        code = folder / "sampler.py"
+        template = Path(__file__).with_name("served_model.py").read_text(encoding="utf-8")
+        code.write_text(template.replace('COMPONENTS = "components"', f'COMPONENTS = "{package.name}"'), encoding="utf-8")
+        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+            # MLflow advises an example of the input; the signature is written out in full instead.
+            warnings.simplefilter("ignore", UserWarning)
+            logged = mlflow.pyfunc.log_model(
+                name=name.replace(" ", "-"),
+                python_model=str(code),
+                artifacts={"checkpoint": str(folder / "checkpoint")},
+                code_paths=[str(package)],
+                pip_requirements=[
+                    f"{package}=={installed_version(package).partition('+')[0]}" for package in ("mlflow", "torch", "numpy", "pillow", "pydantic")
+                ],
+                signature=_signature(),
+                step=model.steps,
+                model_type="image-generator",
+            )
+    return str(logged.model_id)
+
+
+def _copy_components(folder: Path) -> Path:
+    """Copies the `components` package under a name made of its content, so that versions never share code by accident."""
+    source = Path(components.__file__).parent
+    files = sorted(source.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(file.relative_to(source).as_posix().encode() + file.read_bytes() for file in files)).hexdigest()[:8]
+    target = folder / f"ddpm_components_{digest}"
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def _signature() -> object:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    optional = {"steps": DataType.long, "seed": DataType.long, "sampler": DataType.string, "format": DataType.string}
+    columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.long, "num_images"), *(ColSpec(kind, name, required=False) for name, kind in optional.items())]
+    return ModelSignature(inputs=Schema(columns))
+
+
+def _version_tags(shards: ShardSet, model: TrainedModel, evaluation: Evaluation, context: StageContext) -> dict[str, str]:
+    metric = evaluation.metric
+    return as_tags(
+        {
+            INPUTS_TAG: context.inputs,
+            "ddpm.run": context.run_name,
+            "metric.name": metric.name,
+            "metric.value": repr(metric.value),
+            "metric.unit": metric.unit.model_dump_json(),
+            "metric.extractor": metric.unit.extractor,
+            "metric.num_samples": metric.unit.num_samples,
+            "dataset.digest": shards.digest,
+            "dataset.source": shards.source,
+            "config.digest": model.config_digest,
+            "weights.sha256": model.weights_sha256,
+            "git.commit": git_commit(),
+        }
+    )
+
+
+def _carry_out(
+    decision: Decision, number: int, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, name: str, tracking: Tracking, run_id: str
+) -> None:
+    """Writes the reason and the description, then moves the alias."""
+    client = tracking.client
+    client.set_model_version_tag(name, str(number), "ddpm.decision", decision.reason[:DESCRIPTION_LIMIT])
+    description = describe(decision, number, shards, model, evaluation, name, tracking.uri, run_id)
+    client.update_model_version(name, str(number), description[:DESCRIPTION_LIMIT])
+    if decision.promote:
+        client.set_registered_model_alias(name, CHAMPION, str(number))
+        client.update_registered_model(name, description[:DESCRIPTION_LIMIT])
+
+
+def describe(decision: Decision, number: int, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, name: str, uri: str, run_id: str) -> str:
+    """Returns a version's page in Markdown: number, picture, data, recipe, how to load it."""
+    metric, unit = evaluation.metric, evaluation.metric.unit
+    guards = "".join(f"| {guard.name} | {guard.value:.4g} |\n" for guard in evaluation.guards)
+    return f"""{metric.name} {metric.value:.4g} - {decision.reason}
+
+![samples](get-artifact?run_id={run_id}&path=evaluate%2Fgrid.png)
+
+| | |
+|---|---|
+| {metric.name} | {metric.value:.4g} (Frechet distance, lower is better) |
+{guards}| samples | {unit.num_samples}, {unit.sampler} {unit.steps} steps, seeds from {unit.first_seed} |
+| reference | dataset {unit.reference_digest}, {unit.reference_count} images |
+| data | {shards.source}: {shards.num_rows} images of {shards.image_size}x{shards.image_size}x{shards.channels}, {shards.num_quarantined} quarantined |
+| training | {model.steps} steps, loss {model.loss:.4g}, {model.parameters / 1e6:.2f} M parameters, {model.precision} |
+| hardware | {model.num_workers} x {model.device}, {model.images_per_second:.0f} images/s |
+| config | {model.config_digest} |
+
+```python
+import mlflow
+mlflow.set_tracking_uri("{public_uri(uri)}")
+images = mlflow.pyfunc.load_model("models:/{name}/{number}").predict({{"num_images": 16, "steps": 50, "seed": 0}})
+```
+"""
+
+
+def is_intact(receipt: Registration, tracking: Tracking) -> bool:
+    """Tells whether the version that a receipt describes is still in the registry."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = tracking.client.get_model_version(receipt.model_name, str(receipt.version))
+    except MlflowException:
+        return False
+    return version.tags.get(INPUTS_TAG) == receipt.inputs
+
+
+def list_models(tracking: Tracking, name: str | None) -> list[dict[str, object]]:
+    """Returns registered models with their aliases and versions, newest first.
+
+    Raises:
+        RegistryError: if a name is given that the registry does not know.
+    """
+    with translated(tracking.uri):
+        models = [model for model in tracking.client.search_registered_models() if name in (None, model.name)]
+        if name is not None and not models:
+            known = ", ".join(model.name for model in tracking.client.search_registered_models()) or "none yet"
+            raise RegistryError(f"model {name} is not in the registry; it has {known}")
+        return [{"name": model.name, "aliases": dict(model.aliases), "versions": _list_versions(tracking, model.name, dict(model.aliases))} for model in models]
+
+
+def _list_versions(tracking: Tracking, name: str, aliases: dict[str, str]) -> list[dict[str, object]]:
+    versions = sorted(tracking.client.search_model_versions(f"name='{name}'"), key=lambda version: -int(version.version))
+    return [
+        {
+            "version": int(version.version),
+            "aliases": sorted(alias for alias, number in aliases.items() if str(number) == str(version.version)),
+            "metric": version.tags.get("metric.name"),
+            "value": float(version.tags["metric.value"]) if "metric.value" in version.tags else None,
+            "unit": json.loads(version.tags["metric.unit"]) if "metric.unit" in version.tags else None,
+            "decision": version.tags.get("ddpm.decision"),
+            "dataset": version.tags.get("dataset.digest"),
+            "run": version.tags.get("ddpm.run"),
+            "run_id": version.run_id,
+            "created_ms": version.creation_timestamp,
+        }
+        for version in versions
+    ]

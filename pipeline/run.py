@@ -1,0 +1,295 @@
+"""The four stages in a row. A stage whose receipt already matches its inputs is not run again."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cluster.connect import disconnect
+from components.data.shards import write_text
+from components.data.sources import Listing, Source
+from pipeline import evaluate as evaluate_stage
+from pipeline import preprocess as preprocess_stage
+from pipeline import register as register_stage
+from pipeline import train as train_stage
+from pipeline.artifacts import STAGES, AnyReceipt, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
+from pipeline.config import RunConfig, config_digest, digest_of, flatten
+from pipeline.context import Reporter, StageContext
+from pipeline.errors import ConfigError
+from pipeline.tracking import Tracking, connect, git_commit
+
+RUN_FILE = "mlflow_run.json"
+
+
+class StageReport(BaseModel):
+    """What became of a stage in one call."""
+
+    model_config = ConfigDict(frozen=True)
+
+    receipt: Receipt
+    skipped: bool
+    reason: str
+    seconds: float
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the receipt's fields with `skipped`, `reason` and `seconds` among them."""
+        return self.receipt.model_dump(mode="json") | {"skipped": self.skipped, "reason": self.reason, "seconds": round(self.seconds, 3)}
+
+
+@dataclass
+class Pipeline:
+    """One run: its config, its name, and what has been reported so far."""
+
+    config: RunConfig
+    name: str
+    start_from: StageName | None
+    reporter: Reporter
+    storage: Path
+    reports: dict[StageName, StageReport]
+
+    def context(self, stage: StageName, inputs: str) -> StageContext:
+        """Returns where a stage with these inputs writes and runs."""
+        folder = self.storage / "runs" / self.name / stage / inputs
+        return StageContext(self.storage, folder, inputs, self.name, self.config.cluster, self.reporter)
+
+    def stage(
+        self,
+        stage: StageName,
+        kind: type[AnyReceipt],
+        inputs: str,
+        intact: Callable[[AnyReceipt], bool],
+        call: Callable[[StageContext], AnyReceipt],
+        forget: Callable[[StageContext], None],
+    ) -> AnyReceipt:
+        """Returns the stage's stored receipt where it matches, else runs the stage and stores its receipt."""
+        started, context = time.perf_counter(), self.context(stage, inputs)
+        stored, reason = self._stored(context, stage, kind, intact)
+        receipt = stored
+        if receipt is None:
+            self.reporter.line(f"[bold]{stage}[/] {reason}")
+            if self._forced(stage):
+                forget(context)
+            receipt = call(context)
+            write_text(context.folder / "receipt.json", receipt.model_dump_json(indent=2) + "\n")
+        else:
+            self.reporter.line(f"[bold]{stage}[/] skipped: {reason}")
+        self.reports[stage] = StageReport(receipt=receipt, skipped=stored is not None, reason=reason, seconds=time.perf_counter() - started)
+        return receipt
+
+    def _forced(self, stage: StageName) -> bool:
+        return self.start_from is not None and STAGES.index(stage) >= STAGES.index(self.start_from)
+
+    def _stored(self, context: StageContext, stage: StageName, kind: type[AnyReceipt], intact: Callable[[AnyReceipt], bool]) -> tuple[AnyReceipt | None, str]:
+        if self._forced(stage):
+            return None, f"asked for by --from {self.start_from}"
+        path = context.folder / "receipt.json"
+        if not path.is_file():
+            others = [other for other in context.folder.parent.glob("*/receipt.json")]
+            return None, "its inputs changed" if others else "for the first time"
+        try:
+            receipt = kind.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValidationError):
+            return None, "its receipt cannot be read"
+        if not intact(receipt):
+            return None, "what its receipt describes is no longer whole"
+        return receipt, f"the same inputs ({context.inputs}), and the result is whole"
+
+
+def run(
+    config: RunConfig, name: str, *, until: StageName = "register", start_from: StageName | None = None, reporter: Reporter | None = None
+) -> dict[StageName, StageReport]:
+    """Runs the stages up to `until`; those from `start_from` on are run even where their receipts match.
+
+    Raises:
+        ConfigError, DataError, ClusterError, RegistryError: before anything expensive starts where possible.
+    """
+    storage = check_storage(config.cluster.storage)
+    pipeline = Pipeline(config, name, start_from, reporter or Reporter(), storage, {})
+    with one_process(storage / "runs" / name, name):
+        listed = preprocess_stage.list_source(config.data)
+        evaluate_stage.check_weights(config.evaluate)
+        tracking = connect(storage) if until != "preprocess" else None
+        write_text(storage / "runs" / name / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        try:
+            _run_stages(pipeline, listed, tracking, until)
+        finally:
+            disconnect()
+    return pipeline.reports
+
+
+def _run_stages(pipeline: Pipeline, listed: tuple[Source, Listing, str], tracking: Tracking | None, until: StageName) -> None:
+    shards = _preprocess(pipeline, listed)
+    if until == "preprocess" or tracking is None:
+        return
+    inputs = digest_of(shards.digest, pipeline.config.model, pipeline.config.diffusion, pipeline.config.train)
+    with TrackedRun(pipeline, tracking, shards, inputs) as tracked:
+        model = _train(pipeline, shards, tracked, inputs)
+        if until == "train":
+            return
+        evaluation = _evaluate(pipeline, model, shards, tracked)
+        if until == "register":
+            _register(pipeline, shards, model, evaluation, tracked)
+
+
+def _preprocess(pipeline: Pipeline, listed: tuple[Source, Listing, str]) -> ShardSet:
+    config = pipeline.config.data
+
+    def forget(context: StageContext) -> None:
+        preprocess_stage.discard(pipeline.storage, listed[2])
+
+    return pipeline.stage(
+        "preprocess",
+        ShardSet,
+        digest_of(listed[2], config.max_bad_fraction),
+        preprocess_stage.is_intact,
+        lambda context: preprocess_stage.preprocess(config, listed, context=context),
+        forget,
+    )
+
+
+def _train(pipeline: Pipeline, shards: ShardSet, tracked: "TrackedRun", inputs: str) -> TrainedModel:
+    config = pipeline.config
+
+    def call(context: StageContext) -> TrainedModel:
+        return train_stage.train(
+            config.train,
+            config.model,
+            config.diffusion,
+            shards,
+            context=context,
+            tracking=tracked.tracking,
+            run_id=tracked.open(),
+            config_digest=config_digest(config),
+        )
+
+    return pipeline.stage("train", TrainedModel, inputs, train_stage.is_intact, call, lambda context: train_stage.set_aside(context.folder))
+
+
+def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked: "TrackedRun") -> Evaluation:
+    config = pipeline.config.evaluate
+    evaluation = pipeline.stage(
+        "evaluate",
+        Evaluation,
+        digest_of(model.weights_sha256, shards.digest, config),
+        evaluate_stage.is_intact,
+        lambda context: evaluate_stage.evaluate(config, model, shards, context=context),
+        lambda context: None,
+    )
+    if not pipeline.reports["evaluate"].skipped or tracked.is_new:
+        evaluate_stage.publish(evaluation, model, tracked.tracking, tracked.open())
+    return evaluation
+
+
+def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, tracked: "TrackedRun") -> Registration:
+    config, tracking = pipeline.config.registry, tracked.tracking
+    inputs = digest_of(evaluation.inputs, evaluation.metric.model_dump(mode="json"), evaluation.samples_sha256, config, tracking.uri, pipeline.name)
+    return pipeline.stage(
+        "register",
+        Registration,
+        inputs,
+        lambda receipt: register_stage.is_intact(receipt, tracking),
+        lambda context: register_stage.register(config, shards, model, evaluation, context=context, tracking=tracking, run_id=tracked.open()),
+        lambda context: None,
+    )
+
+
+class _RunAddress(BaseModel):
+    uri: str
+    run_id: str
+
+
+class TrackedRun:
+    """The MLflow run of a trained model: opened when something is to be logged, the same one each time, ended with the block.
+
+    Attributes:
+        is_new: whether this call made it, because the store had none.
+    """
+
+    def __init__(self, pipeline: Pipeline, tracking: Tracking, shards: ShardSet, train_inputs: str) -> None:
+        self.tracking, self._pipeline, self._shards = tracking, pipeline, shards
+        self._context = pipeline.context("train", train_inputs)
+        self._run_id: str | None = None
+        self.is_new = False
+
+    def open(self) -> str:
+        """Returns the run's id; finds or makes the run the first time."""
+        if self._run_id is None:
+            self._run_id = self._open()
+        return self._run_id
+
+    def _open(self) -> str:
+        pipeline, known = self._pipeline, self._known()
+        run_id = self.tracking.open_run(pipeline.config.registry.model_name, pipeline.name, known)
+        self.is_new = run_id != known
+        if self.is_new:
+            for mark in [self._context.folder / "delivered.txt", *self._context.folder.glob("samples/*.delivered")]:
+                mark.unlink(missing_ok=True)
+            address = _RunAddress(uri=self.tracking.uri, run_id=run_id)
+            write_text(self._context.folder / RUN_FILE, address.model_dump_json() + "\n")
+        self._describe(run_id)
+        return run_id
+
+    def _known(self) -> str | None:
+        try:
+            address = _RunAddress.model_validate_json((self._context.folder / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValidationError):
+            return None
+        return address.run_id if address.uri == self.tracking.uri else None
+
+    def _describe(self, run_id: str) -> None:
+        config, shards = self._pipeline.config, self._shards
+        tags = {"config.digest": config_digest(config), "dataset.digest": shards.digest, "git.commit": git_commit(), "ddpm.folder": str(self._context.folder)}
+        self.tracking.describe_run(run_id, flatten(config), tags)
+        profile = {"rows": shards.num_rows, "quarantined": shards.num_quarantined, "image": f"{shards.channels}x{shards.image_size}x{shards.image_size}"}
+        self.tracking.log_dataset(run_id, name=Path(shards.source).name or "images", digest=shards.digest, source=shards.path, profile=str(profile))
+
+    def __enter__(self) -> "TrackedRun":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._run_id is not None:
+            status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            self.tracking.close_run(self._run_id, status)
+
+
+def check_storage(storage: str) -> Path:
+    """Returns the absolute storage root, made if need be.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    root = Path(storage).expanduser().absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".write-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cluster.storage={storage} cannot be written ({error.strerror}); name a folder with write permission") from error
+    return root
+
+
+@contextmanager
+def one_process(folder: Path, name: str) -> Iterator[None]:
+    """Keeps two processes from working on the same run at once; the lock ends with the process that holds it.
+
+    Raises:
+        ConfigError: if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise ConfigError(f"run {name} is in progress in process {lock.read().strip()}; wait for it, or choose another --name") from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield

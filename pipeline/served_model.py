@@ -1,0 +1,73 @@
+"""The model as MLflow serves it. This file travels inside every registered version, beside a copy of `components`.
+
+It needs torch, numpy, Pillow and MLflow, and nothing of the project that made it.
+"""
+
+import importlib
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+
+COMPONENTS = "components"
+MAX_IMAGES, BATCH_SIZE = 10_000, 64
+
+
+class Sampler(mlflow.pyfunc.PythonModel):
+    """Draws images; image i has seed `seed + i`, whatever else is asked for."""
+
+    def load_context(self, context: Any) -> None:
+        """Rebuilds the denoiser from the checkpoint folder, checksums verified; on a GPU where there is one."""
+        import torch
+
+        checkpoint = importlib.import_module(f"{COMPONENTS}.model.checkpoint")
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._denoiser = checkpoint.load_denoiser(Path(context.artifacts["checkpoint"]), self._device)
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:  # pyrefly: ignore[bad-override]
+        """Returns one entry per image: PNG bytes, or an array (N, H, W, C) uint8 where format is `array`.
+
+        Args:
+            model_input: one row with num_images, and optionally steps (50), seed (0), sampler (`ddim`) and format (`png`).
+
+        Raises:
+            ValueError: if a value is out of range.
+        """
+        row = {
+            key: value
+            for key, value in model_input.to_dict(orient="records")[0].items()
+            if value is not None and not (isinstance(value, float) and math.isnan(value))
+        }
+        count, steps, seed = int(row.get("num_images", 1)), int(row.get("steps", 50)), int(row.get("seed", 0))
+        sampler, form = str(row.get("sampler", "ddim")), str(row.get("format", "png"))
+        if not 1 <= count <= MAX_IMAGES:
+            raise ValueError(f"num_images={count} is out of range; use 1 to {MAX_IMAGES}")
+        if sampler not in ("ddim", "ancestral") or form not in ("png", "array"):
+            raise ValueError(f"sampler={sampler} or format={form} is unknown; use ddim or ancestral, and png or array")
+        pixels = self._draw(range(seed, seed + count), sampler, steps)
+        return pixels.transpose(0, 2, 3, 1) if form == "array" else [_to_png(image) for image in pixels]
+
+    def _draw(self, seeds: range, sampler: str, steps: int) -> np.ndarray:
+        samplers = importlib.import_module(f"{COMPONENTS}.diffusion.samplers")
+        images = importlib.import_module(f"{COMPONENTS}.data.images")
+        model, parts = self._denoiser, []
+        for first in range(0, len(seeds), BATCH_SIZE):
+            x_0 = samplers.sample(
+                model.network, model.schedule, seeds[first : first + BATCH_SIZE], model.spec.shape, sampler=sampler, steps=steps, device=self._device
+            )
+            parts.append(images.to_pixels(x_0).cpu().numpy())
+        return np.concatenate(parts)
+
+
+def _to_png(pixels: np.ndarray) -> bytes:
+    images = importlib.import_module(f"{COMPONENTS}.data.images")
+    buffer = io.BytesIO()
+    images.to_image(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+mlflow.models.set_model(Sampler())

@@ -1,0 +1,230 @@
+"""MLflow runs: one for each trained model, written by one process, addressed by its id."""
+
+import logging
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import RegistryError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+BATCH_METRICS = 900
+REACH_TIMEOUT_S = 5
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_LINES_OF_MLFLOW = ("mlflow", "alembic", "alembic.runtime.migration", "sqlalchemy")
+
+MetricsAt = tuple[int, int, Mapping[str, float]]
+
+
+def tracking_uri(storage: Path) -> str:
+    """Returns where runs are tracked: MLFLOW_TRACKING_URI where it is set, else SQLite below the storage root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow' / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """A reachable MLflow store.
+
+    Attributes:
+        artifacts: where a local store keeps files; None where a server decides.
+    """
+
+    uri: str
+    client: "MlflowClient"
+    artifacts: Path | None
+
+    def open_run(self, experiment: str, name: str, run_id: str | None) -> str:
+        """Returns the id of a run of this store, set to RUNNING: the given one if it is here, else a new one.
+
+        Raises:
+            RegistryError: if the store refuses.
+        """
+        with translated(self.uri):
+            if run_id is not None and self.has_run(run_id):
+                self.client.update_run(run_id, status="RUNNING")
+                return run_id
+            found = self.client.get_experiment_by_name(experiment)
+            location = None if self.artifacts is None else (self.artifacts / experiment).as_uri()
+            experiment_id = found.experiment_id if found else self.client.create_experiment(experiment, artifact_location=location)
+            if found and found.lifecycle_stage == "deleted":
+                self.client.restore_experiment(experiment_id)
+            return self.client.create_run(experiment_id, run_name=name).info.run_id
+
+    def has_run(self, run_id: str) -> bool:
+        """Tells whether the store holds a run that is not deleted."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException:
+            return False
+
+    def describe_run(self, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        """Logs what a run is: its settings and tags. Settings are write-once; repeating the same ones changes nothing."""
+        from mlflow.entities import Param, RunTag
+
+        with translated(self.uri):
+            known = self.client.get_run(run_id).data.params
+            fresh = [Param(key, value[:6000]) for key, value in params.items() if known.get(key) != value[:6000] and key not in known]
+            for first in range(0, len(fresh), 90):
+                self.client.log_batch(run_id, params=fresh[first : first + 90])
+            self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def log_dataset(self, run_id: str, *, name: str, digest: str, source: str, profile: str) -> None:
+        """Names the dataset that a run trains on, once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        with translated(self.uri):
+            inputs = self.client.get_run(run_id).inputs
+            known = [entry.dataset.digest for entry in inputs.dataset_inputs] if inputs else []
+            if digest not in known:
+                dataset = Dataset(name=name, digest=digest, source_type="local", source=source, schema=None, profile=profile)
+                self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def log_metrics(self, run_id: str, lines: Sequence[MetricsAt]) -> None:
+        """Logs (timestamp in ms, step, values) lines. Sending a line twice leaves it there once.
+
+        Raises:
+            RegistryError: if the store cannot be reached.
+        """
+        from mlflow.entities import Metric
+
+        metrics = [Metric(key, value, timestamp, step) for timestamp, step, values in lines for key, value in values.items()]
+        with translated(self.uri):
+            for first in range(0, len(metrics), BATCH_METRICS):
+                self.client.log_batch(run_id, metrics=metrics[first : first + BATCH_METRICS])
+
+    def log_picture(self, run_id: str, picture: Path, *, key: str, step: int) -> None:
+        """Logs a picture of a step, so that the run's page shows it under a slider."""
+        from PIL import Image
+
+        with translated(self.uri), Image.open(picture) as image:
+            self.client.log_image(run_id, image.convert("RGB"), key=key, step=step, synchronous=True)
+
+    def log_files(self, run_id: str, folder: Path, artifact_path: str) -> None:
+        """Copies the files of a folder to the run's artifacts."""
+        with translated(self.uri):
+            self.client.log_artifacts(run_id, str(folder), artifact_path)
+
+    def close_run(self, run_id: str, status: str) -> None:
+        """Ends a run as FINISHED, FAILED or KILLED."""
+        with translated(self.uri):
+            self.client.set_terminated(run_id, status)
+
+
+class translated:
+    """Turns what MLflow and its database raise inside a block into a RegistryError."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, RegistryError):
+            return
+        import requests
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if isinstance(error, MlflowException | SQLAlchemyError | requests.RequestException):
+            message = " ".join(str(error).split())[:300]
+            raise RegistryError(f"MLflow at {public_uri(self._uri)} failed: {message}; start it, or set MLFLOW_TRACKING_URI to one that answers") from error
+
+
+def public_uri(uri: str) -> str:
+    """Returns a URI without the user and password it may hold."""
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def connect(storage: Path) -> Tracking:
+    """Returns the tracking store of a storage root; makes a local one, brings its schema up to date, and checks that a server answers.
+
+    Raises:
+        RegistryError: if it cannot be reached within seconds.
+    """
+    uri = tracking_uri(storage)
+    _prepare_environment()
+    if uri.startswith("http"):
+        _check_answers(uri)
+    local = uri.startswith("sqlite:///")
+    if local:
+        _make_sqlite(uri)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    tracking = Tracking(uri, mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), storage / "mlflow" / "artifacts" if local else None)
+    with translated(uri):
+        tracking.client.search_experiments(max_results=1)
+    return tracking
+
+
+def _prepare_environment() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in _LINES_OF_MLFLOW:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_answers(uri: str) -> None:
+    import requests
+
+    try:
+        requests.get(uri.rstrip("/") + "/health", timeout=REACH_TIMEOUT_S).raise_for_status()
+    except requests.RequestException as error:
+        raise RegistryError(
+            f"MLFLOW_TRACKING_URI={public_uri(uri)} does not answer ({type(error).__name__}); start the server, or unset it to use the local store"
+        ) from error
+
+
+def _make_sqlite(uri: str) -> None:
+    """Creates the database before anyone else touches it: two processes that create it at once break each other."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RegistryError(f"{path.parent} cannot be made ({error.strerror}); give write permission, or set MLFLOW_TRACKING_URI") from error
+    import fcntl
+
+    with (path.parent / ".create.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        import mlflow
+
+        with translated(uri):
+            mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri).search_registered_models(max_results=1)
+
+
+def git_commit() -> str:
+    """Returns the commit of the project's checkout, with `-dirty` where it has changes; `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def ui_link(base: str, fragment: str) -> str:
+    """Returns the address of a page of MLflow's site, in the mode that shows models."""
+    return f"{base.rstrip('/')}/#/{fragment}?workflowType=machine_learning"
+
+
+def as_tags(values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns values as MLflow tags, at most 5,000 characters each."""
+    return {key: str(value)[:5000] for key, value in values.items()}

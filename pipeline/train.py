@@ -1,0 +1,185 @@
+"""Shards in, a trained denoiser out: starts the workers, follows them, and hands on their last checkpoint."""
+
+import os
+import statistics
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from cluster.connect import connect
+from cluster.placement import Placement, place, run_config, scaling_config
+from components.data.shards import read_manifest
+from components.diffusion.schedule import DiffusionConfig
+from components.errors import DataError
+from components.model.unet import UNetConfig
+from pipeline.artifacts import ShardSet, TrainedModel
+from pipeline.context import StageContext
+from pipeline.follow import Follower, read_metrics
+from pipeline.tracking import Tracking
+
+_NO_RESULT: dict[str, JsonValue] = {"result": False}
+
+
+class TrainConfig(BaseModel):
+    """The optimisation; the defaults are the CIFAR-10 run of the DDPM paper."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    steps: int = Field(800_000, ge=1)
+    """Optimiser steps."""
+    global_batch_size: int = Field(128, ge=1)
+    """Images per step over all workers; a multiple of `lanes`."""
+    lanes: int = Field(8, ge=1)
+    """Parts that every batch is cut into, each with its own rows and noise; any number of workers that divides it gives the same run."""
+    lr: float = Field(2e-4, gt=0.0)
+    """Learning rate after the warm-up."""
+    warmup_steps: int = Field(5000, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    """Decoupled weight decay (AdamW); 0 is Adam."""
+    grad_clip: float = Field(1.0, gt=0.0)
+    """Largest norm of the gradient; a longer one is scaled down."""
+    ema_decay: float = Field(0.9999, ge=0.0, lt=1.0)
+    """Decay of the weights' running average, per step, after its warm-up."""
+    flip: bool = True
+    """Mirror images left to right with probability one half."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the network; `auto` is bfloat16 on GPUs and on CPUs with AMX, float32 elsewhere. Noise, target and loss are float32."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Decides weights, rows, flips, time steps, noise and dropout."""
+    log_every: int = Field(50, ge=1, json_schema_extra=_NO_RESULT)
+    """Steps between two points of the loss curve."""
+    checkpoint_every: int = Field(5000, ge=1, json_schema_extra=_NO_RESULT)
+    """Steps between two checkpoints."""
+    keep_last: int = Field(2, ge=1, json_schema_extra=_NO_RESULT)
+    """Checkpoints that are kept."""
+    sample_every: int = Field(10_000, ge=1, json_schema_extra=_NO_RESULT)
+    """Steps between two sample grids."""
+    max_nonfinite_steps: int = Field(10, ge=0, json_schema_extra=_NO_RESULT)
+    """Steps with a gradient that is not finite, left out and counted, before training stops."""
+
+
+class TrainPlan(BaseModel):
+    """All that a worker needs to know; it travels as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: TrainConfig
+    model: UNetConfig
+    diffusion: DiffusionConfig
+    dataset: str
+    folder: str
+    inputs: str
+    threads: int
+    group_timeout_s: int
+
+
+def train(
+    config: TrainConfig,
+    model: UNetConfig,
+    diffusion: DiffusionConfig,
+    shards: ShardSet,
+    *,
+    context: StageContext,
+    tracking: Tracking,
+    run_id: str,
+    config_digest: str,
+) -> TrainedModel:
+    """Trains the denoiser, or goes on from the newest whole checkpoint of these inputs, and returns its receipt.
+
+    Raises:
+        DataError: if the dataset is not whole.
+        RuntimeError: if the workers failed more than `cluster.max_failures` times.
+    """
+    read_manifest(Path(shards.path))
+    context.folder.mkdir(parents=True, exist_ok=True)
+    connect(context.cluster)
+    placement = place(context.cluster)
+    plan = TrainPlan(
+        train=config,
+        model=model,
+        diffusion=diffusion,
+        dataset=shards.path,
+        folder=str(context.folder),
+        inputs=context.inputs,
+        threads=placement.threads,
+        group_timeout_s=context.cluster.group_timeout_s,
+    )
+    with Follower(context, tracking, run_id, config.steps):
+        outcome = _fit(plan, placement, context)
+    return _receipt(outcome, shards, context, tracking.uri, run_id, config_digest)
+
+
+class TrainOutcome(BaseModel):
+    """What the first worker says at the end."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: str
+    weights_sha256: str
+    parameters: int
+    steps: int
+    precision: Literal["float32", "bfloat16"]
+    num_workers: int
+    device: str
+
+
+def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainOutcome:
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.train_loop import train_loop
+
+    # Ray's own snapshot is written in place and may be torn; the checkpoints carry manifests, so it is never needed.
+    (context.folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        train_loop,  # pyrefly: ignore[bad-argument-type]  (its return value is the result's, as Ray documents)
+        train_loop_config={"plan": plan.model_dump_json()},
+        scaling_config=scaling_config(placement),
+        run_config=run_config(context.cluster, storage_path=str(context.folder.parent), name=context.folder.name),
+        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
+    )
+    result: Any = trainer.fit()
+    return TrainOutcome.model_validate_json(result.return_value)
+
+
+def _receipt(outcome: TrainOutcome, shards: ShardSet, context: StageContext, tracking_uri: str, run_id: str, config_digest: str) -> TrainedModel:
+    lines = read_metrics(context.folder)
+    speeds = [line.metrics["perf/images_per_second"] for line in lines if "perf/images_per_second" in line.metrics]
+    losses = [line.metrics["train/loss"] for line in lines if "train/loss" in line.metrics]
+    return TrainedModel(
+        inputs=context.inputs,
+        path=outcome.checkpoint,
+        folder=str(context.folder),
+        weights_sha256=outcome.weights_sha256,
+        steps=outcome.steps,
+        parameters=outcome.parameters,
+        loss=statistics.fmean(losses[-5:]),
+        images_per_second=statistics.median(speeds),
+        precision=outcome.precision,
+        num_workers=outcome.num_workers,
+        device=outcome.device,
+        config_digest=config_digest,
+        dataset_digest=shards.digest,
+        tracking_uri=tracking_uri,
+        mlflow_run_id=run_id,
+    )
+
+
+def is_intact(receipt: TrainedModel) -> bool:
+    """Tells whether the checkpoint that a receipt describes is still there, every checksum matching."""
+    from components.model.checkpoint import verify
+
+    try:
+        return verify(Path(receipt.path))["ema.safetensors"] == receipt.weights_sha256
+    except (DataError, KeyError):
+        return False
+
+
+def set_aside(folder: Path) -> None:
+    """Moves a training folder out of the way, so that training starts anew and nothing is lost."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    if folder.exists():
+        os.replace(folder, target)

@@ -1,0 +1,325 @@
+"""What every training worker runs: rows and noise by step, forward, backward, EMA, checkpoint."""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from components.data.batches import Batch, BatchPlan
+from components.data.images import to_model_range, to_pixels
+from components.data.order import plan_order
+from components.data.reader import RowReader
+from components.data.shards import Manifest, read_manifest
+from components.diffusion.objective import simple_loss
+from components.diffusion.samplers import sample
+from components.diffusion.schedule import Schedule
+from components.figures import grid
+from components.model.checkpoint import (
+    DenoiserSpec,
+    TrainingRecord,
+    TrainingState,
+    load_training_state,
+    newest_whole_checkpoint,
+    read_weights,
+    sha256_of,
+    write_checkpoint,
+)
+from components.model.ema import Ema
+from components.streams import Purpose, stream
+from pipeline.follow import METRICS_FILE, MetricsLine, last_logged_step, samples_folder
+from pipeline.train import TrainConfig, TrainOutcome, TrainPlan
+
+Precision = Literal["float32", "bfloat16"]
+GRID_SEEDS, GRID_COLUMNS, GRID_STEPS = range(16), 8, 20
+
+
+def resolve_precision(wanted: str, device: torch.device) -> Precision:
+    """Returns the arithmetic that `train.precision` means on this hardware."""
+    if wanted == "auto":
+        has_bfloat16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        return "bfloat16" if has_bfloat16 else "float32"
+    return "bfloat16" if wanted == "bfloat16" else "float32"
+
+
+@dataclass
+class Trainer:
+    """The moving parts of a training run on one worker.
+
+    Attributes:
+        network: the denoiser, wrapped for DDP where there are several workers.
+        unet: the denoiser itself.
+        step: optimiser steps done.
+    """
+
+    config: TrainConfig
+    spec: DenoiserSpec
+    inputs: str
+    device: torch.device
+    precision: Precision
+    unet: nn.Module
+    network: nn.Module
+    optimizer: torch.optim.AdamW
+    ema: Ema
+    schedule: Schedule
+    step: int = 0
+    nonfinite_steps: int = 0
+
+    def learning_rate(self) -> float:
+        """Returns the learning rate of the next step: linear warm-up, then constant (DDPM appendix B)."""
+        return self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+
+    def update(self, batch: Batch, first_lane: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes one optimiser step and returns this worker's loss and the gradient's norm before clipping.
+
+        Raises:
+            FloatingPointError: if too many gradients were not finite.
+        """
+        # Dropout is the only draw inside the network; it is keyed by the worker's first lane, so that a resumed step repeats it.
+        torch.manual_seed(int(stream(Purpose.WEIGHTS, self.config.seed, self.step + 1, first_lane).integers(2**32)))
+        x_0 = to_model_range(batch.pixels.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        eps, t = batch.eps.to(self.device, non_blocking=True), batch.t.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            loss = simple_loss(self.network, self.schedule, x_0, eps, t)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.unet.parameters(), self.config.grad_clip)
+        self._apply(norm)
+        self.step += 1
+        return loss.detach(), norm
+
+    def _apply(self, norm: torch.Tensor) -> None:
+        if not torch.isfinite(norm):
+            self.nonfinite_steps += 1
+            if self.nonfinite_steps > self.config.max_nonfinite_steps:
+                raise FloatingPointError(
+                    f"train.max_nonfinite_steps={self.config.max_nonfinite_steps} is exceeded at step {self.step}: gradients are not finite; "
+                    "lower train.lr or train.grad_clip, or use train.precision=float32"
+                )
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.ema.update(self.unet, self.step)
+
+    def state(self) -> TrainingState:
+        """Returns what a checkpoint holds beyond the averaged weights."""
+        moments = self.optimizer.state_dict()["state"]
+        flat = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items()}
+        record = TrainingRecord(step=self.step, train_digest=self.inputs, precision=self.precision, nonfinite_steps=self.nonfinite_steps)
+        return TrainingState(self.unet.state_dict(), flat, record)
+
+    def resume(self, path: Path) -> None:
+        """Takes over everything from a checkpoint.
+
+        Raises:
+            DataError: if it is not whole, or made of other inputs.
+        """
+        state = load_training_state(path)
+        self.unet.load_state_dict(dict(state.weights))
+        self.ema.load(read_weights(path / "ema.safetensors"))
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for address, value in state.optimizer.items():
+            index, _, name = address.partition(".")
+            moments.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.step, self.nonfinite_steps = state.record.step, state.record.nonfinite_steps
+
+
+def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resume_from: Path | None) -> Trainer:
+    """Builds the network, the optimiser and the averages: fresh from the seed, or from a checkpoint."""
+    spec = DenoiserSpec(model=plan.model, diffusion=plan.diffusion, image_size=manifest.image_size, channels=1 if manifest.channels == 1 else 3)
+    torch.manual_seed(int(stream(Purpose.WEIGHTS, plan.train.seed).integers(2**32)))
+    unet = spec.build().to(device).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=plan.train.lr, weight_decay=plan.train.weight_decay, fused=True)
+    trainer = Trainer(
+        plan.train,
+        spec,
+        plan.inputs,
+        device,
+        resolve_precision(plan.train.precision, device),
+        unet,
+        unet,
+        optimizer,
+        Ema(unet, plan.train.ema_decay),
+        Schedule(plan.diffusion).to(device),
+    )
+    if resume_from is not None:
+        trainer.resume(resume_from)
+    return trainer
+
+
+class Recorder:
+    """The first worker's notebook: averages over a stretch of steps, appended as JSON lines that the driver follows.
+
+    Steps that an earlier attempt already wrote down are not written again: they are the same numbers.
+    """
+
+    def __init__(self, folder: Path, images_per_step: int) -> None:
+        self._path, self._images_per_step = folder / METRICS_FILE, images_per_step
+        self._written = last_logged_step(folder)
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new stretch of steps."""
+        self._losses: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor] = []
+        self._waited, self._started = 0.0, time.perf_counter()
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor, waited: float) -> None:
+        """Notes one step: its loss, its gradient norm, and the seconds spent waiting for data."""
+        self._losses.append(loss)
+        self._norms.append(norm)
+        self._waited += waited
+
+    def mean_loss(self) -> torch.Tensor:
+        """Returns this worker's mean loss over the stretch, for averaging over the workers."""
+        return torch.stack(self._losses).mean()
+
+    def write(self, step: int, loss: float, learning_rate: float, nonfinite_steps: int) -> None:
+        """Appends one line, flushed to disk, and starts a new stretch."""
+        seconds = time.perf_counter() - self._started
+        metrics = {
+            "train/loss": loss,
+            "train/gradient_norm": float(torch.stack(self._norms).mean()),
+            "train/learning_rate": learning_rate,
+            "train/nonfinite_steps": float(nonfinite_steps),
+            "perf/images_per_second": len(self._losses) * self._images_per_step / seconds,
+            "perf/data_wait_fraction": self._waited / seconds,
+        }
+        if step > self._written:
+            line = MetricsLine(step=step, timestamp_ms=time.time_ns() // 1_000_000, metrics=metrics)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line.model_dump_json() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self.reset()
+
+
+def train_loop(config: dict[str, Any]) -> str:
+    """Runs on every worker under Ray Train; the first one's return value is the stage's outcome, as JSON."""
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    plan = TrainPlan.model_validate_json(config["plan"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(plan.threads)
+    device, folder, manifest = get_device(), Path(plan.folder), read_manifest(Path(plan.dataset))
+    trainer = make_trainer(plan, manifest, device, _agree_on_checkpoint(folder, rank))
+    if world > 1:
+        trainer.network = prepare_model(trainer.unet, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
+    order = plan_order(
+        num_rows=manifest.num_rows,
+        row_bytes=manifest.row_bytes,
+        global_batch_size=plan.train.global_batch_size,
+        lanes=plan.train.lanes,
+        seed=plan.train.seed,
+    )
+    batch_plan = BatchPlan(order, plan.diffusion.num_steps, plan.train.flip)
+    _run_steps(trainer, batch_plan, RowReader(Path(plan.dataset), manifest), folder, rank, world)
+    checkpoint = folder / checkpoint_name(trainer.step)
+    return TrainOutcome(
+        checkpoint=str(checkpoint),
+        weights_sha256=sha256_of(checkpoint / "ema.safetensors"),
+        parameters=sum(parameter.numel() for parameter in trainer.unet.parameters()),
+        steps=trainer.step,
+        precision=trainer.precision,
+        num_workers=world,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    ).model_dump_json()
+
+
+def checkpoint_name(step: int) -> str:
+    """Returns the folder name of the checkpoint of a step; names sort by step."""
+    return f"step_{step:09d}"
+
+
+def _agree_on_checkpoint(folder: Path, rank: int) -> Path | None:
+    """The first worker finds the newest whole checkpoint; all use that one."""
+    from ray.train.collective import broadcast_from_rank_zero
+
+    found = newest_whole_checkpoint(folder) if rank == 0 else None
+    name = broadcast_from_rank_zero(found.name if found else "")
+    return folder / name if name else None
+
+
+def _run_steps(trainer: Trainer, plan: BatchPlan, reader: RowReader, folder: Path, rank: int, world: int) -> None:
+    config, lanes = trainer.config, plan.lanes_of(rank, world)
+    recorder = Recorder(folder, config.global_batch_size) if rank == 0 else None
+    losses = Recorder(folder, config.global_batch_size) if recorder is None else recorder
+    if recorder is not None and trainer.step == 0:
+        _save_grid(trainer, folder)
+        recorder.reset()
+    batches = plan.batches(reader, range(trainer.step, config.steps), lanes)
+    for batch, waited in _timed(batches):
+        loss, norm = trainer.update(batch, lanes[0])
+        losses.add(loss, norm, waited)
+        at_checkpoint = trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps
+        if trainer.step % config.log_every == 0 or at_checkpoint:
+            loss_now = _mean_over_workers(losses.mean_loss(), world)
+            losses.write(trainer.step, loss_now, trainer.learning_rate(), trainer.nonfinite_steps) if recorder else losses.reset()
+        if trainer.step % config.sample_every == 0 and recorder is not None:
+            _save_grid(trainer, folder)
+            recorder.reset()
+        if at_checkpoint:
+            _save_checkpoint(trainer, folder, rank)
+            losses.reset()
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Yields each batch with the seconds it was waited for."""
+    with contextlib.closing(batches):  # type: ignore[type-var]
+        started = time.perf_counter()
+        for batch in batches:
+            yield batch, time.perf_counter() - started
+            started = time.perf_counter()
+
+
+def _mean_over_workers(value: torch.Tensor, world: int) -> float:
+    if world > 1:
+        torch.distributed.all_reduce(value)
+    return float(value) / world
+
+
+def _save_checkpoint(trainer: Trainer, folder: Path, rank: int) -> None:
+    """The first worker writes the folder; all register it with Ray, which waits for all."""
+    import ray.train
+    from ray.train import Checkpoint, CheckpointUploadMode
+
+    path = folder / checkpoint_name(trainer.step)
+    checkpoint = None
+    if rank == 0:
+        write_checkpoint(path, trainer.spec, trainer.ema.weights, trainer.state())
+        _prune(folder, trainer.config.keep_last)
+        checkpoint = Checkpoint.from_directory(str(path))
+    ray.train.report({"step": trainer.step}, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+
+
+def _prune(folder: Path, keep_last: int) -> None:
+    for old in sorted(folder.glob("step_*"))[:-keep_last]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_grid(trainer: Trainer, folder: Path) -> None:
+    """Draws a small grid from the averaged weights, the same seeds each time, wide rather than tall."""
+    training = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
+    trainer.unet.load_state_dict(trainer.ema.weights)
+    trainer.unet.eval()
+    try:
+        x_0 = sample(trainer.unet, trainer.schedule, GRID_SEEDS, trainer.spec.shape, steps=min(GRID_STEPS, trainer.schedule.num_steps), device=trainer.device)
+    finally:
+        trainer.unet.load_state_dict(training)
+        trainer.unet.train()
+    target = samples_folder(folder) / f"step_{trainer.step:09d}.png"
+    target.parent.mkdir(exist_ok=True)
+    staging = target.with_suffix(".tmp")
+    grid(to_pixels(x_0).cpu().numpy(), GRID_COLUMNS).save(staging, format="PNG")
+    staging.replace(target)

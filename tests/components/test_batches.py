@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from components.data.batches import Batch, BatchPlan
+from components.data.order import RowOrder
+from components.data.reader import RowReader
+from components.data.shards import Manifest, dataset_digest, iterate_pixels, write_manifest, write_shard
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, np.ndarray]:
+    folder = tmp_path_factory.mktemp("dataset")
+    pixels = np.random.default_rng(0).integers(0, 256, (107, 3, 8, 8), dtype=np.uint8)
+    pieces = np.split(pixels, [40, 41, 90])
+    shards = [
+        write_shard(folder / f"shard-{number:05d}.parquet", piece, [str(number)] * len(piece), [f"{number}/{row}" for row in range(len(piece))], "plan")
+        for number, piece in enumerate(pieces)
+    ]
+    manifest = Manifest(
+        digest=dataset_digest(8, 3, shards),
+        plan="plan",
+        source="test",
+        image_size=8,
+        channels=3,
+        num_rows=107,
+        num_listed=107,
+        num_quarantined=0,
+        num_ignored=0,
+        ignored={},
+        quarantined={},
+        labels={},
+        shards=tuple(shards),
+    )
+    write_manifest(folder, manifest)
+    return folder, manifest, pixels
+
+
+def plan(flip: bool = True) -> BatchPlan:
+    return BatchPlan(RowOrder(107, 24, 4, seed=5), num_steps=1000, flip=flip)
+
+
+def test_rows_by_number_are_the_rows_that_were_written(dataset: tuple[Path, Manifest, np.ndarray]):
+    folder, manifest, pixels = dataset
+    rows = np.random.default_rng(1).permutation(107)
+    assert np.array_equal(RowReader(folder, manifest).pixels(rows), pixels[rows])
+    assert np.array_equal(RowReader(folder, manifest, cache_bytes=1).pixels(rows), pixels[rows])
+    assert np.array_equal(np.concatenate(list(iterate_pixels(folder, manifest, 7))), pixels)
+
+
+def test_a_row_outside_the_dataset_is_refused(dataset: tuple[Path, Manifest, np.ndarray]):
+    with pytest.raises(IndexError, match="107"):
+        RowReader(dataset[0], dataset[1]).pixels(np.asarray([3, 107]))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_any_number_of_workers_sees_the_same_rows_pixels_timesteps_and_noise_at_every_step(dataset: tuple[Path, Manifest, np.ndarray], num_workers: int):
+    reader, batches = RowReader(dataset[0], dataset[1]), plan()
+    for step in range(12):
+        whole = batches.batch(reader, step, range(4))
+        parts = [batches.batch(reader, step, batches.lanes_of(rank, num_workers)) for rank in range(num_workers)]
+        for field in ("rows", "pixels", "t", "eps"):
+            assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field)), field
+
+
+def test_the_thread_that_reads_ahead_gives_the_same_batches(dataset: tuple[Path, Manifest, np.ndarray]):
+    reader, batches = RowReader(dataset[0], dataset[1]), plan()
+    for batch in batches.batches(reader, range(3, 9), range(4)):
+        again = batches.batch(reader, batch.step, range(4))
+        assert torch.equal(batch.eps, again.eps)
+        assert torch.equal(batch.pixels, again.pixels)
+
+
+def test_an_error_of_the_reading_thread_reaches_the_caller(dataset: tuple[Path, Manifest, np.ndarray], tmp_path: Path):
+    reader = RowReader(tmp_path, dataset[1])
+    with pytest.raises(FileNotFoundError):
+        next(plan().batches(reader, range(2), range(4)))
+
+
+def test_flips_mirror_about_half_of_the_images_and_nothing_else(dataset: tuple[Path, Manifest, np.ndarray]):
+    folder, manifest, pixels = dataset
+    reader, flipped = RowReader(folder, manifest), 0
+    for step in range(40):
+        batch: Batch = plan().batch(reader, step, range(4))
+        for image, row in zip(batch.pixels.numpy(), batch.rows.numpy(), strict=True):
+            straight = np.array_equal(image, pixels[row])
+            assert straight or np.array_equal(image, pixels[row][:, :, ::-1])
+            flipped += not straight
+    assert 0.42 < flipped / (40 * 24) < 0.58
+
+
+def test_steps_and_lanes_never_share_noise(dataset: tuple[Path, Manifest, np.ndarray]):
+    reader, batches = RowReader(dataset[0], dataset[1]), plan()
+    noises = torch.cat([batches.batch(reader, step, range(4)).eps for step in range(5)]).flatten(1)
+    assert len(torch.unique(noises, dim=0)) == len(noises)
+
+
+def test_workers_that_do_not_divide_the_lanes_are_refused():
+    with pytest.raises(ValueError, match="num_workers=3 does not divide lanes=4"):
+        plan().lanes_of(0, 3)

@@ -1,0 +1,269 @@
+"""One small run of the whole pipeline by the command, and what can be done with what it made."""
+
+import json
+import os
+import signal
+import site
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.conftest import TINY
+
+Command = Callable[..., Any]
+STAGES = ["preprocess", "train", "evaluate", "register"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def first(home: Path, command: Command) -> dict[str, Any]:
+    done = command("run", "digits", *TINY, "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    return done.json
+
+
+def losses(run: dict[str, Any]) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (Path(run["train"]["folder"]) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["metrics"]["train/loss"]) for line in lines]
+
+
+def tracking_uri(home: Path) -> str:
+    return f"sqlite:///{home / 'storage' / 'mlflow' / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="module")
+def client(home: Path, first: dict[str, Any]) -> Any:
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri=tracking_uri(home), registry_uri=tracking_uri(home))
+
+
+def test_json_is_the_four_receipts(first: dict[str, Any]):
+    assert list(first) == STAGES
+    for stage in STAGES:
+        assert first[stage]["skipped"] is False
+        assert first[stage]["reason"] == "for the first time"
+        assert first[stage]["seconds"] > 0
+    assert first["preprocess"]["num_rows"] == 1797
+    assert first["train"]["steps"] == 12
+    assert first["train"]["num_workers"] == 2
+    assert first["evaluate"]["metric"]["unit"]["reference_digest"] == first["preprocess"]["digest"]
+    assert first["register"]["promoted"] is True
+
+
+def test_everything_lies_under_the_storage_root(home: Path, first: dict[str, Any]):
+    assert [path.name for path in home.iterdir()] == ["storage"]
+
+
+def test_the_same_command_again_skips_every_stage_with_its_reason(home: Path, command: Command, first: dict[str, Any]):
+    done = command("run", "digits", *TINY, "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    for stage in STAGES:
+        again = done.json[stage]
+        assert again.pop("skipped") is True
+        assert "the same inputs" in again.pop("reason")
+        expected = {key: value for key, value in first[stage].items() if key not in ("skipped", "reason", "seconds")}
+        assert {key: value for key, value in again.items() if key != "seconds"} == expected
+
+
+def test_another_number_of_samples_runs_only_evaluate_and_register_and_is_not_compared(home: Path, command: Command, first: dict[str, Any]):
+    done = command("run", "digits", *TINY, "evaluate.num_samples=80", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    assert [done.json[stage]["skipped"] for stage in STAGES] == [True, True, False, False]
+    assert done.json["register"]["promoted"] is False
+    assert "num_samples 80 against 64" in done.json["register"]["decision"]
+    assert done.json["register"]["mlflow_run_id"] == first["register"]["mlflow_run_id"]
+
+
+def test_workers_change_no_digest_and_no_sample(home: Path, command: Command, first: dict[str, Any]):
+    done = command("evaluate", "digits", *TINY, "cluster.num_workers=1", "--json", cwd=home)
+    assert [done.json[stage]["skipped"] for stage in STAGES[:3]] == [True, True, True]
+    alone = command("run", "digits", *TINY, "cluster.num_workers=1", "--name", "alone", "--json", cwd=home)
+    assert alone.code == 0, alone.stderr
+    for stage, field in (("preprocess", "digest"), ("train", "config_digest"), ("train", "inputs"), ("train", "dataset_digest")):
+        assert alone.json[stage][field] == first[stage][field]
+    two, one = ([loss for _, loss in losses(run)] for run in (first, alone.json))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+def test_samples_of_one_checkpoint_are_the_same_from_one_actor_or_three(first: dict[str, Any]):
+    import ray
+
+    from cluster.config import ClusterConfig
+    from cluster.connect import connect, disconnect
+    from cluster.placement import Placement
+    from pipeline.draw import ExtractorChoice, Recipe, Team
+
+    digests = []
+    connect(ClusterConfig(num_workers=2))
+    try:
+        for actors in (1, 3):
+            with Team(Placement(1, use_gpu=False, threads=1, num_samplers=actors), Path(first["train"]["path"]), [ExtractorChoice("dct8")]) as team:
+                work = ((Recipe("ddim", 4, 16), range(start, start + 32), [np.zeros(32)], False) for start in range(0, 128, 32))
+                digests.append([part[1] for part in team.map("part", work)])
+    finally:
+        disconnect()
+    assert not ray.is_initialized()
+    assert digests[0] == digests[1]
+
+
+def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_weights(home: Path, command: Command, first: dict[str, Any]):
+    arguments = [sys.executable, "-m", "workflows", "run", "digits", *TINY, "--name", "killed", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    running = subprocess.Popen(arguments, cwd=home, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = home / "storage" / "runs" / "killed" / "train"
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("*/step_*/manifest.json")):
+        assert time.monotonic() < deadline
+        assert running.poll() is None
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    again = command("run", "digits", *TINY, "--name", "killed", "--json", cwd=home)
+    assert again.code == 0, again.stderr
+    assert again.json["train"]["weights_sha256"] == first["train"]["weights_sha256"]
+    assert losses(again.json) == losses(first)
+
+
+def test_the_run_page_has_each_step_once_the_settings_and_the_pictures(client: Any, first: dict[str, Any]):
+    run_id = first["register"]["mlflow_run_id"]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert [metric.step for metric in client.get_metric_history(run_id, "train/loss")] == [2, 4, 6, 8, 10, 12]
+    assert {"train/gradient_norm", "train/learning_rate", "perf/images_per_second", "perf/data_wait_fraction"} <= set(run.data.metrics)
+    assert run.data.params["train.steps"] == "12"
+    assert run.data.params["data.source"] == "digits"
+    assert run.inputs.dataset_inputs[0].dataset.digest == first["preprocess"]["digest"]
+    assert {file.path for file in client.list_artifacts(run_id, "evaluate")} >= {"evaluate/grid.png", "evaluate/denoising.gif", "evaluate/loss.png"}
+    assert any("samples+step+0+" in file.path for file in client.list_artifacts(run_id, "images"))
+
+
+def test_the_version_carries_its_number_its_origin_and_a_picture(client: Any, first: dict[str, Any]):
+    version = client.get_model_version_by_alias("ddpm-digits", "champion")
+    assert int(version.version) == first["register"]["version"]
+    assert float(version.tags["metric.value"]) == first["evaluate"]["metric"]["value"]
+    assert json.loads(version.tags["metric.unit"]) == first["evaluate"]["metric"]["unit"]
+    assert version.tags["dataset.digest"] == first["preprocess"]["digest"]
+    assert version.tags["config.digest"] == first["train"]["config_digest"]
+    assert version.tags["ddpm.decision"] == first["register"]["decision"]
+    assert f"![samples](get-artifact?run_id={first['register']['mlflow_run_id']}&path=evaluate%2Fgrid.png)" in version.description
+
+
+LOAD_ELSEWHERE = """
+import importlib.util, io, json, sys
+sys.path.append(sys.argv[1])
+assert importlib.util.find_spec("components") is None and importlib.util.find_spec("pipeline") is None
+import mlflow, numpy as np
+from PIL import Image
+mlflow.set_tracking_uri(sys.argv[2])
+model = mlflow.pyfunc.load_model("models:/ddpm-digits@champion")
+arrays = model.predict({"num_images": 5, "steps": 4, "seed": 3, "format": "array"})
+pngs = model.predict({"num_images": 2, "steps": 4, "seed": 6})
+defaults = model.predict({"num_images": 1})
+same = np.array_equal(np.asarray(Image.open(io.BytesIO(pngs[0]))), arrays[3, :, :, 0])
+print(json.dumps({"shape": arrays.shape, "dtype": str(arrays.dtype), "same": same, "defaults": len(defaults), "safetensors": "safetensors" in sys.modules}))
+"""
+
+
+def test_the_model_loads_and_draws_without_the_project(home: Path, first: dict[str, Any], tmp_path: Path):
+    packages = site.getsitepackages()[0]
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", "-c", LOAD_ELSEWHERE, packages, tracking_uri(home)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == {"shape": [5, 8, 8, 1], "dtype": "uint8", "same": True, "defaults": 1, "safetensors": False}
+
+
+def test_a_registered_model_holds_no_pickle(client: Any, first: dict[str, Any], tmp_path: Path, home: Path):
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking_uri(home))
+    mlflow.set_registry_uri(tracking_uri(home))
+    folder = Path(mlflow.artifacts.download_artifacts("models:/ddpm-digits@champion", dst_path=str(tmp_path)))
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert not suffixes & {".pkl", ".pickle", ".pt", ".pth", ".bin"}
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert all("==" in line for line in requirements)
+
+
+def test_sample_draws_the_same_picture_from_the_registry_and_the_checkpoint(home: Path, command: Command, first: dict[str, Any]):
+    by_alias = command("sample", "models:/ddpm-digits@champion", "--num", "6", "--steps", "4", "--out", "a.png", cwd=home)
+    by_folder = command("sample", first["train"]["path"], "--num", "6", "--steps", "4", "--out", "b.png", cwd=home)
+    assert (by_alias.code, by_folder.code) == (0, 0), by_alias.stderr + by_folder.stderr
+    assert by_alias.stdout == "a.png\n"
+    assert np.array_equal(np.asarray(Image.open(home / "a.png")), np.asarray(Image.open(home / "b.png")))
+
+
+def test_models_lists_versions_numbers_and_aliases(home: Path, command: Command, first: dict[str, Any]):
+    done = command("models", "ddpm-digits", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    versions = {version["version"]: version for version in done.json[0]["versions"]}
+    assert versions[1]["aliases"] == ["champion"]
+    assert versions[1]["value"] == first["evaluate"]["metric"]["value"]
+    missing = command("models", "nobody", cwd=home)
+    assert (missing.code, missing.stdout) == (2, "")
+    assert "model nobody is not in the registry; it has ddpm-digits" in missing.stderr
+
+
+def test_a_stage_asked_for_by_from_runs_again_and_registers_nothing_twice(home: Path, command: Command, first: dict[str, Any]):
+    done = command("run", "digits", *TINY, "--from", "evaluate", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    assert [done.json[stage]["skipped"] for stage in STAGES] == [True, True, False, False]
+    assert done.json["evaluate"]["samples_sha256"] == first["evaluate"]["samples_sha256"]
+    assert done.json["evaluate"]["metric"] == first["evaluate"]["metric"]
+    assert done.json["register"]["version"] == first["register"]["version"]
+
+
+def test_two_processes_never_work_on_one_run(home: Path, command: Command, first: dict[str, Any]):
+    from pipeline.errors import ConfigError
+    from pipeline.run import one_process
+
+    folder = home / "storage" / "runs" / "digits"
+    with one_process(folder, "digits"):
+        done = command("run", "digits", *TINY, cwd=home)
+        with pytest.raises(ConfigError, match="is in progress in process"), one_process(folder, "digits"):
+            pass
+    assert done.code == 2
+    assert f"run digits is in progress in process {os.getpid()}" in done.stderr
+
+
+def test_a_folder_of_photographs_with_bad_files_among_them(home: Path, command: Command, make_images: Callable[..., Path]):
+    photos = make_images(home / "photos", 60)
+    (photos / "cat" / "cut.jpg").write_bytes((photos / "cat" / "0002.jpg").read_bytes()[:200])
+    (photos / "dog" / "text.png").write_text("no picture")
+    (photos / "dog" / "caption.txt").write_text("a dog")
+    arguments = ["cifar10-small", f"data.source={photos}", *TINY, "data.shard_bytes=40000", "--json"]
+    done = command("preprocess", *arguments, cwd=home)
+    assert done.code == 0, done.stderr
+    receipt = done.json["preprocess"]
+    assert (receipt["num_rows"], receipt["num_listed"], receipt["num_quarantined"], receipt["num_ignored"]) == (60, 62, 2, 1)
+    assert receipt["quarantined"] == {"not_an_image": 1, "truncated": 1}
+    assert receipt["num_shards"] == 5
+    quarantine = pq.read_table(Path(receipt["path"]) / "quarantine.parquet").to_pylist()
+    assert {(line["path"], line["reason"]) for line in quarantine} == {("cat/cut.jpg", "truncated"), ("dog/text.png", "not_an_image")}
+    shards = [pq.read_table(path) for path in sorted(Path(receipt["path"]).glob("shard-*.parquet"))]
+    sources = [source for shard in shards for source in shard.column("source").to_pylist()]
+    assert sources == sorted(sources)
+    assert str(shards[0].schema.field("pixels").type) == "fixed_size_binary[3072]"
+
+    strict = command("preprocess", *arguments, "data.max_bad_fraction=0.01", cwd=home)
+    assert strict.code == 2
+    assert "data.max_bad_fraction=0.01 is exceeded: 2 of 62 images are bad, the first cat/cut.jpg (truncated" in strict.stderr

@@ -1,0 +1,60 @@
+"""Our U-Net computes what diffusers' UNet2DModel computes, with the same weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from components.model.diffusers_names import diffusers_config, from_diffusers, to_diffusers
+from components.model.unet import UNet, UNetConfig
+
+CONFIGS = {
+    "attention in the middle": (UNetConfig(base_channels=16, channel_mults=(1, 2, 2), attention_resolutions=(8,), num_groups=8), 16, 3),
+    "grey, one level": (UNetConfig(base_channels=16, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4), 8, 1),
+    "several heads": (UNetConfig(base_channels=16, channel_mults=(1, 2), attention_resolutions=(4,), num_heads=1, num_groups=8), 8, 3),
+}
+
+
+def randomised(unet: UNet) -> UNet:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in unet.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return unet.eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_equal_those_of_diffusers(name: str):
+    config, size, channels = CONFIGS[name]
+    ours = randomised(UNet(config, image_size=size, channels=channels))
+    theirs: Any = UNet2DModel(**diffusers_config(ours, image_size=size, channels=channels))
+    theirs.eval()
+    theirs.load_state_dict(to_diffusers(ours))
+    x, t = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 17, 999])
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x, t), theirs(x, t).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_survive_the_way_to_diffusers_and_back():
+    config, size, channels = CONFIGS["attention in the middle"]
+    ours = randomised(UNet(config, image_size=size, channels=channels))
+    back = from_diffusers(ours, to_diffusers(ours))
+    assert all(torch.equal(back[name], value) for name, value in ours.state_dict().items())
+    assert set(back) == set(ours.state_dict())
+
+
+def test_the_defaults_are_the_cifar10_network_of_the_paper():
+    with torch.device("meta"):
+        ours = UNet(UNetConfig(), image_size=32, channels=3)
+        theirs: Any = UNet2DModel(**diffusers_config(ours, image_size=32, channels=3))
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 35_746_307
+    assert {name: value.shape for name, value in to_diffusers(ours).items()} == {name: value.shape for name, value in theirs.state_dict().items()}
+
+
+def test_channels_last_changes_nothing_but_the_speed():
+    config, size, channels = CONFIGS["attention in the middle"]
+    ours = randomised(UNet(config, image_size=size, channels=channels))
+    x, t = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 500])
+    with torch.inference_mode():
+        expected = ours(x, t)
+        torch.testing.assert_close(ours.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t), expected, rtol=1e-4, atol=1e-5)

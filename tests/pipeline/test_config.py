@@ -1,0 +1,106 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import RunConfig, config_digest, flatten, load_config, section_fields
+from pipeline.errors import ConfigError
+from workflows.cli import PRESETS, find_preset
+
+DIGITS = PRESETS / "digits.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_is_valid_and_states_only_what_differs_from_the_defaults(path: Path):
+    config = load_config(path).model_dump(mode="json")
+    defaults = RunConfig().model_dump(mode="json")
+    for section, values in yaml.safe_load(path.read_text()).items():
+        for key in values:
+            assert config[section][key] != defaults[section][key], f"{section}.{key} repeats the default"
+
+
+def test_the_cifar10_preset_is_the_run_of_the_paper():
+    config = load_config(PRESETS / "cifar10.yaml")
+    assert (config.train.steps, config.train.lr, config.train.global_batch_size, config.train.warmup_steps) == (800_000, 2e-4, 128, 5000)
+    assert (config.train.ema_decay, config.train.grad_clip, config.train.flip, config.model.dropout) == (0.9999, 1.0, True, 0.1)
+    assert (config.diffusion.num_steps, config.diffusion.betas, config.diffusion.prediction) == (1000, "linear", "eps")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=3"], r"train\.stepz is not a setting; did you mean train\.steps\?"),
+        (["trian.steps=3"], r"trian is not a setting; did you mean train\?"),
+        (["train.steps=many"], r"train\.steps='many' is wrong: input should be a valid integer"),
+        (["train.lr=-1"], r"train\.lr=-1 is wrong: input should be greater than 0"),
+        (["train.steps"], r"override 'train\.steps' is not of the form section\.key=value"),
+        (["model.channel_mults=[1,2"], r"model\.channel_mults=\[1,2 is not a YAML value"),
+        (["data.image_size=9"], r"data\.image_size=9 cannot be halved 1 times; use a multiple of 2 such as 8"),
+        (["cluster.num_workers=3"], r"cluster\.num_workers=3 does not divide train\.lanes=8; use a divisor"),
+        (["train.global_batch_size=30"], r"train\.global_batch_size=30 is no multiple of train\.lanes=8"),
+        (["evaluate.steps=2000"], r"evaluate\.steps=2000 is above diffusion\.num_steps=1000"),
+        (["model.num_groups=5"], r"model: base_channels=32 times 1 is 32, which num_groups=5 .* does not divide"),
+        (["data.mode=RGBA"], r"data\.mode='RGBA' is wrong"),
+        (["train.seed=-1"], r"train\.seed=-1 is wrong"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_would_be_right(overrides: Sequence[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(DIGITS, overrides)
+
+
+def test_all_wrong_settings_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config(DIGITS, ["train.lr=0", "train.stepz=1", "evaluate.batch_size=0"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("- a\n- b\n", "is not a tree of sections"), ("a: [", "is not YAML"), ("train: 3\n", "is not a tree of sections")]
+)
+def test_a_file_that_is_no_preset_is_named(tmp_path: Path, content: str, message: str):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=rf"mine\.yaml {message}"):
+        load_config(tmp_path / "mine.yaml")
+
+
+def test_a_preset_that_does_not_exist_is_told_with_those_that_do():
+    with pytest.raises(ConfigError, match="preset digit is neither a file nor one of celeba64, cifar10, cifar10-small, digits"):
+        find_preset("digit")
+
+
+def test_text_settings_are_taken_as_they_are_written():
+    assert load_config(DIGITS, ["data.source=007", "cluster.storage=on"]).data.source == "007"
+    assert load_config(DIGITS, ["train.lr=1e-4"]).train.lr == 1e-4
+
+
+def test_placement_and_bookkeeping_change_no_digest():
+    expected = config_digest(load_config(DIGITS))
+    same = ["cluster.num_workers=1", "cluster.storage=/elsewhere", "train.log_every=7", "train.checkpoint_every=9", "train.keep_last=5", "train.sample_every=3"]
+    for override in same:
+        assert config_digest(load_config(DIGITS, [override])) == expected, override
+
+
+@pytest.mark.parametrize("override", ["train.seed=1", "train.steps=9", "model.dropout=0.2", "data.image_size=16", "evaluate.steps=3", "diffusion.betas=linear"])
+def test_whatever_decides_a_result_changes_the_digest(override: str):
+    assert config_digest(load_config(DIGITS, [override])) != config_digest(load_config(DIGITS))
+
+
+def test_the_registered_model_is_called_after_the_preset():
+    assert load_config(DIGITS).registry.model_name == "ddpm-digits"
+    assert load_config(DIGITS, ["registry.model_name=mine"]).registry.model_name == "mine"
+
+
+def test_every_setting_says_what_it_means():
+    for section in RunConfig.model_fields.values():
+        assert section.description
+    for section_name in RunConfig.model_fields:
+        for name, field in section_fields(section_name).items():
+            assert field.description, name
+
+
+def test_flattened_settings_are_addresses_and_text():
+    flat = flatten(load_config(DIGITS))
+    assert flat["train.steps"] == str(load_config(DIGITS).train.steps)
+    assert flat["model.channel_mults"] == "[1, 2]"

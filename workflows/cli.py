@@ -1,0 +1,218 @@
+"""The `ddpm` command. Heavy libraries are imported where they are used, so that help comes at once."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.artifacts import StageName
+    from pipeline.config import RunConfig
+
+PRESETS = Path(__file__).with_name("presets")
+PACKAGES = ("components", "cluster", "pipeline", "workflows")
+USER_ERROR, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="ddpm",
+    help="Train diffusion models on a folder of images and keep the best one in a registry.\n\nStart with [bold]ddpm run digits[/].",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name (digits, cifar10, cifar10-small, celeba64) or the path of a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings laid on the preset, such as train.steps=1000.")]
+Name = Annotated[str | None, typer.Option("--name", help="What to call the run; the preset's name by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, the stages' receipts, as the only thing on stdout.")]
+Storage = Annotated[str, typer.Option("--storage", help="Storage root whose MLflow store is used, unless MLFLOW_TRACKING_URI is set.")]
+
+
+@app.command(rich_help_panel="Run")
+def run(
+    preset: Preset,
+    overrides: Overrides = None,
+    name: Name = None,
+    start_from: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and the later ones even where nothing changed.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Preprocess, train, evaluate, register: what already matches is skipped, what was interrupted goes on."""
+    _run(preset, overrides, name, "register", start_from, as_json)
+
+
+@app.command(rich_help_panel="Run")
+def preprocess(preset: Preset, overrides: Overrides = None, name: Name = None, as_json: AsJson = False) -> None:
+    """Turn a source of images into a dataset of parquet shards."""
+    _run(preset, overrides, name, "preprocess", None, as_json)
+
+
+@app.command(rich_help_panel="Run")
+def train(preset: Preset, overrides: Overrides = None, name: Name = None, as_json: AsJson = False) -> None:
+    """Train the denoiser of a run (and preprocess, where that is not done)."""
+    _run(preset, overrides, name, "train", None, as_json)
+
+
+@app.command(rich_help_panel="Run")
+def evaluate(preset: Preset, overrides: Overrides = None, name: Name = None, as_json: AsJson = False) -> None:
+    """Draw samples of a run's model and measure them (and do the stages before, where they are not done)."""
+    _run(preset, overrides, name, "evaluate", None, as_json)
+
+
+@app.command(rich_help_panel="Run")
+def register(preset: Preset, overrides: Overrides = None, name: Name = None, as_json: AsJson = False) -> None:
+    """Register a run's model and decide about the champion (and do the stages before, where they are not done)."""
+    _run(preset, overrides, name, "register", None, as_json)
+
+
+def _run(preset: str, overrides: list[str] | None, name: str | None, until: "StageName", start_from: str | None, as_json: bool) -> None:
+    config, run_name = _load(preset, overrides, name)
+    from pipeline.artifacts import STAGES
+    from pipeline.errors import ConfigError
+    from pipeline.run import run as run_pipeline
+    from workflows.tables import print_summary
+
+    stages = {stage: stage for stage in STAGES}
+    if start_from is not None and start_from not in stages:
+        raise ConfigError(f"--from {start_from} is no stage; use one of {', '.join(STAGES)}")
+    with stdout_to_stderr() as stdout:
+        reports = run_pipeline(config, run_name, until=until, start_from=stages[start_from] if start_from else None)
+        if as_json:
+            stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
+        else:
+            print_summary(stdout, reports, run_name, config)
+
+
+@app.command(rich_help_panel="Look")
+def config(preset: Preset, overrides: Overrides = None) -> None:
+    """Print every setting with its meaning, and the digest of those that decide the result."""
+    from workflows.tables import print_config
+
+    print_config(_load(preset, overrides, None)[0])
+
+
+@app.command(rich_help_panel="Use")
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="models:/NAME@champion, models:/NAME/VERSION, or a checkpoint folder.")],
+    num: Annotated[int, typer.Option(min=1, max=10_000, help="Images to draw.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Network evaluations per image.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; image i has seed + i.")] = 0,
+    sampler: Annotated[str, typer.Option(help="ddim or ancestral.")] = "ddim",
+    out: Annotated[Path, typer.Option(help="Picture to write: PNG.")] = Path("grid.png"),
+    storage: Storage = "./storage",
+) -> None:
+    """Draw a grid of images from a registered model or a checkpoint."""
+    from workflows.sample import draw_grid
+
+    with stdout_to_stderr() as stdout:
+        draw_grid(model, num=num, steps=steps, seed=seed, sampler=sampler, out=out, storage=storage)
+        stdout.write(f"{out}\n")
+
+
+@app.command(rich_help_panel="Look")
+def models(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One registered model; all by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    storage: Storage = "./storage",
+) -> None:
+    """List registered models: versions, metrics with their units, aliases, decisions."""
+    with stdout_to_stderr() as stdout:
+        from pipeline.register import list_models
+        from pipeline.tracking import connect
+        from workflows.tables import print_models
+
+        found = list_models(connect(Path(storage).expanduser().absolute()), name)
+        stdout.write(json.dumps(found, indent=2) + "\n") if as_json else print_models(stdout, found)
+
+
+@app.command(rich_help_panel="Look")
+def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000, storage: Storage = "./storage") -> None:
+    """Serve MLflow's pages on this machine: runs, curves, pictures, models."""
+    from workflows.ui import serve
+
+    serve(Path(storage).expanduser().absolute(), port)
+
+
+def _load(preset: str, overrides: list[str] | None, name: str | None) -> "tuple[RunConfig, str]":
+    """Returns the validated config and the run's name."""
+    from pipeline.config import load_config
+    from pipeline.errors import ConfigError
+
+    path = find_preset(preset)
+    run_name = name or path.stem
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
+        raise ConfigError(f"--name {run_name} is no run name; use letters, digits, '.', '_' and '-'")
+    return load_config(path, overrides or []), run_name
+
+
+def find_preset(preset: str) -> Path:
+    """Returns the file of a preset given by name or path.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    from pipeline.errors import ConfigError
+
+    for path in (Path(preset), PRESETS / f"{preset}.yaml"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    raise ConfigError(f"preset {preset} is neither a file nor one of {names}; name one of these or the path of a YAML file")
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[Any]:
+    """Sends all that any library or child process prints to stderr, and gives the block the real stdout."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(saved, "w", encoding="utf-8") as stdout:
+            yield stdout
+            stdout.flush()
+            os.dup2(saved, 1)
+    except BaseException:
+        sys.stdout.flush()
+        raise
+
+
+def check_packages() -> None:
+    """Ends the command where one of the four packages is not this project's: a namesake elsewhere on the path would win silently."""
+    root = Path(__file__).resolve().parent.parent
+    for package in PACKAGES:
+        found = importlib.util.find_spec(package)
+        place = Path(found.origin).resolve().parent.parent if found and found.origin else None
+        if place != root:
+            typer.echo(f"error: package {package} is found in {place}, not in {root}; remove the namesake, or run from the project's root", err=True)
+            sys.exit(USER_ERROR)
+
+
+def main() -> None:
+    """Runs the command: a mistake that a person can mend is one message and exit code 2."""
+    try:
+        check_packages()
+        app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if not isinstance(error, _user_errors()):
+            raise
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        sys.exit(USER_ERROR)
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from cluster.config import ClusterError
+    from components.errors import DataError
+    from pipeline.errors import ConfigError, RegistryError
+
+    return ConfigError, DataError, ClusterError, RegistryError

@@ -1,0 +1,67 @@
+"""A grid of images from a registered model or a checkpoint folder."""
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from components.data.images import to_pixels
+from components.diffusion.samplers import sample
+from components.figures import grid
+from components.model.checkpoint import Denoiser, load_denoiser
+from pipeline.errors import ConfigError
+from pipeline.tracking import connect, translated
+
+BATCH_SIZE = 64
+
+
+def draw_grid(model: str, *, num: int, steps: int, seed: int, sampler: str, out: Path, storage: str) -> None:
+    """Draws images with seeds seed, seed + 1, ... and writes them side by side as a PNG.
+
+    Raises:
+        ConfigError: if a value is out of range or the picture cannot be written.
+        DataError: if the checkpoint folder is not whole.
+        RegistryError: if the registry does not know the model.
+    """
+    kind = _sampler(sampler)
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out} is no PNG file; use a name that ends in .png")
+    denoiser = _load(model, storage)
+    parts = []
+    for first in range(seed, seed + num, BATCH_SIZE):
+        seeds = range(first, min(first + BATCH_SIZE, seed + num))
+        try:
+            x_0 = sample(denoiser.network, denoiser.schedule, seeds, denoiser.spec.shape, sampler=kind, steps=steps)
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from error
+        parts.append(to_pixels(x_0).numpy())
+    _save(np.concatenate(parts), out)
+
+
+def _sampler(name: str) -> Literal["ddim", "ancestral"]:
+    if name == "ddim":
+        return "ddim"
+    if name == "ancestral":
+        return "ancestral"
+    raise ConfigError(f"--sampler {name} is unknown; use ddim or ancestral")
+
+
+def _load(model: str, storage: str) -> Denoiser:
+    if not model.startswith("models:/"):
+        return load_denoiser(Path(model))
+    tracking = connect(Path(storage).expanduser().absolute())
+    import mlflow
+
+    with translated(tracking.uri), tempfile.TemporaryDirectory(prefix="ddpm-sample-") as folder:
+        fetched = mlflow.artifacts.download_artifacts(model.rstrip("/") + "/artifacts/checkpoint", dst_path=folder)
+        return load_denoiser(Path(fetched))
+
+
+def _save(pixels: np.ndarray, out: Path) -> None:
+    columns = max(1, min(16, round(len(pixels) ** 0.5 * 1.5)))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        grid(pixels, columns).save(out)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror}); name a file in a folder with write permission") from error
