@@ -22,7 +22,14 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """Prints one line."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Says what is being waited for during a block, with a spinner where stderr is a terminal."""
+        self.line(f"  {what}")
+        with self.console.status(what) if sys.stderr.isatty() else contextlib.nullcontext():
+            yield
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:

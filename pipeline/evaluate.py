@@ -34,7 +34,7 @@ class EvaluateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    num_samples: int = Field(10_000, ge=64)
+    num_samples: int = Field(10_000, ge=2)
     """Images that are drawn and measured."""
     sampler: Literal["ddim", "ancestral"] = "ddim"
     """`ddim` (DDIM, eta 0) or `ancestral` (DDPM, on respaced steps)."""
@@ -128,9 +128,9 @@ def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -
         raise DataError(f"evaluate.extractor=classifier needs labels, and {shards.source} has {shards.num_labels}; use dct8 or inception")
     folder = context.storage / "cache" / "classifiers" / f"{shards.digest}-{RECIPE}"
     if not (folder / "classifier.json").is_file():
-        context.reporter.line("  training the classifier whose features measure the samples, once for this dataset")
         threads = placement.threads * placement.num_workers
-        ray.get(ray.remote(num_cpus=1)(make_classifier).remote(shards.path, str(folder), threads))
+        with context.reporter.waiting("training the classifier whose features measure the samples, once for this dataset"):
+            ray.get(ray.remote(num_cpus=1)(make_classifier).remote(shards.path, str(folder), threads))
     return folder
 
 

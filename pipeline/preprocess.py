@@ -27,7 +27,7 @@ from components.data.shards import (
     write_quarantine,
     write_shard,
 )
-from components.data.sources import DataConfig, Item, Listing, Source, open_source
+from components.data.sources import DataConfig, Item, Listing, Source, open_source, printable
 from components.errors import DataError
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
@@ -51,13 +51,13 @@ def plan_digest(config: DataConfig, listing: Listing) -> str:
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
 
-def list_source(config: DataConfig) -> tuple[Source, Listing, str]:
+def list_source(config: DataConfig, storage: Path) -> tuple[Source, Listing, str]:
     """Returns the source, its listing, and the digest of the plan made of both.
 
     Raises:
         DataError: if the source cannot be read or is empty.
     """
-    source = open_source(config)
+    source = open_source(config, str(storage / "downloads"))
     listing = source.listing()
     return source, listing, plan_digest(config, listing)
 
@@ -137,7 +137,7 @@ def _reuse(path: Path, items: list[Item], task: ShardTask) -> tuple[Shard, list[
         pixels, labels, sources, plan = read_shard(path)
     except DataError:
         return None
-    if plan != task.plan or sources != [item.path for item in items]:
+    if plan != task.plan or sources != [printable(item.path) for item in items]:
         return None
     return describe_shard(path, pixels, labels, sources), []
 
@@ -152,10 +152,11 @@ def _make(path: Path, items: list[Item], task: ShardTask) -> tuple[Shard | None,
             pixels[len(kept)] = to_pixels_array(to_square(decode(task.source.fetch(item.path), mode), size))
             kept.append(item)
         except DataError as error:
-            bad.append(BadFile(path=item.path, reason=error.reason, detail=str(error), bytes=item.size))
+            bad.append(BadFile(path=printable(item.path), reason=error.reason, detail=str(error), bytes=item.size))
     if not kept:
         return None, bad
-    return write_shard(path, pixels[: len(kept)], [item.label for item in kept], [item.path for item in kept], task.plan), bad
+    labels = [None if item.label is None else printable(item.label) for item in kept]
+    return write_shard(path, pixels[: len(kept)], labels, [printable(item.path) for item in kept], task.plan), bad
 
 
 def _too_many_bad(config: DataConfig, bad: list[BadFile], listed: int, folder: Path) -> str:

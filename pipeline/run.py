@@ -112,7 +112,7 @@ def run(
     storage = check_storage(config.cluster.storage)
     pipeline = Pipeline(config, name, start_from, reporter or Reporter(), storage, {})
     with one_process(storage / "runs" / name, name):
-        listed = preprocess_stage.list_source(config.data)
+        listed = preprocess_stage.list_source(config.data, storage)
         evaluate_stage.check_weights(config.evaluate)
         tracking = connect(storage) if until != "preprocess" else None
         write_text(storage / "runs" / name / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

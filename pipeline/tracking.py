@@ -152,14 +152,19 @@ def public_uri(uri: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
-def connect(storage: Path) -> Tracking:
-    """Returns the tracking store of a storage root; makes a local one, brings its schema up to date, and checks that a server answers.
+def connect(storage: Path, *, create: bool = True) -> Tracking:
+    """Returns the tracking store of a storage root; brings a local one's schema up to date, and checks that a server answers.
+
+    Args:
+        create: make a local store where there is none.
 
     Raises:
-        RegistryError: if it cannot be reached within seconds.
+        RegistryError: if it cannot be reached within seconds, or is not there.
     """
     uri = tracking_uri(storage)
     _prepare_environment()
+    if not create and uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise RegistryError(f"{storage} holds no MLflow store yet; run `ddpm run digits` first, or name another --storage")
     if uri.startswith("http"):
         _check_answers(uri)
     local = uri.startswith("sqlite:///")

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from cluster.connect import connect
 from cluster.placement import Placement, place, run_config, scaling_config
@@ -15,6 +15,7 @@ from components.errors import DataError
 from components.model.unet import UNetConfig
 from pipeline.artifacts import ShardSet, TrainedModel
 from pipeline.context import StageContext
+from pipeline.errors import ConfigError
 from pipeline.follow import Follower, read_metrics
 from pipeline.tracking import Tracking
 
@@ -90,6 +91,7 @@ def train(
 
     Raises:
         DataError: if the dataset is not whole.
+        ConfigError: if more than `train.max_nonfinite_steps` gradients were not finite.
         RuntimeError: if the workers failed more than `cluster.max_failures` times.
     """
     read_manifest(Path(shards.path))
@@ -106,9 +108,20 @@ def train(
         threads=placement.threads,
         group_timeout_s=context.cluster.group_timeout_s,
     )
+    context.reporter.line(_derived(config, placement, context))
     with Follower(context, tracking, run_id, config.steps):
         outcome = _fit(plan, placement, context)
     return _receipt(outcome, shards, context, tracking.uri, run_id, config_digest)
+
+
+def _derived(config: TrainConfig, placement: Placement, context: StageContext) -> str:
+    """Returns the values that follow from the settings and the machines, for a person to see at the start."""
+    from components.model.checkpoint import newest_whole_checkpoint
+
+    newest = newest_whole_checkpoint(context.folder)
+    where = "one GPU each" if placement.use_gpu else f"{placement.threads} CPU thread{'s' if placement.threads > 1 else ''} each"
+    start = f", going on from {newest.name}" if newest else ""
+    return f"  {placement.num_workers} workers with {where}, {config.global_batch_size // placement.num_workers} images per worker and step{start}"
 
 
 class TrainOutcome(BaseModel):
@@ -123,6 +136,14 @@ class TrainOutcome(BaseModel):
     precision: Literal["float32", "bfloat16"]
     num_workers: int
     device: str
+
+
+class TrainFailure(BaseModel):
+    """What the first worker says when going on makes no sense, and neither does starting again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    failure: str
 
 
 def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainOutcome:
@@ -140,7 +161,10 @@ def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainO
         torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
     )
     result: Any = trainer.fit()
-    return TrainOutcome.model_validate_json(result.return_value)
+    outcome = TypeAdapter(TrainOutcome | TrainFailure).validate_json(result.return_value)
+    if isinstance(outcome, TrainFailure):
+        raise ConfigError(outcome.failure)
+    return outcome
 
 
 def _receipt(outcome: TrainOutcome, shards: ShardSet, context: StageContext, tracking_uri: str, run_id: str, config_digest: str) -> TrainedModel:

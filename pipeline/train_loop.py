@@ -34,7 +34,7 @@ from components.model.checkpoint import (
 from components.model.ema import Ema
 from components.streams import Purpose, stream
 from pipeline.follow import METRICS_FILE, MetricsLine, last_logged_step, samples_folder
-from pipeline.train import TrainConfig, TrainOutcome, TrainPlan
+from pipeline.train import TrainConfig, TrainFailure, TrainOutcome, TrainPlan
 
 Precision = Literal["float32", "bfloat16"]
 GRID_SEEDS, GRID_COLUMNS, GRID_STEPS = range(16), 8, 20
@@ -224,7 +224,10 @@ def train_loop(config: dict[str, Any]) -> str:
         seed=plan.train.seed,
     )
     batch_plan = BatchPlan(order, plan.diffusion.num_steps, plan.train.flip)
-    _run_steps(trainer, batch_plan, RowReader(Path(plan.dataset), manifest), folder, rank, world)
+    try:
+        _run_steps(trainer, batch_plan, RowReader(Path(plan.dataset), manifest), folder, rank, world)
+    except FloatingPointError as error:
+        return TrainFailure(failure=str(error)).model_dump_json()
     checkpoint = folder / checkpoint_name(trainer.step)
     return TrainOutcome(
         checkpoint=str(checkpoint),

@@ -128,7 +128,7 @@ def models(
         from pipeline.tracking import connect
         from workflows.tables import print_models
 
-        found = list_models(connect(Path(storage).expanduser().absolute()), name)
+        found = list_models(connect(Path(storage).expanduser().absolute(), create=False), name)
         stdout.write(json.dumps(found, indent=2) + "\n") if as_json else print_models(stdout, found)
 
 

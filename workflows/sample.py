@@ -10,7 +10,7 @@ from components.data.images import to_pixels
 from components.diffusion.samplers import sample
 from components.figures import grid
 from components.model.checkpoint import Denoiser, load_denoiser
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RegistryError
 from pipeline.tracking import connect, translated
 
 BATCH_SIZE = 64
@@ -50,11 +50,17 @@ def _sampler(name: str) -> Literal["ddim", "ancestral"]:
 def _load(model: str, storage: str) -> Denoiser:
     if not model.startswith("models:/"):
         return load_denoiser(Path(model))
-    tracking = connect(Path(storage).expanduser().absolute())
+    tracking = connect(Path(storage).expanduser().absolute(), create=False)
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     with translated(tracking.uri), tempfile.TemporaryDirectory(prefix="ddpm-sample-") as folder:
-        fetched = mlflow.artifacts.download_artifacts(model.rstrip("/") + "/artifacts/checkpoint", dst_path=folder)
+        try:
+            fetched = mlflow.artifacts.download_artifacts(model.rstrip("/") + "/artifacts/checkpoint", dst_path=folder)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise RegistryError(f"{model} is not in the registry ({error.message}); `ddpm models` lists what is") from error
+            raise
         return load_denoiser(Path(fetched))
 
 

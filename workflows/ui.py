@@ -29,10 +29,8 @@ def serve(storage: Path, port: int) -> None:
     if uri.startswith("http"):
         typer.echo(f"MLFLOW_TRACKING_URI names a server that is running elsewhere: {ui_link(public_uri(uri), 'models')}")
         return
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise RegistryError(f"{storage} holds no MLflow store yet; run `ddpm run digits` first, or name another --storage")
     _check_free(port)
-    connect(storage)
+    connect(storage, create=False)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--artifacts-destination", str(storage / "mlflow" / "served")]
     server = subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

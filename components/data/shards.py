@@ -134,7 +134,7 @@ def write_text(path: Path, text: str) -> None:
 def describe_shard(path: Path, pixels: np.ndarray, labels: Sequence[str | None], sources: Sequence[str]) -> Shard:
     """Returns the manifest's entry for a shard that was just written or read back."""
     content = hashlib.sha256(np.ascontiguousarray(pixels).data)
-    content.update(json.dumps([list(labels), list(sources)], ensure_ascii=False).encode("utf-8", "surrogateescape"))
+    content.update(json.dumps([list(labels), list(sources)], ensure_ascii=False).encode())
     names, counts = np.unique([label or "" for label in labels], return_counts=True)
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()

@@ -32,8 +32,8 @@ class DataConfig(BaseModel):
 
     source: str = Field("digits", min_length=1)
     """A folder of images, a folder of parquet files with an image column, or one of `digits`, `cifar10`, `mnist`, `fashion-mnist`, `celeba`."""
-    root: str = "./data"
-    """Folder where torchvision datasets lie or are downloaded to."""
+    root: str | None = Field(None, json_schema_extra={"result": False})
+    """Folder where torchvision datasets lie or are downloaded to; by default `downloads` below the storage root."""
     image_size: int = Field(32, ge=4, le=1024)
     """Height and width of every image after cropping and resizing, pixels."""
     mode: Mode = "RGB"
@@ -135,6 +135,11 @@ class FolderSource:
             return (Path(self.root) / path).read_bytes()
         except OSError as error:
             raise DataError(f"{type(error).__name__}: {error.strerror}", "unreadable") from error
+
+
+def printable(path: str) -> str:
+    """Returns a file name as text: bytes that are not UTF-8 are escaped in hexadecimal."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _raise_unreadable(error: OSError) -> None:
@@ -296,8 +301,11 @@ def _digits() -> tuple[np.ndarray, list[int]]:
     return (np.asarray(values).reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8), np.asarray(targets).tolist()
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, downloads: str = "downloads") -> Source:
     """Returns the source that `data.source` names.
+
+    Args:
+        downloads: where torchvision datasets go when `data.root` is not set.
 
     Raises:
         DataError: if it is neither a known name nor a readable folder.
@@ -305,7 +313,7 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "digits":
         return DigitsSource()
     if config.source in TORCHVISION:
-        return TorchvisionSource(config.source, os.path.abspath(os.path.expanduser(config.root)))
+        return TorchvisionSource(config.source, os.path.abspath(os.path.expanduser(config.root or downloads)))
     root = Path(config.source).expanduser().absolute()
     if not root.is_dir():
         names: list[Literal["digits"] | str] = ["digits", *TORCHVISION]

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 
 Command = Callable[..., Any]
 STAGES = ["preprocess", "train", "evaluate", "register"]
@@ -119,16 +120,22 @@ def test_samples_of_one_checkpoint_are_the_same_from_one_actor_or_three(first: d
     assert digests[0] == digests[1]
 
 
-def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_weights(home: Path, command: Command, first: dict[str, Any]):
-    arguments = [sys.executable, "-m", "workflows", "run", "digits", *TINY, "--name", "killed", "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    running = subprocess.Popen(arguments, cwd=home, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = home / "storage" / "runs" / "killed" / "train"
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | {"PYTHONPATH": str(ROOT)}
+
+
+def wait_for_checkpoint(run: Path, running: "subprocess.Popen[Any]") -> None:
     deadline = time.monotonic() + 200
-    while not list(folder.glob("*/step_*/manifest.json")):
+    while not list(run.glob("train/*/step_*/manifest.json")):
         assert time.monotonic() < deadline
         assert running.poll() is None
         time.sleep(0.02)
+
+
+def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_weights(home: Path, command: Command, first: dict[str, Any]):
+    arguments = [sys.executable, "-m", "workflows", "run", "digits", *TINY, "--name", "killed", "--json"]
+    running = subprocess.Popen(arguments, cwd=home, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_checkpoint(home / "storage" / "runs" / "killed", running)
     running.send_signal(signal.SIGKILL)
     running.wait()
     again = command("run", "digits", *TINY, "--name", "killed", "--json", cwd=home)
@@ -267,3 +274,40 @@ def test_a_folder_of_photographs_with_bad_files_among_them(home: Path, command: 
     strict = command("preprocess", *arguments, "data.max_bad_fraction=0.01", cwd=home)
     assert strict.code == 2
     assert "data.max_bad_fraction=0.01 is exceeded: 2 of 62 images are bad, the first cat/cut.jpg (truncated" in strict.stderr
+
+
+def test_file_names_that_are_no_text_are_read_and_named(home: Path, command: Command, make_images: Callable[..., Path]):
+    photos = make_images(home / "odd", 4)
+    (photos / "cat" / "0000.png").rename(os.fsdecode(os.fsencode(photos) + b"/cat/\xff\xfe.png"))
+    Path(os.fsdecode(os.fsencode(photos) + b"/dog/\xfd.jpg")).write_bytes(b"")
+    done = command("preprocess", "cifar10-small", f"data.source={photos}", "data.max_bad_fraction=0.5", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    folder = Path(done.json["preprocess"]["path"])
+    assert "cat/\\xff\\xfe.png" in pq.read_table(folder / "shard-00000.parquet").column("source").to_pylist()
+    assert pq.read_table(folder / "quarantine.parquet").column("path").to_pylist() == ["dog/\\xfd.jpg"]
+
+
+def test_a_model_that_is_not_registered_is_told(home: Path, command: Command, first: dict[str, Any]):
+    done = command("sample", "models:/nobody@champion", cwd=home)
+    assert done.code == 2
+    assert "error: models:/nobody@champion is not in the registry" in done.stderr
+
+
+def test_a_training_that_diverges_stops_with_advice(home: Path, command: Command):
+    done = command("train", "digits", *TINY, "train.lr=1e30", "train.max_nonfinite_steps=1", "--name", "diverged", cwd=home)
+    assert done.code == 2
+    assert "train.max_nonfinite_steps=1 is exceeded" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_training_worker_that_is_killed_starts_again_within_the_same_command(home: Path, first: dict[str, Any]):
+    arguments = [sys.executable, "-m", "workflows", "train", "digits", *TINY, "--name", "worker-killed", "--json"]
+    with subprocess.Popen(arguments, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        wait_for_checkpoint(home / "storage" / "runs" / "worker-killed", running)
+        workers = [child for child in psutil.Process(running.pid).children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())]
+        assert len(workers) == 2
+        workers[-1].kill()
+        stdout, stderr = running.communicate(timeout=200)
+    assert running.returncode == 0, stderr
+    assert json.loads(stdout)["train"]["weights_sha256"] == first["train"]["weights_sha256"]
+    assert losses(json.loads(stdout)) == losses(first)
