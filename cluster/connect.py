@@ -8,7 +8,6 @@ import sys
 from .config import ClusterConfig, ClusterError
 
 _ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DEDUP_LOGS": "0",

@@ -11,21 +11,22 @@ from .data.images import to_image
 GRID_GAP = 1
 
 
-def grid(pixels: np.ndarray, columns: int, min_side: int = 64) -> Image.Image:
-    """Returns images side by side on white, scaled up by a whole factor until each is about min_side pixels wide.
+def grid(pixels: np.ndarray, columns: int, width: int = 800) -> Image.Image:
+    """Returns images side by side on white, scaled up by the largest whole factor that keeps the picture within a width.
 
     Args:
         pixels: (N, C, H, W) uint8, C of 1 or 3.
+        width: of the picture, pixels; one that is wider without scaling stays as it is.
     """
-    count, channels, height, width = pixels.shape
+    count, channels, tall, wide = pixels.shape
     rows = -(-count // columns)
-    canvas = np.full((channels, rows * (height + GRID_GAP) + GRID_GAP, columns * (width + GRID_GAP) + GRID_GAP), 255, np.uint8)
+    canvas = np.full((channels, rows * (tall + GRID_GAP) + GRID_GAP, columns * (wide + GRID_GAP) + GRID_GAP), 255, np.uint8)
     for index, image in enumerate(pixels):
-        top = GRID_GAP + (index // columns) * (height + GRID_GAP)
-        left = GRID_GAP + (index % columns) * (width + GRID_GAP)
-        canvas[:, top : top + height, left : left + width] = image
-    factor = max(1, round(min_side / width))
+        top = GRID_GAP + (index // columns) * (tall + GRID_GAP)
+        left = GRID_GAP + (index % columns) * (wide + GRID_GAP)
+        canvas[:, top : top + tall, left : left + wide] = image
     picture = to_image(canvas)
+    factor = max(1, width // picture.width)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 

@@ -23,8 +23,8 @@ from pipeline.tracking import Tracking
 if TYPE_CHECKING:
     from components.metrics.frechet import FeatureStats
 
-GRID_IMAGES, GRID_COLUMNS = 64, 16
-ANIMATION_IMAGES, ANIMATION_FRAMES = 16, 40
+GRID_IMAGES, GRID_COLUMNS = 60, 12
+ANIMATION_IMAGES, ANIMATION_COLUMNS, ANIMATION_FRAMES = 16, 8, 40
 PART_BATCHES = 4
 MIN_CLASSES = 2
 
@@ -254,7 +254,7 @@ def _pictures(folder: Path, first: np.ndarray, frames: Sequence[np.ndarray], tra
 
     paths = {"grid": folder / "grid.png", "animation": folder / "denoising.gif", "loss_curve": folder / "loss.png"}
     grid(first, GRID_COLUMNS).save(paths["grid"])
-    save_animation(paths["animation"], [grid(frame, GRID_COLUMNS // 2) for frame in frames])
+    save_animation(paths["animation"], [grid(frame, ANIMATION_COLUMNS) for frame in frames])
     lines = [line for line in read_metrics(training) if "train/loss" in line.metrics]
     save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines])
     return {name: str(path) for name, path in paths.items()}

@@ -245,6 +245,7 @@ def _carry_out(
     client.set_model_version_tag(name, str(number), "ddpm.decision", decision.reason[:DESCRIPTION_LIMIT])
     description = describe(decision, number, shards, model, evaluation, name, tracking.uri, run_id)
     client.update_model_version(name, str(number), description[:DESCRIPTION_LIMIT])
+    tracking.note(run_id, description)
     if decision.promote:
         client.set_registered_model_alias(name, CHAMPION, str(number))
         client.update_registered_model(name, description[:DESCRIPTION_LIMIT])

@@ -114,6 +114,11 @@ class Tracking:
         with translated(self.uri), Image.open(picture) as image:
             self.client.log_image(run_id, image.convert("RGB"), key=key, step=step, synchronous=True)
 
+    def note(self, run_id: str, markdown: str) -> None:
+        """Sets the description on a run's page."""
+        with translated(self.uri):
+            self.client.set_tag(run_id, "mlflow.note.content", markdown[:5000])
+
     def log_files(self, run_id: str, folder: Path, artifact_path: str) -> None:
         """Copies the files of a folder to the run's artifacts."""
         with translated(self.uri):

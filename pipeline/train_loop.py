@@ -124,10 +124,13 @@ class Trainer:
         state = load_training_state(path)
         self.unet.load_state_dict(dict(state.weights))
         self.ema.load(read_weights(path / "ema.safetensors"))
+        parameters = list(self.unet.parameters())
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for address, value in state.optimizer.items():
             index, _, name = address.partition(".")
-            moments.setdefault(int(index), {})[name] = value
+            # The fused kernel walks parameter and moments in step through memory, so that both need the same strides.
+            like = parameters[int(index)]
+            moments.setdefault(int(index), {})[name] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step, self.nonfinite_steps = state.record.step, state.record.nonfinite_steps

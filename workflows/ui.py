@@ -1,6 +1,7 @@
 """MLflow's own pages, on loopback, over the store of a storage root."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def serve(storage: Path, port: int) -> None:
     connect(storage, create=False)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--artifacts-destination", str(storage / "mlflow" / "served")]
-    server = subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, _interrupt)
+    server = subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait_until_ready(server, port)
         typer.echo(f"models  {ui_link(f'http://{HOST}:{port}', 'models')}")
@@ -43,8 +45,21 @@ def serve(storage: Path, port: int) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        server.terminate()
-        server.wait()
+        _end(server)
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    """Ends the server and the workers it started, the whole process group."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, number)
+            server.wait(timeout=10)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _check_free(port: int) -> None:

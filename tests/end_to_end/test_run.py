@@ -1,12 +1,16 @@
 """One small run of the whole pipeline by the command, and what can be done with what it made."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import site
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-
-from tests.conftest import ROOT, TINY
+from support import ROOT, TINY
 
 Command = Callable[..., Any]
 STAGES = ["preprocess", "train", "evaluate", "register"]
@@ -100,8 +103,6 @@ def test_workers_change_no_digest_and_no_sample(home: Path, command: Command, fi
 
 
 def test_samples_of_one_checkpoint_are_the_same_from_one_actor_or_three(first: dict[str, Any]):
-    import ray
-
     from cluster.config import ClusterConfig
     from cluster.connect import connect, disconnect
     from cluster.placement import Placement
@@ -116,7 +117,6 @@ def test_samples_of_one_checkpoint_are_the_same_from_one_actor_or_three(first: d
                 digests.append([part[1] for part in team.map("part", work)])
     finally:
         disconnect()
-    assert not ray.is_initialized()
     assert digests[0] == digests[1]
 
 
@@ -132,14 +132,19 @@ def wait_for_checkpoint(run: Path, running: "subprocess.Popen[Any]") -> None:
         time.sleep(0.02)
 
 
-def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_weights(home: Path, command: Command, first: dict[str, Any]):
+def test_killed_with_all_its_processes_and_run_again_it_ends_with_the_same_weights(home: Path, command: Command, first: dict[str, Any]):
     arguments = [sys.executable, "-m", "workflows", "run", "digits", *TINY, "--name", "killed", "--json"]
     running = subprocess.Popen(arguments, cwd=home, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_checkpoint(home / "storage" / "runs" / "killed", running)
+    family = psutil.Process(running.pid).children(recursive=True)
     running.send_signal(signal.SIGKILL)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     running.wait()
     again = command("run", "digits", *TINY, "--name", "killed", "--json", cwd=home)
     assert again.code == 0, again.stderr
+    assert re.search("going on from step_00000000[48]", again.stderr)
     assert again.json["train"]["weights_sha256"] == first["train"]["weights_sha256"]
     assert losses(again.json) == losses(first)
 
@@ -311,3 +316,23 @@ def test_a_training_worker_that_is_killed_starts_again_within_the_same_command(h
     assert running.returncode == 0, stderr
     assert json.loads(stdout)["train"]["weights_sha256"] == first["train"]["weights_sha256"]
     assert losses(json.loads(stdout)) == losses(first)
+
+
+def test_ui_serves_the_models_page_on_loopback_and_ends_with_all_its_processes(home: Path, first: dict[str, Any]):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with subprocess.Popen(
+        [sys.executable, "-m", "workflows", "ui", "--port", str(port)], cwd=home, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == f"models  http://127.0.0.1:{port}/#/models?workflowType=machine_learning\n"
+        family = psutil.Process(running.pid).children(recursive=True)
+        picture = f"http://127.0.0.1:{port}/get-artifact?run_id={first['register']['mlflow_run_id']}&path=evaluate%2Fgrid.png"
+        with urllib.request.urlopen(picture, timeout=60) as answer:
+            assert answer.read() == Path(first["evaluate"]["grid"]).read_bytes()
+        listening = {connection.laddr.ip for process in family for connection in process.net_connections() if connection.status == "LISTEN"}
+        assert listening == {"127.0.0.1"}
+        running.terminate()
+        assert running.wait(timeout=60) == 0
+    assert not [process for process in family if process.is_running()]

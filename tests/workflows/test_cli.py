@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
-from tests.conftest import ROOT
 from workflows.cli import main
 
 Run = Callable[..., tuple[int, str, str]]

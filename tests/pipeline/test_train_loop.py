@@ -1,0 +1,113 @@
+"""One worker's training, without Ray: what a checkpoint gives back is all that training needs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.data.batches import Batch
+from components.data.shards import Manifest
+from components.diffusion.schedule import DiffusionConfig
+from components.model.checkpoint import write_checkpoint
+from components.model.unet import UNetConfig
+from pipeline.train import TrainConfig, TrainPlan
+from pipeline.train_loop import Trainer, make_trainer, resolve_precision
+
+MANIFEST = Manifest(
+    digest="d",
+    plan="p",
+    source="s",
+    image_size=8,
+    channels=1,
+    num_rows=9,
+    num_listed=9,
+    num_quarantined=0,
+    num_ignored=0,
+    ignored={},
+    quarantined={},
+    labels={},
+    shards=(),
+)
+CPU = torch.device("cpu")
+
+
+def plan(**changes: object) -> TrainPlan:
+    return TrainPlan(
+        train=TrainConfig.model_validate({"lr": 1e-2, "warmup_steps": 3, **changes}),
+        model=UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4, dropout=0.2),
+        diffusion=DiffusionConfig(),
+        dataset="",
+        folder="",
+        inputs="i",
+        threads=1,
+        group_timeout_s=60,
+    )
+
+
+def batch(step: int) -> Batch:
+    draw = torch.Generator().manual_seed(step)
+    shape = (4, 1, 8, 8)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
+    return Batch(step, torch.arange(4), pixels, torch.randint(0, 1000, (4,), generator=draw), torch.randn(shape, generator=draw))
+
+
+def train(trainer: Trainer, until: int) -> list[float]:
+    return [float(trainer.update(batch(step), first_lane=0)[0]) for step in range(trainer.step, until)]
+
+
+def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path):
+    undisturbed, interrupted = make_trainer(plan(), MANIFEST, CPU, None), make_trainer(plan(), MANIFEST, CPU, None)
+    expected = train(undisturbed, 9)
+    losses = train(interrupted, 4)
+    write_checkpoint(tmp_path / "step_000000004", interrupted.spec, interrupted.ema.weights, interrupted.state())
+    resumed = make_trainer(plan(), MANIFEST, CPU, tmp_path / "step_000000004")
+    assert resumed.step == 4
+    assert losses + train(resumed, 9) == expected
+    for name, value in undisturbed.unet.state_dict().items():
+        assert torch.equal(value, resumed.unet.state_dict()[name]), name
+    for name, value in undisturbed.ema.weights.items():
+        assert torch.equal(value, resumed.ema.weights[name]), name
+    theirs = dict(resumed.state().optimizer)
+    assert all(torch.equal(value, theirs[name]) for name, value in undisturbed.state().optimizer.items())
+
+
+def test_one_step_is_adams_of_a_plain_optimizer():
+    ours, plain = make_trainer(plan(warmup_steps=0), MANIFEST, CPU, None), make_trainer(plan(warmup_steps=0), MANIFEST, CPU, None)
+    reference = torch.optim.Adam([parameter.detach().clone().requires_grad_() for parameter in plain.unet.parameters()], lr=1e-2, foreach=False)
+    for step in range(3):
+        ours.update(batch(step), 0)
+        for mine, theirs in zip(ours.unet.parameters(), reference.param_groups[0]["params"], strict=True):
+            assert mine.grad is not None
+            theirs.grad = mine.grad.clone()
+        reference.step()
+    for mine, theirs in zip(ours.unet.parameters(), reference.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_warms_up_from_the_first_step():
+    trainer = make_trainer(plan(), MANIFEST, CPU, None)
+    rates = []
+    for step in range(5):
+        rates.append(trainer.learning_rate())
+        trainer.update(batch(step), 0)
+    assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2, 1e-2])
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted_and_stops_past_the_limit():
+    trainer = make_trainer(plan(max_nonfinite_steps=1), MANIFEST, CPU, None)
+    before = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
+    broken = Batch(0, torch.arange(4), batch(0).pixels, batch(0).t, torch.full((4, 1, 8, 8), float("nan")))
+    trainer.update(broken, 0)
+    assert trainer.nonfinite_steps == 1
+    assert all(torch.equal(value, before[name]) for name, value in trainer.unet.state_dict().items())
+    with pytest.raises(FloatingPointError, match=r"train\.max_nonfinite_steps=1 is exceeded at step 1"):
+        trainer.update(broken, 0)
+
+
+def test_bfloat16_trains_with_float32_weights_and_loss():
+    trainer = make_trainer(plan(precision="bfloat16"), MANIFEST, CPU, None)
+    exact = make_trainer(plan(precision="float32"), MANIFEST, CPU, None)
+    loss, norm = trainer.update(batch(0), 0)
+    assert (loss.dtype, norm.dtype, next(trainer.unet.parameters()).dtype) == (torch.float32,) * 3
+    assert float(loss) == pytest.approx(float(exact.update(batch(0), 0)[0]), rel=0.02)
+    assert resolve_precision("auto", CPU) in ("float32", "bfloat16")

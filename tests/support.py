@@ -1,0 +1,54 @@
+"""What several tests share: the command as a person runs it, and settings that make every stage tiny."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "train.steps=12",
+    "train.global_batch_size=32",
+    "train.log_every=2",
+    "train.checkpoint_every=4",
+    "train.sample_every=100",
+    "train.warmup_steps=2",
+    "model.base_channels=8",
+    "model.num_groups=4",
+    "evaluate.num_samples=64",
+    "evaluate.steps=4",
+    "evaluate.batch_size=16",
+    "evaluate.extractor=dct8",
+]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+def ddpm(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None, timeout: int = 300) -> Finished:
+    """Runs the command in a process of its own, as a person would."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | dict(env or {})
+    done = subprocess.run(
+        [sys.executable, "-m", "workflows", *arguments],
+        cwd=cwd,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
