@@ -101,14 +101,29 @@ class Follower:
                     self._deliver()
 
     def _deliver(self) -> None:
-        delivered = self._folder / CURSOR_FILE
-        offset = int(delivered.read_text()) if delivered.is_file() else 0
-        lines, end = _read_from(self._folder, offset)
-        if lines:
-            self._tracking.log_metrics(self._run_id, [(line.timestamp_ms, line.step, line.metrics) for line in lines])
-            write_text(delivered, str(end))
-        for picture in sorted(samples_folder(self._folder).glob("step_*.png")):
-            marker = picture.with_suffix(".delivered")
-            if not marker.exists():
-                self._tracking.log_picture(self._run_id, picture, key="samples", step=int(picture.stem.removeprefix("step_")))
-                marker.touch()
+        deliver(self._folder, self._tracking, self._run_id)
+
+
+def deliver(folder: Path, tracking: Tracking, run_id: str) -> None:
+    """Sends what a training folder holds and the run has not got yet: lines of the notebook, sample grids.
+
+    Raises:
+        RegistryError: if the store cannot be reached; the next call goes on from there.
+    """
+    delivered = folder / CURSOR_FILE
+    offset = int(delivered.read_text()) if delivered.is_file() else 0
+    lines, end = _read_from(folder, offset)
+    if lines:
+        tracking.log_metrics(run_id, [(line.timestamp_ms, line.step, line.metrics) for line in lines])
+        write_text(delivered, str(end))
+    for picture in sorted(samples_folder(folder).glob("step_*.png")):
+        marker = picture.with_suffix(".delivered")
+        if not marker.exists():
+            tracking.log_picture(run_id, picture, key="samples", step=int(picture.stem.removeprefix("step_")))
+            marker.touch()
+
+
+def forget_deliveries(folder: Path) -> None:
+    """Makes the next `deliver` send everything, because the run is a new one."""
+    for mark in [folder / CURSOR_FILE, *samples_folder(folder).glob("*.delivered")]:
+        mark.unlink(missing_ok=True)

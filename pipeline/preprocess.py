@@ -32,6 +32,7 @@ from components.errors import DataError
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
 
+MIN_ROWS = 2
 VERSION = "pixels v1: EXIF turned, on white, centre crop, bicubic antialiased"
 
 
@@ -95,6 +96,8 @@ def _build(source: Source, config: DataConfig, listing: Listing, plan: str, fold
     if len(bad) > config.max_bad_fraction * len(listing.items) or not shards:
         raise DataError(_too_many_bad(config, bad, len(listing.items), folder))
     manifest = _describe(config, listing, plan, shards, bad)
+    if manifest.num_rows < MIN_ROWS:
+        raise DataError(f"data.source={config.source} gives {manifest.num_rows} usable image; name a source of at least {MIN_ROWS}")
     write_manifest(folder, manifest)
     return manifest
 

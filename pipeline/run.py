@@ -22,6 +22,7 @@ from pipeline.artifacts import STAGES, AnyReceipt, Evaluation, Receipt, Registra
 from pipeline.config import RunConfig, config_digest, digest_of, flatten
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
+from pipeline.follow import deliver, forget_deliveries
 from pipeline.tracking import Tracking, connect, git_commit
 
 RUN_FILE = "mlflow_run.json"
@@ -181,7 +182,7 @@ def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked
         lambda context: evaluate_stage.evaluate(config, model, shards, context=context),
         lambda context: None,
     )
-    if not pipeline.reports["evaluate"].skipped or tracked.is_new:
+    if not pipeline.reports["evaluate"].skipped:
         evaluate_stage.publish(evaluation, model, tracked.tracking, tracked.open())
     return evaluation
 
@@ -189,12 +190,19 @@ def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked
 def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, tracked: "TrackedRun") -> Registration:
     config, tracking = pipeline.config.registry, tracked.tracking
     inputs = digest_of(evaluation.inputs, evaluation.metric.model_dump(mode="json"), evaluation.samples_sha256, config, tracking.uri, pipeline.name)
+
+    def call(context: StageContext) -> Registration:
+        run_id = tracked.open()
+        if tracked.is_new and pipeline.reports["evaluate"].skipped:
+            evaluate_stage.publish(evaluation, model, tracking, run_id)
+        return register_stage.register(config, shards, model, evaluation, context=context, tracking=tracking, run_id=run_id)
+
     return pipeline.stage(
         "register",
         Registration,
         inputs,
         lambda receipt: register_stage.is_intact(receipt, tracking),
-        lambda context: register_stage.register(config, shards, model, evaluation, context=context, tracking=tracking, run_id=tracked.open()),
+        call,
         lambda context: None,
     )
 
@@ -228,11 +236,12 @@ class TrackedRun:
         run_id = self.tracking.open_run(pipeline.config.registry.model_name, pipeline.name, known)
         self.is_new = run_id != known
         if self.is_new:
-            for mark in [self._context.folder / "delivered.txt", *self._context.folder.glob("samples/*.delivered")]:
-                mark.unlink(missing_ok=True)
+            forget_deliveries(self._context.folder)
             address = _RunAddress(uri=self.tracking.uri, run_id=run_id)
             write_text(self._context.folder / RUN_FILE, address.model_dump_json() + "\n")
         self._describe(run_id)
+        if self.is_new:
+            deliver(self._context.folder, self.tracking, run_id)
         return run_id
 
     def _known(self) -> str | None:

@@ -172,14 +172,13 @@ def connect(storage: Path, *, create: bool = True) -> Tracking:
         raise RegistryError(f"{storage} holds no MLflow store yet; run `ddpm run digits` first, or name another --storage")
     if uri.startswith("http"):
         _check_answers(uri)
-    local = uri.startswith("sqlite:///")
-    if local:
+    if uri.startswith("sqlite:///"):
         _make_sqlite(uri)
     import mlflow
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    tracking = Tracking(uri, mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), storage / "mlflow" / "artifacts" if local else None)
+    tracking = Tracking(uri, mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), None if uri.startswith("http") else storage / "mlflow" / "artifacts")
     with translated(uri):
         tracking.client.search_experiments(max_results=1)
     return tracking

@@ -174,13 +174,12 @@ def stdout_to_stderr() -> Iterator[Any]:
     saved = os.dup(1)
     os.dup2(2, 1)
     try:
-        with os.fdopen(saved, "w", encoding="utf-8") as stdout:
+        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as stdout:
             yield stdout
-            stdout.flush()
-            os.dup2(saved, 1)
-    except BaseException:
+    finally:
         sys.stdout.flush()
-        raise
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def check_packages() -> None:

@@ -178,7 +178,7 @@ class ParquetSource:
             return [None] * parquet.metadata.num_rows
         values = parquet.read(columns=[self.label_column]).column(0).to_pylist()
         names = _class_names(parquet.schema_arrow, self.label_column)
-        return [None if value is None else names.get(value, str(value)) for value in values]
+        return [None if value is None else names.get(value, str(value)) if isinstance(value, int) else str(value) for value in values]
 
     def fetch(self, path: str) -> bytes:
         name, _, row = path.rpartition("#")
@@ -214,7 +214,7 @@ def _holds_images(kind: pa.DataType, *, named: bool) -> bool:
     return named and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _class_names(schema: pa.Schema, column: str) -> dict[Any, str]:
+def _class_names(schema: pa.Schema, column: str) -> dict[int, str]:
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = metadata.get("info", {}).get("features", {}).get(column, {})
     return dict(enumerate(feature.get("names", []))) if isinstance(feature, dict) else {}

@@ -336,3 +336,17 @@ def test_ui_serves_the_models_page_on_loopback_and_ends_with_all_its_processes(h
         running.terminate()
         assert running.wait(timeout=60) == 0
     assert not [process for process in family if process.is_running()]
+
+
+def test_another_store_gets_the_finished_run_whole_and_without_training(home: Path, command: Command, first: dict[str, Any]):
+    import mlflow
+
+    uri = f"sqlite:///{home / 'storage' / 'other.db'}"
+    done = command("run", "digits", *TINY, "--json", cwd=home, env={"MLFLOW_TRACKING_URI": uri})
+    assert done.code == 0, done.stderr
+    assert [done.json[stage]["skipped"] for stage in STAGES] == [True, True, True, False]
+    client, run_id = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), done.json["register"]["mlflow_run_id"]
+    assert run_id != first["register"]["mlflow_run_id"]
+    assert [metric.step for metric in client.get_metric_history(run_id, "train/loss")] == [2, 4, 6, 8, 10, 12]
+    assert "evaluate/grid.png" in {file.path for file in client.list_artifacts(run_id, "evaluate")}
+    assert client.get_model_version_by_alias("ddpm-digits", "champion").run_id == run_id

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support import ROOT
 
 from workflows.cli import main
@@ -123,3 +124,11 @@ def test_a_port_that_is_taken_is_named(run: Run, tmp_path: Path):
         code, _, err = run("ui", "--port", str(port))
     assert code == 2
     assert f"--port {port} is taken" in err
+
+
+def test_a_single_image_is_too_few(run: Run, tmp_path: Path):
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "one" / "only.png")
+    code, _, err = run("preprocess", "cifar10-small", f"data.source={tmp_path / 'one'}")
+    assert code == 2
+    assert "gives 1 usable image; name a source of at least 2" in err
