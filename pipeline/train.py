@@ -1,7 +1,10 @@
 """Shards in, a trained denoiser out: starts the workers, follows them, and hands on their last checkpoint."""
 
 import os
+import signal
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,11 +163,27 @@ def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainO
         run_config=run_config(context.cluster, storage_path=str(context.folder.parent), name=context.folder.name),
         torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
     )
-    result: Any = trainer.fit()
+    with _interruptible():
+        result: Any = trainer.fit()
     outcome = TypeAdapter(TrainOutcome | TrainFailure).validate_json(result.return_value)
     if isinstance(outcome, TrainFailure):
         raise ConfigError(outcome.failure)
     return outcome
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Makes Ctrl-C during Ray's `fit` a KeyboardInterrupt again, and takes Ray's handler out when it is over.
+
+    Ray answers Ctrl-C by aborting the workers and a SystemExit, and leaves its handler behind.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _receipt(outcome: TrainOutcome, shards: ShardSet, context: StageContext, tracking_uri: str, run_id: str, config_digest: str) -> TrainedModel:

@@ -83,7 +83,11 @@ def _run(preset: str, overrides: list[str] | None, name: str | None, until: "Sta
     if start_from is not None and start_from not in stages:
         raise ConfigError(f"--from {start_from} is no stage; use one of {', '.join(STAGES)}")
     with stdout_to_stderr() as stdout:
-        reports = run_pipeline(config, run_name, until=until, start_from=stages[start_from] if start_from else None)
+        try:
+            reports = run_pipeline(config, run_name, until=until, start_from=stages[start_from] if start_from else None)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+            raise typer.Exit(INTERRUPTED) from None
         if as_json:
             stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
         else:
@@ -198,9 +202,6 @@ def main() -> None:
     try:
         check_packages()
         app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
-        sys.exit(INTERRUPTED)
     except Exception as error:
         if not isinstance(error, _user_errors()):
             raise

@@ -350,3 +350,13 @@ def test_another_store_gets_the_finished_run_whole_and_without_training(home: Pa
     assert [metric.step for metric in client.get_metric_history(run_id, "train/loss")] == [2, 4, 6, 8, 10, 12]
     assert "evaluate/grid.png" in {file.path for file in client.list_artifacts(run_id, "evaluate")}
     assert client.get_model_version_by_alias("ddpm-digits", "champion").run_id == run_id
+
+
+def test_interrupted_by_a_person_it_says_how_to_go_on(home: Path, first: dict[str, Any]):
+    arguments = [sys.executable, "-m", "workflows", "train", "digits", *TINY, "train.steps=100000", "--name", "interrupted", "--json"]
+    with subprocess.Popen(arguments, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        wait_for_checkpoint(home / "storage" / "runs" / "interrupted", running)
+        running.send_signal(signal.SIGINT)
+        stdout, stderr = running.communicate(timeout=120)
+    assert (running.returncode, stdout) == (130, "")
+    assert stderr.endswith("interrupted; the same command goes on from the last checkpoint\n")
