@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster.connect import connect
 from cluster.placement import Placement, place
 from components.data.shards import Manifest, iterate_pixels, read_manifest
+from components.errors import DataError
 from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.draw import ExtractorChoice, Recipe, Team
@@ -62,6 +63,18 @@ def check_weights(config: EvaluateConfig) -> None:
         check_inception_weights(Path(config.inception_weights).expanduser())
 
 
+def check_extractor(config: EvaluateConfig, shards: ShardSet, storage: Path) -> None:
+    """Checks that the wanted features can be had for a dataset, before anything is trained; fetches Inception's weights where need be.
+
+    Raises:
+        DataError: if they cannot.
+    """
+    if config.extractor == "classifier" and shards.num_labels < MIN_CLASSES:
+        raise DataError(f"evaluate.extractor=classifier needs labels, and {shards.source} has {shards.num_labels}; use dct8 or inception")
+    if config.extractor == "inception":
+        _inception(config, storage)
+
+
 def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, context: StageContext) -> Evaluation:
     """Draws samples from a checkpoint's averaged weights, measures them against the dataset, and returns the receipt.
 
@@ -90,10 +103,14 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
 
 
 def publish(evaluation: Evaluation, model: TrainedModel, tracking: Tracking, run_id: str) -> None:
-    """Logs an evaluation's numbers and pictures to the run of its model."""
+    """Logs an evaluation's numbers and pictures to the run of its model; once for each run, however often it is called."""
+    marker = Path(evaluation.folder) / f".published-{run_id}"
+    if marker.exists():
+        return
     values = {f"eval/{metric.name}": metric.value for metric in (evaluation.metric, *evaluation.guards)}
     tracking.log_metrics(run_id, [(time.time_ns() // 1_000_000, model.steps, values)])
     tracking.log_files(run_id, Path(evaluation.folder), "evaluate")
+    marker.touch()
 
 
 def _choose_extractors(config: EvaluateConfig, shards: ShardSet, context: StageContext, placement: Placement) -> list[ExtractorChoice]:
@@ -106,26 +123,23 @@ def _choose_extractors(config: EvaluateConfig, shards: ShardSet, context: StageC
         return [guard]
     if kind == "classifier":
         return [ExtractorChoice("classifier", str(_classifier(shards, context, placement))), guard]
-    return [ExtractorChoice("inception", str(_inception(config, context))), guard]
+    return [ExtractorChoice("inception", str(_inception(config, context.storage))), guard]
 
 
-def _inception(config: EvaluateConfig, context: StageContext) -> Path:
+def _inception(config: EvaluateConfig, storage: Path) -> Path:
     from components.metrics.features import fetch_inception_weights
 
     if config.inception_weights is not None:
         return Path(config.inception_weights).expanduser().absolute()
-    return fetch_inception_weights(context.storage / "cache" / "inception")
+    return fetch_inception_weights(storage / "cache" / "inception")
 
 
 def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -> Path:
     """Returns the folder of the dataset's classifier, trained on the cluster the first time."""
     import ray
 
-    from components.errors import DataError
     from components.metrics.classifier import RECIPE
 
-    if shards.num_labels < MIN_CLASSES:
-        raise DataError(f"evaluate.extractor=classifier needs labels, and {shards.source} has {shards.num_labels}; use dct8 or inception")
     folder = context.storage / "cache" / "classifiers" / f"{shards.digest}-{RECIPE}"
     if not (folder / "classifier.json").is_file():
         threads = placement.threads * placement.num_workers

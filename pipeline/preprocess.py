@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +43,7 @@ class ShardTask:
     config: DataConfig
     folder: str
     plan: str
+    anew: bool = False
 
 
 def plan_digest(config: DataConfig, listing: Listing) -> str:
@@ -58,13 +58,18 @@ def list_source(config: DataConfig, storage: Path) -> tuple[Source, Listing, str
     Raises:
         DataError: if the source cannot be read or is empty.
     """
+    if Path(config.source).is_dir() and storage.is_relative_to(Path(config.source).absolute().resolve()):
+        raise DataError(f"data.source={config.source} holds the storage root {storage}, whose pictures are no data; set cluster.storage to a folder outside it")
     source = open_source(config, str(storage / "downloads"))
     listing = source.listing()
     return source, listing, plan_digest(config, listing)
 
 
-def preprocess(config: DataConfig, listed: tuple[Source, Listing, str], *, context: StageContext) -> ShardSet:
+def preprocess(config: DataConfig, listed: tuple[Source, Listing, str], *, context: StageContext, anew: bool = False) -> ShardSet:
     """Turns a source into a dataset below `datasets/` and returns its receipt.
+
+    Args:
+        anew: make every shard again, each replaced in one move, so that whoever reads the dataset goes on undisturbed.
 
     Raises:
         DataError: if more than `data.max_bad_fraction` of the images are bad.
@@ -72,9 +77,9 @@ def preprocess(config: DataConfig, listed: tuple[Source, Listing, str], *, conte
     source, listing, plan = listed
     folder = dataset_folder(context.storage, plan)
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = _finished(folder)
+    manifest = None if anew else _finished(folder)
     if manifest is None:
-        manifest = _build(source, config, listing, plan, folder, context)
+        manifest = _build(ShardTask(source, config, str(folder), plan, anew), listing, context)
     elif manifest.num_quarantined > config.max_bad_fraction * manifest.num_listed:
         raise DataError(_too_many_bad(config, read_quarantine(folder), manifest.num_listed, folder))
     return _receipt(folder, manifest, context.inputs)
@@ -89,8 +94,8 @@ def _finished(folder: Path) -> Manifest | None:
     return manifest
 
 
-def _build(source: Source, config: DataConfig, listing: Listing, plan: str, folder: Path, context: StageContext) -> Manifest:
-    task = ShardTask(source, config, str(folder), plan)
+def _build(task: ShardTask, listing: Listing, context: StageContext) -> Manifest:
+    config, folder, plan = task.config, Path(task.folder), task.plan
     shards, bad = _run_tasks(task, _cut(listing.items, config), context)
     write_quarantine(folder, bad)
     if len(bad) > config.max_bad_fraction * len(listing.items) or not shards:
@@ -127,7 +132,7 @@ def make_shard(row: dict[str, Any], task: ShardTask) -> dict[str, Any]:
     """Makes one shard, or finds it made by an earlier run of the same plan; returns its entry and its bad files as JSON."""
     path = Path(task.folder) / f"shard-{row['shard']:05d}.parquet"
     items = [Item(*values) for values in json.loads(row["items"])]
-    shard, bad = _reuse(path, items, task) or _make(path, items, task)
+    shard, bad = (None if task.anew else _reuse(path, items, task)) or _make(path, items, task)
     outcome = {"shard": shard.model_dump() if shard else None, "bad": [line.model_dump() for line in bad]}
     return {"shard": row["shard"], "result": json.dumps(outcome)}
 
@@ -214,11 +219,6 @@ def is_intact(receipt: ShardSet) -> bool:
     """Tells whether the dataset that a receipt describes is still there, whole and unchanged in digest."""
     manifest = _finished(Path(receipt.path))
     return manifest is not None and manifest.digest == receipt.digest
-
-
-def discard(storage: Path, plan: str) -> None:
-    """Removes the dataset of a plan, so that the stage makes it anew."""
-    shutil.rmtree(dataset_folder(storage, plan), ignore_errors=True)
 
 
 def dataset_folder(storage: Path, plan: str) -> Path:

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import warnings
@@ -105,7 +106,7 @@ def register(
         model_name=config.model_name,
         version=number,
         uri=f"models:/{config.model_name}/{number}",
-        tracking_uri=tracking.uri,
+        tracking_uri=public_uri(tracking.uri),
         mlflow_run_id=run_id,
         promoted=decision.promote,
         decision=decision.reason,
@@ -184,7 +185,7 @@ def _log_model(name: str, model: TrainedModel, run_id: str) -> str:
             # MLflow advises an example of the input; the signature is written out in full instead.
             warnings.simplefilter("ignore", UserWarning)
             logged = mlflow.pyfunc.log_model(
-                name=name.replace(" ", "-"),
+                name=re.sub(r"[ .]", "-", name),
                 python_model=str(code),
                 artifacts={"checkpoint": str(folder / "checkpoint")},
                 code_paths=[str(package)],

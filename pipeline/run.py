@@ -23,7 +23,7 @@ from pipeline.config import RunConfig, config_digest, digest_of, flatten
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
 from pipeline.follow import deliver, forget_deliveries
-from pipeline.tracking import Tracking, connect, git_commit
+from pipeline.tracking import Tracking, connect, git_commit, public_uri
 
 RUN_FILE = "mlflow_run.json"
 
@@ -74,7 +74,7 @@ class Pipeline:
         receipt = stored
         if receipt is None:
             self.reporter.line(f"[bold]{stage}[/] {reason}")
-            if self._forced(stage):
+            if self.forced(stage):
                 forget(context)
             receipt = call(context)
             write_text(context.folder / "receipt.json", receipt.model_dump_json(indent=2) + "\n")
@@ -83,11 +83,12 @@ class Pipeline:
         self.reports[stage] = StageReport(receipt=receipt, skipped=stored is not None, reason=reason, seconds=time.perf_counter() - started)
         return receipt
 
-    def _forced(self, stage: StageName) -> bool:
+    def forced(self, stage: StageName) -> bool:
+        """Tells whether --from asks for the stage."""
         return self.start_from is not None and STAGES.index(stage) >= STAGES.index(self.start_from)
 
     def _stored(self, context: StageContext, stage: StageName, kind: type[AnyReceipt], intact: Callable[[AnyReceipt], bool]) -> tuple[AnyReceipt | None, str]:
-        if self._forced(stage):
+        if self.forced(stage):
             return None, f"asked for by --from {self.start_from}"
         path = context.folder / "receipt.json"
         if not path.is_file():
@@ -128,6 +129,8 @@ def _run_stages(pipeline: Pipeline, listed: tuple[Source, Listing, str], trackin
     shards = _preprocess(pipeline, listed)
     if until == "preprocess" or tracking is None:
         return
+    if until in ("evaluate", "register"):
+        evaluate_stage.check_extractor(pipeline.config.evaluate, shards, pipeline.storage)
     inputs = digest_of(shards.digest, pipeline.config.model, pipeline.config.diffusion, pipeline.config.train)
     with TrackedRun(pipeline, tracking, shards, inputs) as tracked:
         model = _train(pipeline, shards, tracked, inputs)
@@ -141,16 +144,13 @@ def _run_stages(pipeline: Pipeline, listed: tuple[Source, Listing, str], trackin
 def _preprocess(pipeline: Pipeline, listed: tuple[Source, Listing, str]) -> ShardSet:
     config = pipeline.config.data
 
-    def forget(context: StageContext) -> None:
-        preprocess_stage.discard(pipeline.storage, listed[2])
-
     return pipeline.stage(
         "preprocess",
         ShardSet,
         digest_of(listed[2], config.max_bad_fraction),
         preprocess_stage.is_intact,
-        lambda context: preprocess_stage.preprocess(config, listed, context=context),
-        forget,
+        lambda context: preprocess_stage.preprocess(config, listed, context=context, anew=pipeline.forced("preprocess")),
+        lambda context: None,
     )
 
 
@@ -169,7 +169,13 @@ def _train(pipeline: Pipeline, shards: ShardSet, tracked: "TrackedRun", inputs: 
             config_digest=config_digest(config),
         )
 
-    return pipeline.stage("train", TrainedModel, inputs, train_stage.is_intact, call, lambda context: train_stage.set_aside(context.folder))
+    return pipeline.stage("train", TrainedModel, inputs, train_stage.is_intact, call, _set_finished_aside)
+
+
+def _set_finished_aside(context: StageContext) -> None:
+    """Makes room for a training asked for by --from; one that was interrupted goes on instead."""
+    if (context.folder / "receipt.json").is_file():
+        train_stage.set_aside(context.folder)
 
 
 def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked: "TrackedRun") -> Evaluation:
@@ -189,13 +195,13 @@ def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked
 
 def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, tracked: "TrackedRun") -> Registration:
     config, tracking = pipeline.config.registry, tracked.tracking
-    inputs = digest_of(evaluation.inputs, evaluation.metric.model_dump(mode="json"), evaluation.samples_sha256, config, tracking.uri, pipeline.name)
+    inputs = digest_of(evaluation.inputs, evaluation.metric.model_dump(mode="json"), evaluation.samples_sha256, config, public_uri(tracking.uri), pipeline.name)
 
     def call(context: StageContext) -> Registration:
         run_id = tracked.open()
-        if tracked.is_new and pipeline.reports["evaluate"].skipped:
-            evaluate_stage.publish(evaluation, model, tracking, run_id)
-        return register_stage.register(config, shards, model, evaluation, context=context, tracking=tracking, run_id=run_id)
+        evaluate_stage.publish(evaluation, model, tracking, run_id)
+        measured = model.model_copy(update={"config_digest": config_digest(pipeline.config)})
+        return register_stage.register(config, shards, measured, evaluation, context=context, tracking=tracking, run_id=run_id)
 
     return pipeline.stage(
         "register",
@@ -237,7 +243,7 @@ class TrackedRun:
         self.is_new = run_id != known
         if self.is_new:
             forget_deliveries(self._context.folder)
-            address = _RunAddress(uri=self.tracking.uri, run_id=run_id)
+            address = _RunAddress(uri=public_uri(self.tracking.uri), run_id=run_id)
             write_text(self._context.folder / RUN_FILE, address.model_dump_json() + "\n")
         self._describe(run_id)
         if self.is_new:
@@ -249,7 +255,7 @@ class TrackedRun:
             address = _RunAddress.model_validate_json((self._context.folder / RUN_FILE).read_text(encoding="utf-8"))
         except (OSError, ValidationError):
             return None
-        return address.run_id if address.uri == self.tracking.uri else None
+        return address.run_id if address.uri == public_uri(self.tracking.uri) else None
 
     def _describe(self, run_id: str) -> None:
         config, shards = self._pipeline.config, self._shards

@@ -147,7 +147,7 @@ class translated:
         from sqlalchemy.exc import SQLAlchemyError
 
         if isinstance(error, MlflowException | SQLAlchemyError | requests.RequestException):
-            message = " ".join(str(error).split())[:300]
+            message = " ".join(str(error).replace(self._uri, public_uri(self._uri)).split())[:300]
             raise RegistryError(f"MLflow at {public_uri(self._uri)} failed: {message}; start it, or set MLFLOW_TRACKING_URI to one that answers") from error
 
 

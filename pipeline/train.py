@@ -20,7 +20,7 @@ from pipeline.artifacts import ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.errors import ConfigError
 from pipeline.follow import Follower, read_metrics
-from pipeline.tracking import Tracking
+from pipeline.tracking import Tracking, public_uri
 
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
 
@@ -190,6 +190,8 @@ def _receipt(outcome: TrainOutcome, shards: ShardSet, context: StageContext, tra
     lines = read_metrics(context.folder)
     speeds = [line.metrics["perf/images_per_second"] for line in lines if "perf/images_per_second" in line.metrics]
     losses = [line.metrics["train/loss"] for line in lines if "train/loss" in line.metrics]
+    if not losses:
+        raise ConfigError("train.lr: no step had a finite loss; lower it, or use train.precision=float32")
     return TrainedModel(
         inputs=context.inputs,
         path=outcome.checkpoint,
@@ -204,7 +206,7 @@ def _receipt(outcome: TrainOutcome, shards: ShardSet, context: StageContext, tra
         device=outcome.device,
         config_digest=config_digest,
         dataset_digest=shards.digest,
-        tracking_uri=tracking_uri,
+        tracking_uri=public_uri(tracking_uri),
         mlflow_run_id=run_id,
     )
 

@@ -1,6 +1,7 @@
 """What every training worker runs: rows and noise by step, forward, backward, EMA, checkpoint."""
 
 import contextlib
+import math
 import os
 import shutil
 import time
@@ -20,6 +21,7 @@ from components.data.shards import Manifest, read_manifest
 from components.diffusion.objective import simple_loss
 from components.diffusion.samplers import sample
 from components.diffusion.schedule import Schedule
+from components.errors import DataError
 from components.figures import grid
 from components.model.checkpoint import (
     DenoiserSpec,
@@ -122,6 +124,9 @@ class Trainer:
             DataError: if it is not whole, or made of other inputs.
         """
         state = load_training_state(path)
+        if state.record.train_digest != self.inputs:
+            raise DataError(f"{path} was trained on other settings or data ({state.record.train_digest}, not {self.inputs}); move it away")
+        self.precision = state.record.precision
         self.unet.load_state_dict(dict(state.weights))
         self.ema.load(read_weights(path / "ema.safetensors"))
         parameters = list(self.unet.parameters())
@@ -198,7 +203,8 @@ class Recorder:
             "perf/data_wait_fraction": self._waited / seconds,
         }
         if step > self._written:
-            line = MetricsLine(step=step, timestamp_ms=time.time_ns() // 1_000_000, metrics=metrics)
+            finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+            line = MetricsLine(step=step, timestamp_ms=time.time_ns() // 1_000_000, metrics=finite)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line.model_dump_json() + "\n")
                 file.flush()

@@ -50,6 +50,11 @@ def _reason(error: Exception) -> str:
 def _to_mode(image: Image.Image, mode: Mode) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.asarray(image).astype(np.float32).__truediv__(257.0).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65_535:
+            raise ValueError(f"pixels of mode {image.mode} have no defined range; save as 8 or 16 bit")
+        image = Image.fromarray((values / 257.0).round().astype(np.uint8))
     if image.has_transparency_data:
         foreground = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), foreground)

@@ -112,6 +112,7 @@ class FolderSource:
     def _items(self, ignored: Counter[str]) -> Iterator[Item]:
         for folder, folders, names in os.walk(self.root, onerror=_raise_unreadable):
             ignored.update({"hidden folder": sum(name.startswith(".") for name in folders)})
+            ignored.update({"linked folder": sum(os.path.islink(os.path.join(folder, name)) for name in folders)})
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in names:
                 suffix = os.path.splitext(name)[1].lower()
@@ -178,7 +179,7 @@ class ParquetSource:
             return [None] * parquet.metadata.num_rows
         values = parquet.read(columns=[self.label_column]).column(0).to_pylist()
         names = _class_names(parquet.schema_arrow, self.label_column)
-        return [None if value is None else names.get(value, str(value)) if isinstance(value, int) else str(value) for value in values]
+        return [None if value in (None, "") else names.get(value, str(value)) if isinstance(value, int) else str(value) for value in values]
 
     def fetch(self, path: str) -> bytes:
         name, _, row = path.rpartition("#")

@@ -85,3 +85,10 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(DataError) as caught:
         decode(encode(Image.new("L", (12, 12))), "L")
     assert caught.value.reason == "too_large"
+
+
+def test_sixteen_bit_pgm_is_scaled_and_depths_without_a_range_are_refused():
+    pgm = b"P5 3 1 65535\n" + np.asarray([0, 257 * 100, 65535], ">u2").tobytes()
+    assert np.asarray(decode(pgm, "L")).tolist() == [[0, 100, 255]]
+    with pytest.raises(DataError, match="no defined range"):
+        decode(encode(Image.fromarray(np.asarray([[0.5]], np.float32)), "TIFF"), "L")

@@ -139,3 +139,12 @@ def test_a_torchvision_dataset_that_is_nowhere_is_one_clear_error(tmp_path: Path
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     with pytest.raises(DataError, match=rf"data\.source=cifar10 is not under data\.root={tmp_path}, and could not be downloaded .*no network"):
         open_source(DataConfig(source="cifar10", root=str(tmp_path))).listing()
+
+
+def test_a_linked_folder_is_counted_and_an_empty_label_is_none(tmp_path: Path, make_images: Callable[..., Path]):
+    make_images(tmp_path / "a", 2)
+    (tmp_path / "a" / "linked").symlink_to(tmp_path)
+    assert open_source(DataConfig(source=str(tmp_path / "a"))).listing().ignored == {"linked folder": 1}
+    (tmp_path / "p").mkdir()
+    pq.write_table(pa.table({"image": [{"bytes": png(0), "path": ""}] * 2, "label": ["", "x"]}), tmp_path / "p" / "a.parquet")
+    assert [item.label for item in open_source(DataConfig(source=str(tmp_path / "p"))).listing().items] == [None, "x"]
