@@ -48,9 +48,7 @@ def _reason(error: Exception) -> str:
 
 
 def _to_mode(image: Image.Image, mode: Mode) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.asarray(image).astype(np.float32).__truediv__(257.0).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
+    if image.mode[0] in "IF":
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65_535:
             raise ValueError(f"pixels of mode {image.mode} have no defined range; save as 8 or 16 bit")
