@@ -1,8 +1,10 @@
 """Where a run is placed. Nothing here is part of a result, so nothing here is part of a digest."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
 
 
 class ClusterError(Exception):
@@ -15,16 +17,67 @@ class ClusterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     storage: str = Field("./storage", min_length=1)
-    """Folder of everything that runs make: datasets, checkpoints, samples, the MLflow store."""
-    address: str = "local"
+    """Root of everything that runs make: a folder, which every node of a cluster must mount at the same path, or s3://BUCKET/PREFIX."""
+    address: str = Field("local", min_length=1)
     """`local` starts Ray on this machine for the run; `auto` or HOST:PORT joins a running Ray cluster."""
-    num_workers: int = Field(1, ge=1)
-    """Training workers (DDP ranks); divides `train.lanes`."""
+    num_workers: int | tuple[int, int] = 1
+    """Training workers (DDP ranks); divides `train.lanes`. [MIN, MAX] trains with as many as there is room for, less when a node is lost."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """What workers compute on; `auto` takes GPUs where Ray sees enough of them."""
+    """What workers compute on; `auto` takes GPUs where the cluster has enough of them. A worker on GPU has exactly one."""
     cpus_per_worker: int = Field(0, ge=0)
-    """CPUs of one training worker; 0 shares this machine's CPUs among the workers."""
+    """CPUs of one training worker; 0 asks for one and shares the CPUs of a node among its workers."""
+    strategy: Strategy = "pack"
+    """Training workers on few nodes (`pack`) or on many (`spread`); `strict_` forbids the other."""
+    worker_resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources that each training worker asks for, such as {infiniband: 1}."""
+    worker_labels: dict[str, str] = Field(default_factory=dict)
+    """Ray node labels that training workers and samplers need, such as {ray.io/accelerator-type: H100}."""
+    preprocess_labels: dict[str, str] = Field(default_factory=dict)
+    """Ray node labels that preprocessing needs; without them Ray prefers nodes that have no GPU."""
+    gpus_per_sampler: float = Field(1.0, gt=0.0, le=1.0)
+    """GPU share of one sampling actor; 0.5 puts two on each GPU."""
+    wait_s: int = Field(0, ge=0)
+    """Seconds to wait for nodes that the run needs and the cluster does not have yet (autoscaling); 0 says at once what is missing."""
+    resize_interval_s: int = Field(60, ge=1)
+    """Seconds between two looks whether more workers of the range would fit now."""
     max_failures: int = Field(3, ge=0)
     """Times that training starts again from its last good checkpoint after a worker failed."""
     group_timeout_s: int = Field(300, ge=10)
     """Seconds after which a worker that waits for a silent peer gives up."""
+    cache: str | None = None
+    """Folder on each node for copies of what lies on s3://; by default below the node's temporary folder."""
+    cache_bytes: int = Field(20 << 30, ge=1 << 20)
+    """Limit of that folder on each node; the copies used longest ago go first."""
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest training workers that the run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most training workers that the run uses."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of training workers may change while a run trains."""
+        return self.min_workers != self.max_workers
+
+    @field_validator("storage")
+    @classmethod
+    def _no_secret(cls, storage: str) -> str:
+        scheme, separator, rest = storage.partition("://")
+        if separator and scheme != "s3":
+            raise ValueError(f"{scheme}:// is no storage; use a folder or s3://BUCKET/PREFIX")
+        if separator and ("@" in rest.split("/", 1)[0] or "?" in rest):
+            raise ValueError("the address holds keys or options, which would be logged; put them into the AWS_* variables")
+        if separator and not rest.strip("/"):
+            raise ValueError("s3:// names no bucket; use s3://BUCKET/PREFIX")
+        return storage
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(f"num_workers={self.num_workers} is no range of workers; use a number from 1 on, or [MIN, MAX]")
+        return self

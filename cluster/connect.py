@@ -51,7 +51,7 @@ def _start(config: ClusterConfig) -> None:
     import ray
 
     if config.address == "local":
-        spare = max(os.cpu_count() or 1, config.num_workers + 1)
+        spare = max(os.cpu_count() or 1, config.max_workers + 1)
         ray.init(
             address="local", num_cpus=spare, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
         )

@@ -36,15 +36,15 @@ def place(config: ClusterConfig) -> Placement:
 
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
-    if config.accelerator == "gpu" and gpus < config.num_workers:
+    if config.accelerator == "gpu" and gpus < config.max_workers:
         raise ClusterError(
-            f"cluster.num_workers={config.num_workers} with cluster.accelerator=gpu needs as many GPUs, and the cluster has {gpus}; "
+            f"cluster.num_workers={config.max_workers} with cluster.accelerator=gpu needs as many GPUs, and the cluster has {gpus}; "
             "use fewer workers, or cluster.accelerator=cpu"
         )
-    use_gpu = config.accelerator != "cpu" and gpus >= config.num_workers
+    use_gpu = config.accelerator != "cpu" and gpus >= config.max_workers
     cpus = min(int(resources.get("CPU", 1)), os.cpu_count() or 1) if config.address == "local" else int(resources.get("CPU", 1))
-    threads = config.cpus_per_worker or max(1, cpus // config.num_workers)
-    return Placement(config.num_workers, use_gpu, threads, config.num_workers if use_gpu else max(1, cpus))
+    threads = config.cpus_per_worker or max(1, cpus // config.max_workers)
+    return Placement(config.max_workers, use_gpu, threads, config.max_workers if use_gpu else max(1, cpus))
 
 
 def scaling_config(placement: Placement) -> "ScalingConfig":

@@ -48,7 +48,7 @@ class RunConfig(BaseModel):
             self.model.check_image_size(self.data.image_size)
         except ValueError as error:
             raise ValueError(f"data.{error}") from error
-        train, workers = self.train, self.cluster.num_workers
+        train, workers = self.train, self.cluster.max_workers
         if train.global_batch_size % train.lanes:
             raise ValueError(f"train.global_batch_size={train.global_batch_size} is no multiple of train.lanes={train.lanes}; use a multiple")
         if train.lanes % workers:
