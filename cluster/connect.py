@@ -3,9 +3,15 @@
 import logging
 import os
 import secrets
+import signal
 import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
 
 from .config import ClusterConfig, ClusterError
+from .tree import stage_tree
 
 _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -18,6 +24,7 @@ _ENVIRONMENT = {
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "600",
 }
 OBJECT_STORE_BYTES = 512 << 20
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it in the driver of a submitted job, which brings its working tree along
 
 
 def connect(config: ClusterConfig) -> None:
@@ -39,24 +46,61 @@ def disconnect() -> None:
         sys.modules["ray"].shutdown()
 
 
-def _prepare_environment(config: ClusterConfig) -> None:
-    """Sets what Ray reads when it is imported: quiet logs, fast failure detection, and a token nobody else knows."""
+def quiet() -> None:
+    """Sets what Ray reads when it is imported: quiet logs, no telemetry, fast failure detection."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _prepare_environment(config: ClusterConfig) -> None:
+    """Sets what Ray reads, and a token: the cluster's, or for a Ray of our own one that nobody else knows."""
+    quiet()
+    if config.is_elastic:
+        # A shrinking group first asks for as many workers as before, and tries fewer when that has timed out.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     if config.address == "local":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    else:
+        use_token()
+
+
+def use_token() -> bool:
+    """Makes Ray use the token of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, and tells whether there is one.
+
+    Ray looks for it by itself only in some of its processes.
+    """
+    there = bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")) or Path("~/.ray/auth_token").expanduser().is_file()
+    if there:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    return there
 
 
 def _start(config: ClusterConfig) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        _init(config)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            # Ray answers SIGTERM by exiting at once; whoever set another answer before keeps it.
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _init(config: ClusterConfig) -> None:
     import ray
 
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.address == "local":
         spare = max(os.cpu_count() or 1, config.max_workers + 1)
-        ray.init(
-            address="local", num_cpus=spare, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
-        )
+        ray.init(address="local", num_cpus=spare, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **options)
         return
     try:
-        ray.init(address=config.address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"cluster.address={config.address} does not answer ({error}); start the cluster, or use local") from error
+        with tempfile.TemporaryDirectory(prefix="ddpm-tree-") as folder:
+            if _IN_JOB not in os.environ:
+                stage_tree(Path(folder), {})
+                options["runtime_env"] = {"working_dir": folder}
+            ray.init(address=config.address, **options)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        message = " ".join(str(error).split())[:300]
+        raise ClusterError(
+            f"cluster.address={config.address} does not answer ({message}); start the cluster, give its token in RAY_AUTH_TOKEN_PATH, or use local"
+        ) from error

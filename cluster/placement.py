@@ -1,68 +1,212 @@
-"""From ClusterConfig to what Ray asks for: workers, their CPUs and GPUs, restarts."""
+"""From ClusterConfig and the nodes there are to what Ray is asked for: workers, their CPUs and GPUs, samplers, restarts."""
 
+import math
 import os
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .config import ClusterConfig, ClusterError
+from .nodes import Node, describe, living_nodes
 
 if TYPE_CHECKING:
     from ray.train.v2.api.config import RunConfig, ScalingConfig
 
+POLL_S, TELL_S = 2.0, 30.0
+
 
 @dataclass(frozen=True)
 class Placement:
-    """What a connected cluster gives a run.
+    """What a cluster gives a run.
 
     Attributes:
+        num_workers: training workers that fit now.
+        per_worker: what each training worker asks Ray for.
         use_gpu: one GPU for each worker.
         threads: torch threads of each training worker.
-        num_samplers: actors that draw samples, one CPU thread or one GPU each.
+        num_samplers: actors that draw samples.
+        per_sampler: options of each sampling actor: one CPU, or a share of a GPU.
+        lines: the plan, for a person.
     """
 
     num_workers: int
+    per_worker: Mapping[str, float]
     use_gpu: bool
     threads: int
     num_samplers: int
+    per_sampler: Mapping[str, Any]
+    lines: tuple[str, ...]
 
 
-def place(config: ClusterConfig) -> Placement:
-    """Returns the placement of a run on the cluster that this process is connected to.
+def place(config: ClusterConfig, tell: Callable[[str], None] = lambda line: None) -> Placement:
+    """Returns the placement of a run on the cluster that this process is connected to; waits for nodes at most `cluster.wait_s`.
+
+    Args:
+        tell: is given a line for a person while there is something to wait for.
 
     Raises:
-        ClusterError: if `cluster.accelerator=gpu` asks for more GPUs than there are.
+        ClusterError: if the cluster does not have what the run needs.
     """
-    import ray
+    started, told = time.monotonic(), -TELL_S
+    while True:
+        nodes, waited = living_nodes(), time.monotonic() - started
+        try:
+            placement = plan(config, nodes)
+        except ClusterError as error:
+            if waited >= config.wait_s:
+                raise _patient(error, config) from None
+            if waited - told >= TELL_S:
+                tell(f"  waiting up to {config.wait_s - waited:.0f} s for nodes: {error}")
+                _ask_autoscaler(config)
+                told = waited
+            time.sleep(POLL_S)
+            continue
+        if waited >= POLL_S:
+            _ask_autoscaler(None)
+        return placement
 
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    if config.accelerator == "gpu" and gpus < config.max_workers:
-        raise ClusterError(
-            f"cluster.num_workers={config.max_workers} with cluster.accelerator=gpu needs as many GPUs, and the cluster has {gpus}; "
-            "use fewer workers, or cluster.accelerator=cpu"
-        )
-    use_gpu = config.accelerator != "cpu" and gpus >= config.max_workers
-    cpus = min(int(resources.get("CPU", 1)), os.cpu_count() or 1) if config.address == "local" else int(resources.get("CPU", 1))
-    threads = config.cpus_per_worker or max(1, cpus // config.max_workers)
-    return Placement(config.max_workers, use_gpu, threads, config.max_workers if use_gpu else max(1, cpus))
+
+def _patient(error: ClusterError, config: ClusterConfig) -> ClusterError:
+    return ClusterError(f"{error} (waited {config.wait_s} s for more, cluster.wait_s)") if config.wait_s else error
 
 
-def scaling_config(placement: Placement) -> "ScalingConfig":
-    """Returns Ray Train's request for the workers; one CPU each is asked for, so that helpers always find room."""
+def _ask_autoscaler(config: ClusterConfig | None) -> None:
+    """Asks for nodes for the fewest workers that will do, or, without a config, for none any more; a cluster without autoscaler ignores it."""
+    from ray.autoscaler.sdk import request_resources
+
+    wanted = [] if config is None else [_per_worker(config, use_gpu=config.accelerator == "gpu")] * config.min_workers
+    request_resources(bundles=wanted)
+
+
+def plan(config: ClusterConfig, nodes: Sequence[Node]) -> Placement:
+    """Returns the placement of a run on some nodes.
+
+    Raises:
+        ClusterError: naming what is missing, and what there is.
+    """
+    use_gpu = _use_gpu(config, nodes)
+    per_worker = _per_worker(config, use_gpu=use_gpu)
+    rooms = _rooms(config, nodes, per_worker)
+    workers = min(config.max_workers, _capacity(config, rooms))
+    if workers < config.min_workers:
+        raise ClusterError(_missing(config, per_worker, nodes))
+    assigned = _assign(config, rooms, workers)
+    threads = _threads(config, assigned)
+    per_sampler: dict[str, Any] = {"num_gpus": config.gpus_per_sampler} if use_gpu else {"num_cpus": 1}
+    samplers = _samplers(config, nodes, use_gpu)
+    lines = _lines(config, nodes, per_worker, assigned, threads, samplers)
+    return Placement(workers, per_worker, use_gpu, threads, samplers, per_sampler, lines)
+
+
+def _use_gpu(config: ClusterConfig, nodes: Sequence[Node]) -> bool:
+    if config.accelerator != "auto":
+        return config.accelerator == "gpu"
+    on_gpu = _per_worker(config, use_gpu=True)
+    return _capacity(config, _rooms(config, nodes, on_gpu)) >= config.min_workers
+
+
+def _per_worker(config: ClusterConfig, *, use_gpu: bool) -> dict[str, float]:
+    """Returns what a training worker asks for; one CPU unless told otherwise, so that helpers always find room."""
+    return {"CPU": float(config.cpus_per_worker or 1)} | ({"GPU": 1.0} if use_gpu else {}) | config.worker_resources
+
+
+def _rooms(config: ClusterConfig, nodes: Sequence[Node], per_worker: Mapping[str, float]) -> list[tuple[Node, int]]:
+    """Returns the nodes that can hold workers, with how many, the roomiest first."""
+    able = [node for node in nodes if node.matches(config.worker_labels)]
+    rooms = [(node, min(int(node.amount(name) // amount) for name, amount in per_worker.items() if amount)) for node in able]
+    return sorted(((node, room) for node, room in rooms if room), key=lambda entry: (-entry[1], entry[0].name, entry[0].id))
+
+
+def _capacity(config: ClusterConfig, rooms: Sequence[tuple[Node, int]]) -> int:
+    if config.strategy == "strict_pack":
+        return rooms[0][1] if rooms else 0
+    return len(rooms) if config.strategy == "strict_spread" else sum(room for _, room in rooms)
+
+
+def _assign(config: ClusterConfig, rooms: Sequence[tuple[Node, int]], workers: int) -> list[tuple[Node, int]]:
+    """Returns how many workers each node is likely to get; Ray decides in the end."""
+    counts = [0] * len(rooms)
+    while sum(counts) < workers:
+        open_nodes = [index for index, (_, room) in enumerate(rooms) if counts[index] < room]
+        counts[open_nodes[0] if "pack" in config.strategy else min(open_nodes, key=lambda index: (counts[index], index))] += 1
+    return [(node, count) for (node, _), count in zip(rooms, counts, strict=True) if count]
+
+
+def _threads(config: ClusterConfig, assigned: Sequence[tuple[Node, int]]) -> int:
+    if config.cpus_per_worker:
+        return config.cpus_per_worker
+    return max(1, min(_cpus(config, node) // count for node, count in assigned))
+
+
+def _cpus(config: ClusterConfig, node: Node) -> int:
+    """Returns a node's CPUs; on this machine the real ones, for Ray is told of one more there."""
+    cpus = int(node.amount("CPU"))
+    return min(cpus, os.cpu_count() or 1) if config.address == "local" else cpus
+
+
+def _samplers(config: ClusterConfig, nodes: Sequence[Node], use_gpu: bool) -> int:
+    able = [node for node in nodes if node.matches(config.worker_labels)]
+    if use_gpu:
+        return max(1, sum(math.floor(node.amount("GPU") / config.gpus_per_sampler + 1e-9) for node in able))
+    return max(1, sum(_cpus(config, node) for node in able))
+
+
+def _missing(config: ClusterConfig, per_worker: Mapping[str, float], nodes: Sequence[Node]) -> str:
+    amounts = [f"{amount * config.min_workers:g} {name}{'s' if name in ('CPU', 'GPU') else ''}" for name, amount in per_worker.items()]
+    labels = [f"on nodes with {key}={value}" for key, value in config.worker_labels.items()]
+    strict = {"strict_pack": ["on one node"], "strict_spread": ["each on a node of its own"]}.get(config.strategy, [])
+    wanted = config.num_workers if isinstance(config.num_workers, int) else list(config.num_workers)
+    return (
+        f"cluster.num_workers={wanted} with cluster.accelerator={config.accelerator} needs {' '.join([', '.join(amounts), *labels, *strict])}; "
+        f"the cluster has {describe(nodes)}; use fewer workers, cluster.accelerator=cpu, or a larger cluster"
+    )
+
+
+def _lines(
+    config: ClusterConfig, nodes: Sequence[Node], per_worker: Mapping[str, float], assigned: Sequence[tuple[Node, int]], threads: int, samplers: int
+) -> tuple[str, ...]:
+    if config.address == "local":
+        return ()
+    workers = sum(count for _, count in assigned)
+    span = f" of {config.min_workers} to {config.max_workers}" if config.is_elastic else ""
+    each = " + ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
+    places = ", ".join(f"{count} on {node.name}" for node, count in assigned)
+    share = f"{config.gpus_per_sampler:g} GPU" if "GPU" in per_worker else "1 CPU"
+    where = f" on nodes with {config.preprocess_labels}" if config.preprocess_labels else ""
+    return (
+        f"  cluster     {describe(nodes)}",
+        f"  preprocess  tasks of 1 CPU{where}",
+        f"  train       {workers}{span} workers x ({each}), {threads} threads each, {config.strategy}: {places}",
+        f"  evaluate    {samplers} samplers x {share}",
+    )
+
+
+def scaling_config(config: ClusterConfig, placement: Placement) -> "ScalingConfig":
+    """Returns Ray Train's request for the workers."""
     from ray.train.v2.api.config import ScalingConfig
 
-    per_worker = {"CPU": 1.0} | ({"GPU": 1.0} if placement.use_gpu else {})
-    return ScalingConfig(num_workers=placement.num_workers, use_gpu=placement.use_gpu, resources_per_worker=per_worker)
+    return ScalingConfig(
+        num_workers=(config.min_workers, config.max_workers) if config.is_elastic else config.max_workers,
+        use_gpu=placement.use_gpu,
+        resources_per_worker=dict(placement.per_worker),
+        placement_strategy=config.strategy.upper(),
+        label_selector=dict(config.worker_labels) or None,
+        elastic_resize_monitor_interval_s=float(config.resize_interval_s),
+    )
 
 
-def run_config(config: ClusterConfig, *, storage_path: str, name: str) -> "RunConfig":
-    """Returns Ray Train's bookkeeping: where it lies, and how often a failed group of workers starts again."""
+def run_config(config: ClusterConfig, *, bookkeeping: str, name: str) -> "RunConfig":
+    """Returns how often a failed group of workers starts again, and a folder for Ray's notes.
+
+    Checkpoints are not reported to Ray, so its notes decide nothing and may lie on the driver's machine alone.
+    """
     from ray.train import LoggingConfig
     from ray.train.v2.api.config import FailureConfig, RunConfig
 
     return RunConfig(
         name=name,
-        storage_path=storage_path,
+        storage_path=bookkeeping,
         failure_config=FailureConfig(max_failures=config.max_failures),
         logging_config=LoggingConfig(log_level="ERROR"),
     )

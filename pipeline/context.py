@@ -2,20 +2,22 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cluster.config import ClusterConfig
+from components.storage import Location
 
 Advance = Callable[[int], None]
+LINE_EVERY_S = 10.0
 
 
 class Reporter:
-    """Tells a person on stderr what happens: lines always, bars where stderr is a terminal."""
+    """Tells a person on stderr what happens: lines always; progress as bars on a terminal, else as a line every ten seconds."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -33,11 +35,37 @@ class Reporter:
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-        """Shows a bar during a block; the block advances it by calling the function it is given."""
+        """Shows progress during a block; the block advances it by calling the function it is given."""
+        if not sys.stderr.isatty():
+            yield _Lines(self, what, total, unit, done).advance
+            return
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not sys.stderr.isatty()) as bars:
+        with Progress(*columns, console=self.console, transient=True) as bars:
             task = bars.add_task(what, total=total, completed=done)
             yield lambda amount: bars.advance(task, amount)
+
+
+class _Lines:
+    """Progress as lines, for logs."""
+
+    def __init__(self, reporter: Reporter, what: str, total: int, unit: str, done: int) -> None:
+        self._reporter, self._what, self._total, self._unit = reporter, what, total, unit
+        self._first = self._done = done
+        self._started = self._told = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._told >= LINE_EVERY_S and self._done > self._first:
+            self._told = now
+            rate = (self._done - self._first) / (now - self._started)
+            left = (self._total - self._done) / rate
+            self._reporter.line(f"  {self._what} {self._done}/{self._total} {self._unit}, {rate:.3g} per second, {_duration(left)} left")
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 @dataclass(frozen=True)
@@ -45,14 +73,14 @@ class StageContext:
     """Where a stage writes and runs.
 
     Attributes:
-        storage: absolute root of everything that runs make.
+        storage: root of everything that runs make.
         folder: the stage's own folder for these inputs.
         inputs: digest of all that decides the stage's result.
         run_name: what a person calls the run.
     """
 
-    storage: Path
-    folder: Path
+    storage: Location
+    folder: Location
     inputs: str
     run_name: str
     cluster: ClusterConfig

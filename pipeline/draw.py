@@ -1,14 +1,16 @@
 """Actors that draw samples and measure pixels, and the team that deals work to them."""
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from cluster.config import ClusterError
 from cluster.placement import Placement
+from components.storage import Location
 
 if TYPE_CHECKING:
     from components.metrics.features import Extractor
@@ -31,19 +33,24 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ExtractorChoice:
-    """Which extractor an actor builds: its kind, and the file or folder of its weights."""
+    """Which extractor an actor builds: its kind, and the address of the file or folder of its weights."""
 
     kind: Literal["inception", "classifier", "dct8"]
-    path: str = ""
+    address: str = ""
 
     def build(self, device: str) -> "Extractor":
         """Returns the extractor, its weights loaded and checked."""
         from components.metrics.classifier import ClassifierExtractor
         from components.metrics.features import DctExtractor, InceptionExtractor
 
-        if self.kind == "inception":
-            return InceptionExtractor(Path(self.path), device)
-        return ClassifierExtractor(Path(self.path), device) if self.kind == "classifier" else DctExtractor()
+        weights = Location.of(self.address)
+        if self.kind == "dct8":
+            return DctExtractor()
+        if self.kind == "classifier":
+            with weights.local_copy() as folder:
+                return ClassifierExtractor(folder, device)
+        with weights.parent.local_copy([weights.name]) as folder:
+            return InceptionExtractor(folder / weights.name, device)
 
 
 class Sampler:
@@ -56,7 +63,7 @@ class Sampler:
 
         torch.set_num_threads(1)
         self._device = "cuda" if use_gpu else "cpu"
-        self._denoiser = load_denoiser(Path(checkpoint), self._device)
+        self._denoiser = load_denoiser(Location.of(checkpoint), self._device)
         self._extractors = [kind.build(self._device) for kind in kinds]
 
     def identities(self) -> list[tuple[str, str, str]]:
@@ -127,16 +134,30 @@ class Sampler:
         return pictures
 
 
+@dataclass
+class _Call:
+    """One piece of work: which it is in the row of results, and how to do it."""
+
+    number: int
+    method: str
+    arguments: tuple[Any, ...]
+
+
 class Team:
-    """The actors of an evaluation. Work is dealt to whoever is free; results come back in the order of the work."""
+    """The actors of an evaluation. Work is dealt to whoever is free; results come back in the order of the work.
 
-    def __init__(self, placement: Placement, checkpoint: Path, kinds: Sequence[ExtractorChoice]) -> None:
-        import ray
+    An actor that dies, with its node or alone, is replaced, and its work is dealt again; no actor is waited for while others are there.
+    """
 
-        options: dict[str, Any] = {"num_gpus": 1} if placement.use_gpu else {"num_cpus": 1}
-        actor = ray.remote(max_restarts=3, max_task_retries=3, **options)(Sampler)
-        self._actors: list[Any] = [actor.remote(str(checkpoint), list(kinds), placement.use_gpu) for _ in range(placement.num_samplers)]
-        self.identities: list[tuple[str, str, str]] = ray.get(self._actors[0].identities.remote())
+    def __init__(self, placement: Placement, checkpoint: str, kinds: Sequence[ExtractorChoice]) -> None:
+        self._placement, self._arguments = placement, (checkpoint, list(kinds), placement.use_gpu)
+        self._joining: dict[Any, Any] = {}
+        self._free: deque[Any] = deque()
+        self._running: dict[Any, tuple[_Call, Any]] = {}
+        self._deaths = 0
+        for _ in range(placement.num_samplers):
+            self._hire()
+        self.identities: list[tuple[str, str, str]] = self.first("identities")
 
     def __enter__(self) -> "Team":
         return self
@@ -144,37 +165,77 @@ class Team:
     def __exit__(self, *_: object) -> None:
         import ray
 
-        for actor in self._actors:
+        for actor in {*self._free, *self._joining.values(), *(actor for _, actor in self._running.values())}:
             ray.kill(actor)
 
-    def map(self, method: str, work: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
-        """Yields the results of `method(*arguments)` in order; at most two calls per actor wait at a time, so memory stays bounded."""
-        import ray
+    def first(self, method: str, *arguments: Any) -> Any:
+        """Returns the result of one call."""
+        return next(self.map(method, iter([arguments])))
 
-        free, running = list(self._actors) * 2, {}
+    def map(self, method: str, work: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yields the results of `method(*arguments)` in order; as much work is ahead as four calls per actor, so memory stays bounded.
+
+        Raises:
+            ClusterError: if actors die again and again.
+        """
+        again: deque[_Call] = deque()
         ready: dict[int, Any] = {}
-        expected, started, exhausted = 0, 0, False
-        while True:
-            while free and not exhausted and started - expected < 4 * len(self._actors):
+        started = expected = 0
+        exhausted = False
+        while not (exhausted and expected == started):
+            while self._free and not again and not exhausted and started - expected < 4 * self._placement.num_samplers:
                 arguments = next(work, None)
-                if arguments is None:
-                    exhausted = True
-                    break
-                actor = free.pop(0)
-                running[getattr(actor, method).remote(*arguments)] = (started, actor)
-                started += 1
-            if not running and expected == started and exhausted:
-                return
-            done, _ = ray.wait(list(running), num_returns=1)
-            number, actor = running.pop(done[0])
-            ready[number] = ray.get(done[0])
-            free.append(actor)
+                exhausted = arguments is None
+                if arguments is not None:
+                    self._deal(_Call(started, method, arguments))
+                    started += 1
+            while self._free and again:
+                self._deal(again.popleft())
+            for call, result, died in self._settle():
+                if died:
+                    again.append(call)
+                else:
+                    ready[call.number] = result
             while expected in ready:
                 yield ready.pop(expected)
                 expected += 1
 
-    def first(self, method: str, *arguments: Any) -> Any:
-        """Returns the result of one call on the first actor."""
+    def _hire(self) -> None:
         import ray
 
-        return ray.get(getattr(self._actors[0], method).remote(*arguments))
+        actor: Any = ray.remote(max_restarts=0, **self._placement.per_sampler)(Sampler).remote(*self._arguments)
+        self._joining[actor.identities.remote()] = actor
+
+    def _deal(self, call: _Call) -> None:
+        actor = self._free.popleft()
+        self._running[getattr(actor, call.method).remote(*call.arguments)] = (call, actor)
+
+    def _settle(self) -> list[tuple[_Call, Any, bool]]:
+        """Waits for an actor to join or a call to end; returns ended calls with their results, or as died."""
+        import ray
+
+        if not self._running and not self._joining:
+            return []
+        done, _ = ray.wait([*self._running, *self._joining], num_returns=1)
+        ended: list[tuple[_Call, Any, bool]] = []
+        for reference in done:
+            call, actor = self._running.pop(reference, (None, None))
+            actor = actor or self._joining.pop(reference)
+            try:
+                result = ray.get(reference)
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                self._replace(actor, error)
+                ended += [(call, None, True)] if call else []
+                continue
+            self._free.append(actor)
+            ended += [(call, result, False)] if call else []
+        return ended
+
+    def _replace(self, actor: Any, error: Exception) -> None:
+        import ray
+
+        self._deaths += 1
+        if self._deaths > 3 * self._placement.num_samplers:
+            raise ClusterError(f"sampling actors died {self._deaths} times, the last time: {' '.join(str(error).split())[:300]}") from error
+        ray.kill(actor)
+        self._hire()

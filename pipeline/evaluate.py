@@ -1,7 +1,8 @@
 """A checkpoint in, samples and a Frechet distance out: Ray actors draw and measure, each image from its own seed."""
 
 import hashlib
-import os
+import io
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from cluster.connect import connect
 from cluster.placement import Placement, place
 from components.data.shards import Manifest, iterate_pixels, read_manifest
 from components.errors import DataError
+from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.draw import ExtractorChoice, Recipe, Team
-from pipeline.follow import read_metrics
+from pipeline.notebook import read_metrics
 from pipeline.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def check_weights(config: EvaluateConfig) -> None:
         check_inception_weights(Path(config.inception_weights).expanduser())
 
 
-def check_extractor(config: EvaluateConfig, shards: ShardSet, storage: Path) -> None:
+def check_extractor(config: EvaluateConfig, shards: ShardSet, storage: Location) -> None:
     """Checks that the wanted features can be had for a dataset, before anything is trained; fetches Inception's weights where need be.
 
     Raises:
@@ -81,16 +83,15 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
     Raises:
         DataError: if the checkpoint, the dataset or the Inception weights are not whole.
     """
-    context.folder.mkdir(parents=True, exist_ok=True)
     connect(context.cluster)
-    placement = place(context.cluster)
+    placement = place(context.cluster, context.reporter.line)
     kinds = _choose_extractors(config, shards, context, placement)
-    with Team(placement, Path(model.path), kinds) as team:
+    with Team(placement, model.path, kinds) as team:
         references = _references(team, shards, context)
         drawn = _draw(team, config, references, context)
         frames = team.first("animation", _recipe(config), config.first_seed, ANIMATION_IMAGES, ANIMATION_FRAMES)
     metrics = [_metric(config, shards, identity, reference, stats) for identity, reference, stats in zip(team.identities, references, drawn.stats, strict=True)]
-    pictures = _pictures(context.folder, drawn.first, frames, Path(model.folder))
+    pictures = _pictures(context.folder, drawn.first, frames, Location.of(model.folder))
     return Evaluation(
         inputs=context.inputs,
         folder=str(context.folder),
@@ -104,13 +105,14 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
 
 def publish(evaluation: Evaluation, model: TrainedModel, tracking: Tracking, run_id: str) -> None:
     """Logs an evaluation's numbers and pictures to the run of its model; once for each run, however often it is called."""
-    marker = Path(evaluation.folder) / f".published-{run_id}"
-    if marker.exists():
+    folder = Location.of(evaluation.folder)
+    marker = folder / f".published-{run_id}"
+    if marker.is_file():
         return
     values = {f"eval/{metric.name}": metric.value for metric in (evaluation.metric, *evaluation.guards)}
     tracking.log_metrics(run_id, [(time.time_ns() // 1_000_000, model.steps, values)])
-    tracking.log_files(run_id, Path(evaluation.folder), "evaluate")
-    marker.touch()
+    tracking.log_files(run_id, folder, "evaluate")
+    marker.write_text("")
 
 
 def _choose_extractors(config: EvaluateConfig, shards: ShardSet, context: StageContext, placement: Placement) -> list[ExtractorChoice]:
@@ -126,23 +128,32 @@ def _choose_extractors(config: EvaluateConfig, shards: ShardSet, context: StageC
     return [ExtractorChoice("inception", str(_inception(config, context.storage))), guard]
 
 
-def _inception(config: EvaluateConfig, storage: Path) -> Path:
+def _inception(config: EvaluateConfig, storage: Location) -> Location:
+    """Returns where the Inception weights lie, for every node; fetches them where no path is given."""
     from components.metrics.features import fetch_inception_weights
 
     if config.inception_weights is not None:
-        return Path(config.inception_weights).expanduser().absolute()
-    return fetch_inception_weights(storage / "cache" / "inception")
+        return Location.of(config.inception_weights)
+    kept = storage / "cache" / "inception"
+    if kept.is_local:
+        return Location.of(fetch_inception_weights(kept.path))
+    found = next(iter(kept.files()), None)
+    if found is None:
+        with tempfile.TemporaryDirectory(prefix="ddpm-inception-") as folder:
+            found = fetch_inception_weights(Path(folder)).name
+            kept.upload(Path(folder))
+    return kept / found
 
 
-def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -> Path:
+def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -> Location:
     """Returns the folder of the dataset's classifier, trained on the cluster the first time."""
     import ray
 
-    from components.metrics.classifier import RECIPE
+    from components.metrics.classifier import RECIPE, RECORD
 
     folder = context.storage / "cache" / "classifiers" / f"{shards.digest}-{RECIPE}"
-    if not (folder / "classifier.json").is_file():
-        threads = placement.threads * placement.num_workers
+    if not (folder / RECORD).is_file():
+        threads = placement.threads * placement.num_workers if context.cluster.address == "local" else placement.threads
         with context.reporter.waiting("training the classifier whose features measure the samples, once for this dataset"):
             ray.get(ray.remote(num_cpus=1)(make_classifier).remote(shards.path, str(folder), threads))
     return folder
@@ -153,39 +164,41 @@ def make_classifier(dataset: str, folder: str, threads: int) -> None:
     import torch
 
     from components.data.shards import read_shard
-    from components.metrics.classifier import train_classifier
+    from components.metrics.classifier import RECORD, train_classifier
 
     torch.set_num_threads(threads)
-    manifest = read_manifest(Path(dataset))
+    source = Location.of(dataset)
+    manifest = read_manifest(source)
     numbers = {name: number for number, name in enumerate(manifest.label_names)}
     pixels: list[np.ndarray] = []
     classes: list[np.ndarray] = []
     for shard in manifest.shards:
-        values, labels, _, _ = read_shard(Path(dataset) / shard.name)
+        values, labels, _, _ = read_shard(source / shard.name)
         labelled = np.asarray([label is not None for label in labels])
         pixels.append(values[labelled])
         classes.append(np.asarray([numbers[label] for label in labels if label is not None], np.int64))
         if sum(map(len, pixels)) >= 100_000:
             break
-    staging = Path(f"{folder}.{os.getpid()}.tmp")
-    train_classifier(np.concatenate(pixels), np.concatenate(classes), staging)
-    if not Path(folder).exists():
-        staging.replace(folder)
+    with tempfile.TemporaryDirectory(prefix="ddpm-classifier-") as staging:
+        train_classifier(np.concatenate(pixels), np.concatenate(classes), Path(staging) / "made")
+        if not (Location.of(folder) / RECORD).is_file():
+            Location.of(folder).upload(Path(staging) / "made", last=RECORD)
 
 
 def _references(team: Team, shards: ShardSet, context: StageContext) -> "list[FeatureStats]":
     """Returns the dataset's statistics by every extractor, from the cache where they are known."""
-    manifest = read_manifest(Path(shards.path))
-    return [_reference(team, which, Path(shards.path), manifest, context) for which in range(len(team.identities))]
+    dataset = Location.of(shards.path)
+    manifest = read_manifest(dataset)
+    return [_reference(team, which, dataset, manifest, context) for which in range(len(team.identities))]
 
 
-def _reference(team: Team, which: int, dataset: Path, manifest: Manifest, context: StageContext) -> "FeatureStats":
+def _reference(team: Team, which: int, dataset: Location, manifest: Manifest, context: StageContext) -> "FeatureStats":
     from components.metrics.frechet import FeatureStats
 
     name, digest, _ = team.identities[which]
     cached = context.storage / "cache" / "references" / f"{manifest.digest}-{name}-{digest[:16]}.npz"
     if cached.is_file():
-        with np.load(cached, allow_pickle=False) as saved:
+        with np.load(io.BytesIO(cached.read_bytes()), allow_pickle=False) as saved:
             return FeatureStats(saved["shift"], int(saved["count"]), saved["first"], saved["second"])
     shift = team.first("mean_of_first", which, next(iterate_pixels(dataset, manifest, 256)))
     work = ((which, pixels, shift) for pixels in iterate_pixels(dataset, manifest, 512))
@@ -199,12 +212,10 @@ def _reference(team: Team, which: int, dataset: Path, manifest: Manifest, contex
     return stats
 
 
-def _save_reference(path: Path, stats: "FeatureStats") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(f".{os.getpid()}.tmp")
-    with staging.open("wb") as file:
-        np.savez(file, shift=stats.shift, count=stats.count, first=stats.first, second=stats.second)
-    staging.replace(path)
+def _save_reference(path: Location, stats: "FeatureStats") -> None:
+    content = io.BytesIO()
+    np.savez(content, shift=stats.shift, count=stats.count, first=stats.first, second=stats.second)
+    path.write_bytes(content.getvalue())
 
 
 @dataclass(frozen=True)
@@ -262,18 +273,21 @@ def _metric(config: EvaluateConfig, shards: ShardSet, identity: tuple[str, str, 
     return Metric(value=frechet_distance(stats, reference), unit=unit)
 
 
-def _pictures(folder: Path, first: np.ndarray, frames: Sequence[np.ndarray], training: Path) -> dict[str, str]:
-    """Writes the sample grid, the denoising animation and the loss curve; returns their paths by field of the receipt."""
+def _pictures(folder: Location, first: np.ndarray, frames: Sequence[np.ndarray], training: Location) -> dict[str, str]:
+    """Writes the sample grid, the denoising animation and the loss curve; returns their addresses by field of the receipt."""
     from components.figures import grid, save_animation, save_loss_curve
 
-    paths = {"grid": folder / "grid.png", "animation": folder / "denoising.gif", "loss_curve": folder / "loss.png"}
-    grid(first, GRID_COLUMNS).save(paths["grid"])
-    save_animation(paths["animation"], [grid(frame, ANIMATION_COLUMNS) for frame in frames])
+    pictures = {"grid": folder / "grid.png", "animation": folder / "denoising.gif", "loss_curve": folder / "loss.png"}
     lines = [line for line in read_metrics(training) if "train/loss" in line.metrics]
-    save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines])
-    return {name: str(path) for name, path in paths.items()}
+    with tempfile.TemporaryDirectory(prefix="ddpm-pictures-") as staging:
+        paths = {name: Path(staging) / picture.name for name, picture in pictures.items()}
+        grid(first, GRID_COLUMNS).save(paths["grid"])
+        save_animation(paths["animation"], [grid(frame, ANIMATION_COLUMNS) for frame in frames])
+        save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines])
+        folder.upload(Path(staging))
+    return {name: str(picture) for name, picture in pictures.items()}
 
 
 def is_intact(receipt: Evaluation) -> bool:
     """Tells whether the pictures that a receipt describes are still there."""
-    return all(Path(path).is_file() for path in (receipt.grid, receipt.animation, receipt.loss_curve))
+    return all(Location.of(address).is_file() for address in (receipt.grid, receipt.animation, receipt.loss_curve))

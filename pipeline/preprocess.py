@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from components.data.shards import (
 )
 from components.data.sources import DataConfig, Item, Listing, Source, open_source, printable
 from components.errors import DataError
+from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
 
@@ -52,15 +54,15 @@ def plan_digest(config: DataConfig, listing: Listing) -> str:
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
 
-def list_source(config: DataConfig, storage: Path) -> tuple[Source, Listing, str]:
+def list_source(config: DataConfig, storage: Location) -> tuple[Source, Listing, str]:
     """Returns the source, its listing, and the digest of the plan made of both.
 
     Raises:
         DataError: if the source cannot be read or is empty.
     """
-    if Path(config.source).is_dir() and storage.is_relative_to(Path(config.source).absolute().resolve()):
+    if storage.is_local and Path(config.source).is_dir() and storage.path.is_relative_to(Path(config.source).absolute().resolve()):
         raise DataError(f"data.source={config.source} holds the storage root {storage}, whose pictures are no data; set cluster.storage to a folder outside it")
-    source = open_source(config, str(storage / "downloads"))
+    source = open_source(config, str(storage / "downloads") if storage.is_local else str(Path(tempfile.gettempdir()) / "ddpm-downloads"))
     listing = source.listing()
     return source, listing, plan_digest(config, listing)
 
@@ -76,7 +78,6 @@ def preprocess(config: DataConfig, listed: tuple[Source, Listing, str], *, conte
     """
     source, listing, plan = listed
     folder = dataset_folder(context.storage, plan)
-    folder.mkdir(parents=True, exist_ok=True)
     manifest = None if anew else _finished(folder)
     if manifest is None:
         manifest = _build(ShardTask(source, config, str(folder), plan, anew), listing, context)
@@ -85,7 +86,7 @@ def preprocess(config: DataConfig, listed: tuple[Source, Listing, str], *, conte
     return _receipt(folder, manifest, context.inputs)
 
 
-def _finished(folder: Path) -> Manifest | None:
+def _finished(folder: Location) -> Manifest | None:
     try:
         manifest = read_manifest(folder)
         check_whole(folder, manifest)
@@ -95,7 +96,7 @@ def _finished(folder: Path) -> Manifest | None:
 
 
 def _build(task: ShardTask, listing: Listing, context: StageContext) -> Manifest:
-    config, folder, plan = task.config, Path(task.folder), task.plan
+    config, folder, plan = task.config, Location.of(task.folder), task.plan
     shards, bad = _run_tasks(task, _cut(listing.items, config), context)
     write_quarantine(folder, bad)
     if len(bad) > config.max_bad_fraction * len(listing.items) or not shards:
@@ -119,7 +120,8 @@ def _run_tasks(task: ShardTask, pieces: list[list[Item]], context: StageContext)
     results: dict[int, str] = {}
     with context.reporter.progress("preprocess", sum(map(len, pieces)), "images") as advance:
         plan = [{"shard": number, "items": json.dumps(items)} for number, items in enumerate(pieces)]
-        made = ray.data.from_items(plan, override_num_blocks=len(plan)).map(partial(make_shard, task=task), num_cpus=1)
+        options: dict[str, Any] = {"label_selector": context.cluster.preprocess_labels} if context.cluster.preprocess_labels else {}
+        made = ray.data.from_items(plan, override_num_blocks=len(plan)).map(partial(make_shard, task=task), num_cpus=1, **options)
         for row in made.iter_rows():
             results[row["shard"]] = row["result"]
             advance(len(pieces[row["shard"]]))
@@ -130,14 +132,14 @@ def _run_tasks(task: ShardTask, pieces: list[list[Item]], context: StageContext)
 
 def make_shard(row: dict[str, Any], task: ShardTask) -> dict[str, Any]:
     """Makes one shard, or finds it made by an earlier run of the same plan; returns its entry and its bad files as JSON."""
-    path = Path(task.folder) / f"shard-{row['shard']:05d}.parquet"
+    path = Location.of(task.folder) / f"shard-{row['shard']:05d}.parquet"
     items = [Item(*values) for values in json.loads(row["items"])]
     shard, bad = (None if task.anew else _reuse(path, items, task)) or _make(path, items, task)
     outcome = {"shard": shard.model_dump() if shard else None, "bad": [line.model_dump() for line in bad]}
     return {"shard": row["shard"], "result": json.dumps(outcome)}
 
 
-def _reuse(path: Path, items: list[Item], task: ShardTask) -> tuple[Shard, list[BadFile]] | None:
+def _reuse(path: Location, items: list[Item], task: ShardTask) -> tuple[Shard, list[BadFile]] | None:
     """Returns a shard that is already there whole, if none of its files was bad (else the bad ones must be named again)."""
     if not path.is_file():
         return None
@@ -150,7 +152,7 @@ def _reuse(path: Path, items: list[Item], task: ShardTask) -> tuple[Shard, list[
     return describe_shard(path, pixels, labels, sources), []
 
 
-def _make(path: Path, items: list[Item], task: ShardTask) -> tuple[Shard | None, list[BadFile]]:
+def _make(path: Location, items: list[Item], task: ShardTask) -> tuple[Shard | None, list[BadFile]]:
     size, mode = task.config.image_size, task.config.mode
     pixels = np.empty((len(items), CHANNELS[mode], size, size), np.uint8)
     kept: list[Item] = []
@@ -167,7 +169,7 @@ def _make(path: Path, items: list[Item], task: ShardTask) -> tuple[Shard | None,
     return write_shard(path, pixels[: len(kept)], labels, [printable(item.path) for item in kept], task.plan), bad
 
 
-def _too_many_bad(config: DataConfig, bad: list[BadFile], listed: int, folder: Path) -> str:
+def _too_many_bad(config: DataConfig, bad: list[BadFile], listed: int, folder: Location) -> str:
     first = bad[0]
     return (
         f"data.max_bad_fraction={config.max_bad_fraction} is exceeded: {len(bad)} of {listed} images are bad, the first {first.path} "
@@ -197,7 +199,7 @@ def _describe(config: DataConfig, listing: Listing, plan: str, shards: list[Shar
     )
 
 
-def _receipt(folder: Path, manifest: Manifest, inputs: str) -> ShardSet:
+def _receipt(folder: Location, manifest: Manifest, inputs: str) -> ShardSet:
     return ShardSet(
         inputs=inputs,
         path=str(folder),
@@ -217,10 +219,10 @@ def _receipt(folder: Path, manifest: Manifest, inputs: str) -> ShardSet:
 
 def is_intact(receipt: ShardSet) -> bool:
     """Tells whether the dataset that a receipt describes is still there, whole and unchanged in digest."""
-    manifest = _finished(Path(receipt.path))
+    manifest = _finished(Location.of(receipt.path))
     return manifest is not None and manifest.digest == receipt.digest
 
 
-def dataset_folder(storage: Path, plan: str) -> Path:
+def dataset_folder(storage: Location, plan: str) -> Location:
     """Returns where the dataset of a plan lies."""
     return storage / "datasets" / plan

@@ -1,6 +1,5 @@
 """A checkpoint and its evaluation in, a version in the model registry out; the champion falls only to a better number of the same unit."""
 
-import fcntl
 import hashlib
 import json
 import re
@@ -17,9 +16,11 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import components
+from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, MetricUnit, Registration, ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
+from pipeline.lease import held
 from pipeline.tracking import Tracking, as_tags, git_commit, public_uri, translated
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def register(
     Raises:
         RegistryError: if the registry cannot be reached or refuses.
     """
-    with translated(tracking.uri), _one_at_a_time(context.storage, config.model_name):
+    with translated(tracking.uri), _one_at_a_time(context, config.model_name):
         made = find_version(tracking, config.model_name, context.inputs)
         if made is None:
             made = _make_version(config, shards, model, evaluation, context, tracking, run_id)
@@ -116,12 +117,9 @@ def register(
 
 
 @contextmanager
-def _one_at_a_time(storage: Path, name: str) -> Iterator[None]:
-    """Lets the processes of one machine decide one after the other, never both against the same champion."""
-    folder = storage / "mlflow"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def _one_at_a_time(context: StageContext, name: str) -> Iterator[None]:
+    """Lets the processes that share a storage root decide one after the other, never both against the same champion."""
+    with held(context.storage / "locks" / f"model-{hashlib.sha256(name.encode()).hexdigest()[:16]}", wait=True):
         yield
 
 
@@ -174,9 +172,10 @@ def _log_model(name: str, model: TrainedModel, run_id: str) -> str:
     from components.model.checkpoint import DenoiserSpec, read_weights, write_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="ddpm-register-") as staging:
-        folder, source = Path(staging), Path(model.path)
-        spec = DenoiserSpec.model_validate_json((source / "denoiser.json").read_text(encoding="utf-8"))
-        write_checkpoint(folder / "checkpoint", spec, read_weights(source / "ema.safetensors"))
+        folder = Path(staging)
+        with Location.of(model.path).local_copy(["denoiser.json", "ema.safetensors"]) as source:
+            spec = DenoiserSpec.model_validate_json((source / "denoiser.json").read_text(encoding="utf-8"))
+            write_checkpoint(Location.of(folder / "checkpoint"), spec, read_weights(source / "ema.safetensors"))
         package = _copy_components(folder)
         code = folder / "sampler.py"
         template = Path(__file__).with_name("served_model.py").read_text(encoding="utf-8")

@@ -1,8 +1,7 @@
 """The four stages in a row. A stage whose receipt already matches its inputs is not run again."""
 
-import fcntl
-import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.connect import disconnect
-from components.data.shards import write_text
 from components.data.sources import Listing, Source
+from components.storage import Location
 from pipeline import evaluate as evaluate_stage
 from pipeline import preprocess as preprocess_stage
 from pipeline import register as register_stage
@@ -22,7 +21,10 @@ from pipeline.artifacts import STAGES, AnyReceipt, Evaluation, Receipt, Registra
 from pipeline.config import RunConfig, config_digest, digest_of, flatten
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
-from pipeline.follow import deliver, forget_deliveries
+from pipeline.follow import Delivery, forget_deliveries
+from pipeline.lease import HeldError, held
+from pipeline.notebook import read_metrics
+from pipeline.ready import check_cluster
 from pipeline.tracking import Tracking, connect, git_commit, public_uri
 
 RUN_FILE = "mlflow_run.json"
@@ -51,7 +53,7 @@ class Pipeline:
     name: str
     start_from: StageName | None
     reporter: Reporter
-    storage: Path
+    storage: Location
     reports: dict[StageName, StageReport]
 
     def context(self, stage: StageName, inputs: str) -> StageContext:
@@ -77,7 +79,7 @@ class Pipeline:
             if self.forced(stage):
                 forget(context)
             receipt = call(context)
-            write_text(context.folder / "receipt.json", receipt.model_dump_json(indent=2) + "\n")
+            (context.folder / "receipt.json").write_text(receipt.model_dump_json(indent=2) + "\n")
         else:
             self.reporter.line(f"[bold]{stage}[/] skipped: {reason}")
         self.reports[stage] = StageReport(receipt=receipt, skipped=stored is not None, reason=reason, seconds=time.perf_counter() - started)
@@ -92,10 +94,10 @@ class Pipeline:
             return None, f"asked for by --from {self.start_from}"
         path = context.folder / "receipt.json"
         if not path.is_file():
-            others = [other for other in context.folder.parent.glob("*/receipt.json")]
+            others = [other for other in context.folder.parent.folders() if (context.folder.parent / other / "receipt.json").is_file()]
             return None, "its inputs changed" if others else "for the first time"
         try:
-            receipt = kind.model_validate_json(path.read_text(encoding="utf-8"))
+            receipt = kind.model_validate_json(path.read_text())
         except (OSError, ValidationError):
             return None, "its receipt cannot be read"
         if not intact(receipt):
@@ -117,8 +119,10 @@ def run(
         listed = preprocess_stage.list_source(config.data, storage)
         evaluate_stage.check_weights(config.evaluate)
         tracking = connect(storage) if until != "preprocess" else None
-        write_text(storage / "runs" / name / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         try:
+            if config.cluster.address != "local":
+                check_cluster(config.cluster, config.data, storage, pipeline.reporter)
             _run_stages(pipeline, listed, tracking, until)
         finally:
             disconnect()
@@ -244,15 +248,15 @@ class TrackedRun:
         if self.is_new:
             forget_deliveries(self._context.folder)
             address = _RunAddress(uri=public_uri(self.tracking.uri), run_id=run_id)
-            write_text(self._context.folder / RUN_FILE, address.model_dump_json() + "\n")
+            (self._context.folder / RUN_FILE).write_text(address.model_dump_json() + "\n")
         self._describe(run_id)
         if self.is_new:
-            deliver(self._context.folder, self.tracking, run_id)
+            Delivery(self._context.folder, self.tracking, run_id).deliver(read_metrics(self._context.folder))
         return run_id
 
     def _known(self) -> str | None:
         try:
-            address = _RunAddress.model_validate_json((self._context.folder / RUN_FILE).read_text(encoding="utf-8"))
+            address = _RunAddress.model_validate_json((self._context.folder / RUN_FILE).read_text())
         except (OSError, ValidationError):
             return None
         return address.run_id if address.uri == public_uri(self.tracking.uri) else None
@@ -273,38 +277,32 @@ class TrackedRun:
             self.tracking.close_run(self._run_id, status)
 
 
-def check_storage(storage: str) -> Path:
-    """Returns the absolute storage root, made if need be.
+def check_storage(storage: str) -> Location:
+    """Returns the storage root, made if need be.
 
     Raises:
         ConfigError: if it cannot be written.
     """
-    root = Path(storage).expanduser().absolute()
+    root = Location.of(storage)
+    probe = root / f".write-{uuid.uuid4().hex[:8]}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".write-{os.getpid()}"
         probe.write_text("")
-        probe.unlink()
+        probe.remove()
     except OSError as error:
-        raise ConfigError(f"cluster.storage={storage} cannot be written ({error.strerror}); name a folder with write permission") from error
+        right = "name a folder with write permission" if root.is_local else "look at the bucket's name, the AWS_* credentials and AWS_ENDPOINT_URL"
+        raise ConfigError(f"cluster.storage={storage} cannot be written ({error.strerror or error}); {right}") from error
     return root
 
 
 @contextmanager
-def one_process(folder: Path, name: str) -> Iterator[None]:
+def one_process(folder: Location, name: str) -> Iterator[None]:
     """Keeps two processes from working on the same run at once; the lock ends with the process that holds it.
 
     Raises:
         ConfigError: if another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise ConfigError(f"run {name} is in progress in process {lock.read().strip()}; wait for it, or choose another --name") from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+    try:
+        with held(folder / ".lock", wait=False):
+            yield
+    except HeldError as error:
+        raise ConfigError(f"run {name} is in progress in {error}; wait for it, or choose another --name") from error

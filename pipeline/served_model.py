@@ -6,7 +6,6 @@ It needs torch, numpy, Pillow and MLflow, and nothing of the project that made i
 import importlib
 import io
 import math
-from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -24,9 +23,9 @@ class Sampler(mlflow.pyfunc.PythonModel):
         """Rebuilds the denoiser from the checkpoint folder, checksums verified; on a GPU where there is one."""
         import torch
 
-        checkpoint = importlib.import_module(f"{COMPONENTS}.model.checkpoint")
+        checkpoint, storage = (importlib.import_module(f"{COMPONENTS}.{name}") for name in ("model.checkpoint", "storage"))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._denoiser = checkpoint.load_denoiser(Path(context.artifacts["checkpoint"]), self._device)
+        self._denoiser = checkpoint.load_denoiser(storage.Location.of(context.artifacts["checkpoint"]), self._device)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:  # pyrefly: ignore[bad-override]
         """Returns one entry per image: PNG bytes, or an array (N, H, W, C) uint8 where format is `array`.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.tree import COMMIT_FILE
+from components.storage import Location
 from pipeline.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -29,9 +31,16 @@ _LINES_OF_MLFLOW = ("mlflow", "alembic", "alembic.runtime.migration", "sqlalchem
 MetricsAt = tuple[int, int, Mapping[str, float]]
 
 
-def tracking_uri(storage: Path) -> str:
-    """Returns where runs are tracked: MLFLOW_TRACKING_URI where it is set, else SQLite below the storage root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow' / 'mlflow.db'}"
+def tracking_uri(storage: Location) -> str:
+    """Returns where runs are tracked: MLFLOW_TRACKING_URI where it is set, else SQLite below the storage root.
+
+    Raises:
+        RegistryError: if it is not set and the storage root is no file system, where SQLite cannot lie.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri and not storage.is_local:
+        raise RegistryError(f"cluster.storage={storage} cannot hold an SQLite store; set MLFLOW_TRACKING_URI to an MLflow server")
+    return uri or f"sqlite:///{storage / 'mlflow' / 'mlflow.db'}"
 
 
 @dataclass(frozen=True)
@@ -119,10 +128,10 @@ class Tracking:
         with translated(self.uri):
             self.client.set_tag(run_id, "mlflow.note.content", markdown[:5000])
 
-    def log_files(self, run_id: str, folder: Path, artifact_path: str) -> None:
+    def log_files(self, run_id: str, folder: Location, artifact_path: str) -> None:
         """Copies the files of a folder to the run's artifacts."""
-        with translated(self.uri):
-            self.client.log_artifacts(run_id, str(folder), artifact_path)
+        with translated(self.uri), folder.local_copy() as copy:
+            self.client.log_artifacts(run_id, str(copy), artifact_path)
 
     def close_run(self, run_id: str, status: str) -> None:
         """Ends a run as FINISHED, FAILED or KILLED."""
@@ -157,7 +166,7 @@ def public_uri(uri: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
-def connect(storage: Path, *, create: bool = True) -> Tracking:
+def connect(storage: Location, *, create: bool = True) -> Tracking:
     """Returns the tracking store of a storage root; brings a local one's schema up to date, and checks that a server answers.
 
     Args:
@@ -178,7 +187,9 @@ def connect(storage: Path, *, create: bool = True) -> Tracking:
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    tracking = Tracking(uri, mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), None if uri.startswith("http") else storage / "mlflow" / "artifacts")
+    tracking = Tracking(
+        uri, mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), None if uri.startswith("http") else (storage / "mlflow" / "artifacts").path
+    )
     with translated(uri):
         tracking.client.search_experiments(max_results=1)
     return tracking
@@ -220,8 +231,13 @@ def _make_sqlite(uri: str) -> None:
 
 
 def git_commit() -> str:
-    """Returns the commit of the project's checkout, with `-dirty` where it has changes; `unknown` outside a checkout."""
+    """Returns the commit of the project's checkout, with `-dirty` where it has changes; `unknown` outside a checkout.
+
+    A tree that was sent to a cluster has no history, but a file that says which commit it was.
+    """
     root = Path(__file__).resolve().parent.parent
+    if (root / COMMIT_FILE).is_file():
+        return (root / COMMIT_FILE).read_text(encoding="utf-8").strip()
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

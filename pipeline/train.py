@@ -1,11 +1,11 @@
 """Shards in, a trained denoiser out: starts the workers, follows them, and hands on their last checkpoint."""
 
-import os
+import itertools
 import signal
 import statistics
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
@@ -16,10 +16,12 @@ from components.data.shards import read_manifest
 from components.diffusion.schedule import DiffusionConfig
 from components.errors import DataError
 from components.model.unet import UNetConfig
+from components.storage import Location
 from pipeline.artifacts import ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.errors import ConfigError
-from pipeline.follow import Follower, read_metrics
+from pipeline.follow import Follower
+from pipeline.notebook import read_metrics
 from pipeline.tracking import Tracking, public_uri
 
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
@@ -77,6 +79,8 @@ class TrainPlan(BaseModel):
     inputs: str
     threads: int
     group_timeout_s: int
+    cache: str | None = None
+    cache_bytes: int = 20 << 30
 
 
 def train(
@@ -97,10 +101,9 @@ def train(
         ConfigError: if more than `train.max_nonfinite_steps` gradients were not finite.
         RuntimeError: if the workers failed more than `cluster.max_failures` times.
     """
-    read_manifest(Path(shards.path))
-    context.folder.mkdir(parents=True, exist_ok=True)
+    read_manifest(Location.of(shards.path))
     connect(context.cluster)
-    placement = place(context.cluster)
+    placement = place(context.cluster, context.reporter.line)
     plan = TrainPlan(
         train=config,
         model=model,
@@ -110,6 +113,8 @@ def train(
         inputs=context.inputs,
         threads=placement.threads,
         group_timeout_s=context.cluster.group_timeout_s,
+        cache=context.cluster.cache,
+        cache_bytes=context.cluster.cache_bytes,
     )
     context.reporter.line(_derived(config, placement, context))
     with Follower(context, tracking, run_id, config.steps):
@@ -119,9 +124,9 @@ def train(
 
 def _derived(config: TrainConfig, placement: Placement, context: StageContext) -> str:
     """Returns the values that follow from the settings and the machines, for a person to see at the start."""
-    from components.model.checkpoint import newest_whole_checkpoint
+    from components.model.checkpoint import checkpoints, is_complete
 
-    newest = newest_whole_checkpoint(context.folder)
+    newest = next(filter(is_complete, checkpoints(context.folder)), None)
     where = "one GPU each" if placement.use_gpu else f"{placement.threads} CPU thread{'s' if placement.threads > 1 else ''} each"
     start = f", going on from {newest.name}" if newest else ""
     return f"  {placement.num_workers} workers with {where}, {config.global_batch_size // placement.num_workers} images per worker and step{start}"
@@ -154,17 +159,16 @@ def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainO
 
     from pipeline.train_loop import train_loop
 
-    # Ray's own snapshot is written in place and may be torn; the checkpoints carry manifests, so it is never needed.
-    (context.folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    trainer = TorchTrainer(
-        train_loop,  # pyrefly: ignore[bad-argument-type]  (its return value is the result's, as Ray documents)
-        train_loop_config={"plan": plan.model_dump_json()},
-        scaling_config=scaling_config(placement),
-        run_config=run_config(context.cluster, storage_path=str(context.folder.parent), name=context.folder.name),
-        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
-    )
-    with _interruptible():
-        result: Any = trainer.fit()
+    with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as bookkeeping:
+        trainer = TorchTrainer(
+            train_loop,  # pyrefly: ignore[bad-argument-type]  (its return value is the result's, as Ray documents)
+            train_loop_config={"plan": plan.model_dump_json()},
+            scaling_config=scaling_config(context.cluster, placement),
+            run_config=run_config(context.cluster, bookkeeping=bookkeeping, name=context.folder.name),
+            torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
+        )
+        with _interruptible():
+            result: Any = trainer.fit()
     outcome = TypeAdapter(TrainOutcome | TrainFailure).validate_json(result.return_value)
     if isinstance(outcome, TrainFailure):
         raise ConfigError(outcome.failure)
@@ -213,18 +217,18 @@ def _receipt(outcome: TrainOutcome, shards: ShardSet, context: StageContext, tra
 
 def is_intact(receipt: TrainedModel) -> bool:
     """Tells whether the checkpoint that a receipt describes is still there, every checksum matching."""
-    from components.model.checkpoint import verify
+    from components.model.checkpoint import is_complete, manifest_of, verify
 
+    path = Location.of(receipt.path)
     try:
-        return verify(Path(receipt.path))["ema.safetensors"] == receipt.weights_sha256
+        checksum = verify(path.path)["ema.safetensors"] if path.is_local else manifest_of(path)["ema.safetensors"][1]
     except (DataError, KeyError):
         return False
+    return checksum == receipt.weights_sha256 and is_complete(path)
 
 
-def set_aside(folder: Path) -> None:
+def set_aside(folder: Location) -> None:
     """Moves a training folder out of the way, so that training starts anew and nothing is lost."""
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    if folder.exists():
-        os.replace(folder, target)
+    taken = folder.parent.folders()
+    number = next(number for number in itertools.count(1) if f"{folder.name}.old-{number}" not in taken)
+    folder.rename(folder.parent / f"{folder.name}.old-{number}")

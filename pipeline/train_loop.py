@@ -2,18 +2,16 @@
 
 import contextlib
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from components.data.batches import Batch, BatchPlan
+from components.data.copies import Copies
 from components.data.images import to_model_range, to_pixels
 from components.data.order import plan_order
 from components.data.reader import RowReader
@@ -27,15 +25,18 @@ from components.model.checkpoint import (
     DenoiserSpec,
     TrainingRecord,
     TrainingState,
+    checkpoint_name,
+    checkpoints,
     load_training_state,
+    manifest_of,
     newest_whole_checkpoint,
-    read_weights,
-    sha256_of,
     write_checkpoint,
 )
 from components.model.ema import Ema
+from components.storage import Location
 from components.streams import Purpose, stream
-from pipeline.follow import METRICS_FILE, MetricsLine, last_logged_step, samples_folder
+from pipeline.follow import samples_folder
+from pipeline.notebook import Attempt, MetricsLine, NotebookWriter
 from pipeline.train import TrainConfig, TrainFailure, TrainOutcome, TrainPlan
 
 Precision = Literal["float32", "bfloat16"]
@@ -58,6 +59,7 @@ class Trainer:
         network: the denoiser, wrapped for DDP where there are several workers.
         unet: the denoiser itself.
         step: optimiser steps done.
+        share: this worker's part of the batch over an equal part; not 1 only where the workers do not divide the lanes.
     """
 
     config: TrainConfig
@@ -72,13 +74,14 @@ class Trainer:
     schedule: Schedule
     step: int = 0
     nonfinite_steps: int = 0
+    share: float = 1.0
 
     def learning_rate(self) -> float:
         """Returns the learning rate of the next step: linear warm-up, then constant (DDPM appendix B)."""
         return self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
 
     def update(self, batch: Batch, first_lane: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes one optimiser step and returns this worker's loss and the gradient's norm before clipping.
+        """Takes one optimiser step and returns this worker's loss, whose mean over the workers is the batch's, and the gradient's norm before clipping.
 
         Raises:
             FloatingPointError: if too many gradients were not finite.
@@ -89,6 +92,7 @@ class Trainer:
         eps, t = batch.eps.to(self.device, non_blocking=True), batch.t.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             loss = simple_loss(self.network, self.schedule, x_0, eps, t)
+        loss = loss if self.share == 1.0 else loss * self.share
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.unet.parameters(), self.config.grad_clip)
@@ -117,18 +121,19 @@ class Trainer:
         record = TrainingRecord(step=self.step, train_digest=self.inputs, precision=self.precision, nonfinite_steps=self.nonfinite_steps)
         return TrainingState(self.unet.state_dict(), flat, record)
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: Location) -> None:
         """Takes over everything from a checkpoint.
 
         Raises:
             DataError: if it is not whole, or made of other inputs.
         """
-        state = load_training_state(path)
+        resumable = load_training_state(path)
+        state = resumable.state
         if state.record.train_digest != self.inputs:
             raise DataError(f"{path} was trained on other settings or data ({state.record.train_digest}, not {self.inputs}); move it away")
         self.precision = state.record.precision
         self.unet.load_state_dict(dict(state.weights))
-        self.ema.load(read_weights(path / "ema.safetensors"))
+        self.ema.load(resumable.ema)
         parameters = list(self.unet.parameters())
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for address, value in state.optimizer.items():
@@ -141,7 +146,7 @@ class Trainer:
         self.step, self.nonfinite_steps = state.record.step, state.record.nonfinite_steps
 
 
-def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resume_from: Path | None) -> Trainer:
+def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resume_from: Location | None) -> Trainer:
     """Builds the network, the optimiser and the averages: fresh from the seed, or from a checkpoint."""
     spec = DenoiserSpec(model=plan.model, diffusion=plan.diffusion, image_size=manifest.image_size, channels=1 if manifest.channels == 1 else 3)
     torch.manual_seed(int(stream(Purpose.WEIGHTS, plan.train.seed).integers(2**32)))
@@ -164,15 +169,10 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
     return trainer
 
 
-class Recorder:
-    """The first worker's notebook: averages over a stretch of steps, appended as JSON lines that the driver follows.
+class Stretch:
+    """Averages over a stretch of steps, on each worker."""
 
-    Steps that an earlier attempt already wrote down are not written again: they are the same numbers.
-    """
-
-    def __init__(self, folder: Path, images_per_step: int) -> None:
-        self._path, self._images_per_step = folder / METRICS_FILE, images_per_step
-        self._written = last_logged_step(folder)
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
@@ -188,28 +188,22 @@ class Recorder:
         self._waited += waited
 
     def mean_loss(self) -> torch.Tensor:
-        """Returns this worker's mean loss over the stretch, for averaging over the workers."""
+        """Returns this worker's mean loss over the stretch."""
         return torch.stack(self._losses).mean()
 
-    def write(self, step: int, loss: float, learning_rate: float, nonfinite_steps: int) -> None:
-        """Appends one line, flushed to disk, and starts a new stretch."""
+    def line(self, trainer: Trainer, loss: float) -> MetricsLine:
+        """Returns what the notebook says of the stretch; values that are not finite are left out."""
         seconds = time.perf_counter() - self._started
         metrics = {
             "train/loss": loss,
             "train/gradient_norm": float(torch.stack(self._norms).mean()),
-            "train/learning_rate": learning_rate,
-            "train/nonfinite_steps": float(nonfinite_steps),
-            "perf/images_per_second": len(self._losses) * self._images_per_step / seconds,
+            "train/learning_rate": trainer.learning_rate(),
+            "train/nonfinite_steps": float(trainer.nonfinite_steps),
+            "perf/images_per_second": len(self._losses) * trainer.config.global_batch_size / seconds,
             "perf/data_wait_fraction": self._waited / seconds,
         }
-        if step > self._written:
-            finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
-            line = MetricsLine(step=step, timestamp_ms=time.time_ns() // 1_000_000, metrics=finite)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line.model_dump_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        self.reset()
+        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        return MetricsLine(step=trainer.step, timestamp_ms=time.time_ns() // 1_000_000, metrics=finite)
 
 
 def train_loop(config: dict[str, Any]) -> str:
@@ -221,7 +215,9 @@ def train_loop(config: dict[str, Any]) -> str:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(plan.threads)
-    device, folder, manifest = get_device(), Path(plan.folder), read_manifest(Path(plan.dataset))
+    device, folder, dataset = get_device(), Location.of(plan.folder), Location.of(plan.dataset)
+    manifest = read_manifest(dataset)
+    attempt = Attempt(folder) if rank == 0 else None
     trainer = make_trainer(plan, manifest, device, _agree_on_checkpoint(folder, rank))
     if world > 1:
         trainer.network = prepare_model(trainer.unet, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
@@ -233,28 +229,27 @@ def train_loop(config: dict[str, Any]) -> str:
         seed=plan.train.seed,
     )
     batch_plan = BatchPlan(order, plan.diffusion.num_steps, plan.train.flip)
+    reader = RowReader(dataset, manifest, copies=Copies.of(plan.cache, plan.cache_bytes))
     try:
-        _run_steps(trainer, batch_plan, RowReader(Path(plan.dataset), manifest), folder, rank, world)
+        newest = _run_steps(trainer, batch_plan, reader, attempt, rank, world)
     except FloatingPointError as error:
         return TrainFailure(failure=str(error)).model_dump_json()
-    checkpoint = folder / checkpoint_name(trainer.step)
+    return "" if newest is None else _outcome(trainer, newest, world, device).model_dump_json()
+
+
+def _outcome(trainer: Trainer, checkpoint: Location, world: int, device: torch.device) -> TrainOutcome:
     return TrainOutcome(
         checkpoint=str(checkpoint),
-        weights_sha256=sha256_of(checkpoint / "ema.safetensors"),
+        weights_sha256=manifest_of(checkpoint)["ema.safetensors"][1],
         parameters=sum(parameter.numel() for parameter in trainer.unet.parameters()),
         steps=trainer.step,
         precision=trainer.precision,
         num_workers=world,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    ).model_dump_json()
+    )
 
 
-def checkpoint_name(step: int) -> str:
-    """Returns the folder name of the checkpoint of a step; names sort by step."""
-    return f"step_{step:09d}"
-
-
-def _agree_on_checkpoint(folder: Path, rank: int) -> Path | None:
+def _agree_on_checkpoint(folder: Location, rank: int) -> Location | None:
     """The first worker finds the newest whole checkpoint; all use that one."""
     from ray.train.collective import broadcast_from_rank_zero
 
@@ -263,27 +258,37 @@ def _agree_on_checkpoint(folder: Path, rank: int) -> Path | None:
     return folder / name if name else None
 
 
-def _run_steps(trainer: Trainer, plan: BatchPlan, reader: RowReader, folder: Path, rank: int, world: int) -> None:
-    config, lanes = trainer.config, plan.lanes_of(rank, world)
-    recorder = Recorder(folder, config.global_batch_size) if rank == 0 else None
-    losses = Recorder(folder, config.global_batch_size) if recorder is None else recorder
-    if recorder is not None and trainer.step == 0:
-        _save_grid(trainer, folder)
-        recorder.reset()
+def _run_steps(trainer: Trainer, plan: BatchPlan, reader: RowReader, attempt: Attempt | None, rank: int, world: int) -> Location | None:
+    """Trains to the end. The first worker, which holds the attempt, returns its last checkpoint, the others None."""
+    config, lanes, stretch = trainer.config, plan.lanes_of(rank, world), Stretch()
+    trainer.share = len(lanes) * world / plan.order.lanes
+    notebook = NotebookWriter(attempt) if attempt else None
+    newest = _newest_at(trainer, attempt)
+    if attempt and trainer.step == 0:
+        _save_grid(trainer, attempt)
+        stretch.reset()
     batches = plan.batches(reader, range(trainer.step, config.steps), lanes)
     for batch, waited in _timed(batches):
         loss, norm = trainer.update(batch, lanes[0])
-        losses.add(loss, norm, waited)
+        stretch.add(loss, norm, waited)
         at_checkpoint = trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps
         if trainer.step % config.log_every == 0 or at_checkpoint:
-            loss_now = _mean_over_workers(losses.mean_loss(), world)
-            losses.write(trainer.step, loss_now, trainer.learning_rate(), trainer.nonfinite_steps) if recorder else losses.reset()
-        if trainer.step % config.sample_every == 0 and recorder is not None:
-            _save_grid(trainer, folder)
-            recorder.reset()
-        if at_checkpoint:
-            _save_checkpoint(trainer, folder, rank)
-            losses.reset()
+            loss_now = _mean_over_workers(stretch.mean_loss(), world)
+            if notebook:
+                notebook.append(stretch.line(trainer, loss_now))
+            stretch.reset()
+        if attempt and trainer.step % config.sample_every == 0:
+            _save_grid(trainer, attempt)
+            stretch.reset()
+        if attempt and at_checkpoint:
+            newest = _save_checkpoint(trainer, attempt)
+            stretch.reset()
+    return newest
+
+
+def _newest_at(trainer: Trainer, attempt: Attempt | None) -> Location | None:
+    """Returns the checkpoint that the trainer resumed from."""
+    return next((path for path in checkpoints(attempt.folder) if path.name.startswith(f"step_{trainer.step:09d}")), None) if attempt else None
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
@@ -301,26 +306,16 @@ def _mean_over_workers(value: torch.Tensor, world: int) -> float:
     return float(value) / world
 
 
-def _save_checkpoint(trainer: Trainer, folder: Path, rank: int) -> None:
-    """The first worker writes the folder; all register it with Ray, which waits for all."""
-    import ray.train
-    from ray.train import Checkpoint, CheckpointUploadMode
-
-    path = folder / checkpoint_name(trainer.step)
-    checkpoint = None
-    if rank == 0:
-        write_checkpoint(path, trainer.spec, trainer.ema.weights, trainer.state())
-        _prune(folder, trainer.config.keep_last)
-        checkpoint = Checkpoint.from_directory(str(path))
-    ray.train.report({"step": trainer.step}, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+def _save_checkpoint(trainer: Trainer, attempt: Attempt) -> Location:
+    attempt.check()
+    path = attempt.folder / checkpoint_name(trainer.step, attempt.number)
+    write_checkpoint(path, trainer.spec, trainer.ema.weights, trainer.state())
+    for old in checkpoints(attempt.folder)[trainer.config.keep_last :]:
+        old.remove_tree()
+    return path
 
 
-def _prune(folder: Path, keep_last: int) -> None:
-    for old in sorted(folder.glob("step_*"))[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _save_grid(trainer: Trainer, folder: Path) -> None:
+def _save_grid(trainer: Trainer, attempt: Attempt) -> None:
     """Draws a small grid from the averaged weights, the same seeds each time, wide rather than tall."""
     training = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
     trainer.unet.load_state_dict(trainer.ema.weights)
@@ -330,8 +325,5 @@ def _save_grid(trainer: Trainer, folder: Path) -> None:
     finally:
         trainer.unet.load_state_dict(training)
         trainer.unet.train()
-    target = samples_folder(folder) / f"step_{trainer.step:09d}.png"
-    target.parent.mkdir(exist_ok=True)
-    staging = target.with_suffix(".tmp")
-    grid(to_pixels(x_0).cpu().numpy(), GRID_COLUMNS).save(staging, format="PNG")
-    staging.replace(target)
+    with (samples_folder(attempt.folder) / f"step_{trainer.step:09d}.png").staged() as staging:
+        grid(to_pixels(x_0).cpu().numpy(), GRID_COLUMNS).save(staging, format="PNG")

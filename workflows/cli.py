@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 PRESETS = Path(__file__).with_name("presets")
 PACKAGES = ("components", "cluster", "pipeline", "workflows")
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 app = typer.Typer(
     name="ddpm",
@@ -29,10 +30,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+jobs_app = typer.Typer(name="jobs", help="Runs on a cluster: list, status, logs, stop.", no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(jobs_app, rich_help_panel="Cluster")
+
+JobName = Annotated[str, typer.Argument(metavar="NAME", help="The run's name, or a job's id.")]
 Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name (digits, cifar10, cifar10-small, celeba64) or the path of a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings laid on the preset, such as train.steps=1000.")]
 Name = Annotated[str | None, typer.Option("--name", help="What to call the run; the preset's name by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, the stages' receipts, as the only thing on stdout.")]
+Address = Annotated[str, typer.Option("--address", metavar="URL", help="The cluster's Ray dashboard, such as http://HEAD:8265.")]
 Storage = Annotated[str, typer.Option("--storage", help="Storage root whose MLflow store is used, unless MLFLOW_TRACKING_URI is set.")]
 
 
@@ -82,16 +88,91 @@ def _run(preset: str, overrides: list[str] | None, name: str | None, until: "Sta
     stages = {stage: stage for stage in STAGES}
     if start_from is not None and start_from not in stages:
         raise ConfigError(f"--from {start_from} is no stage; use one of {', '.join(STAGES)}")
+    signal.signal(signal.SIGTERM, _terminate)
     with stdout_to_stderr() as stdout:
         try:
             reports = run_pipeline(config, run_name, until=until, start_from=stages[start_from] if start_from else None)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
         if as_json:
             stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
         else:
             print_summary(stdout, reports, run_name, config)
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised where the process is asked to end by SIGTERM, so that the run is closed as after Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+@app.command(rich_help_panel="Cluster")
+def submit(
+    preset: Preset,
+    address: Address,
+    overrides: Overrides = None,
+    name: Name = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Print the job's log until it ends; Ctrl-C detaches.")] = False,
+    packages: Annotated[str, typer.Option(help="image: the nodes have the packages of requirements.lock; lock: install them for this job by uv.")] = "image",
+    pass_env: Annotated[list[str] | None, typer.Option("--pass-env", metavar="VARIABLE", help="Send a variable of this environment, visibly, too.")] = None,
+) -> None:
+    """Run all four stages on a Ray cluster; this machine may go. Submitted again under its name, a run in progress is attached to, any other goes on."""
+    settings, run_name = _load(preset, overrides, name)
+    from pipeline.errors import ConfigError
+    from workflows.submit import submit as submit_run
+
+    known = {"image": "image", "lock": "lock"}
+    if packages not in known:
+        raise ConfigError(f"--packages {packages} is unknown; use image or lock")
+    with _detaching():
+        kind: Any = known[packages]
+        raise typer.Exit(submit_run(settings, run_name, address=address, packages=kind, pass_env=pass_env or [], follow=follow))
+
+
+@contextlib.contextmanager
+def _detaching() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@jobs_app.command("list")
+def jobs_list(address: Address, as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
+    """List the runs that were submitted to a cluster."""
+    from workflows.jobs import print_jobs
+
+    print_jobs(address, as_json)
+
+
+@jobs_app.command("status")
+def jobs_status(run_name: JobName, address: Address, as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False) -> None:
+    """Say how a run stands; the exit code follows from it: 0 while it goes on or when it succeeded."""
+    from workflows.jobs import print_status
+
+    raise typer.Exit(print_status(run_name, address, as_json))
+
+
+@jobs_app.command("logs")
+def jobs_logs(
+    run_name: JobName, address: Address, follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on until the job ends; Ctrl-C detaches.")] = True
+) -> None:
+    """Print the log of a run, from its beginning, and follow it."""
+    from workflows.jobs import print_logs
+
+    with _detaching():
+        raise typer.Exit(print_logs(run_name, address, follow))
+
+
+@jobs_app.command("stop")
+def jobs_stop(run_name: JobName, address: Address) -> None:
+    """Stop a run. Submitted again under its name, it goes on from its last checkpoint."""
+    from workflows.jobs import stop
+
+    stop(run_name, address)
 
 
 @app.command(rich_help_panel="Look")
@@ -128,20 +209,22 @@ def models(
 ) -> None:
     """List registered models: versions, metrics with their units, aliases, decisions."""
     with stdout_to_stderr() as stdout:
+        from components.storage import Location
         from pipeline.register import list_models
         from pipeline.tracking import connect
         from workflows.tables import print_models
 
-        found = list_models(connect(Path(storage).expanduser().absolute(), create=False), name)
+        found = list_models(connect(Location.of(storage), create=False), name)
         stdout.write(json.dumps(found, indent=2) + "\n") if as_json else print_models(stdout, found)
 
 
 @app.command(rich_help_panel="Look")
 def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000, storage: Storage = "./storage") -> None:
     """Serve MLflow's pages on this machine: runs, curves, pictures, models."""
+    from components.storage import Location
     from workflows.ui import serve
 
-    serve(Path(storage).expanduser().absolute(), port)
+    serve(Location.of(storage), port)
 
 
 def _load(preset: str, overrides: list[str] | None, name: str | None) -> "tuple[RunConfig, str]":

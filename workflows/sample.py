@@ -10,6 +10,7 @@ from components.data.images import to_pixels
 from components.diffusion.samplers import sample
 from components.figures import grid
 from components.model.checkpoint import Denoiser, load_denoiser
+from components.storage import Location
 from pipeline.errors import ConfigError, RegistryError
 from pipeline.tracking import connect, translated
 
@@ -49,8 +50,8 @@ def _sampler(name: str) -> Literal["ddim", "ancestral"]:
 
 def _load(model: str, storage: str) -> Denoiser:
     if not model.startswith("models:/"):
-        return load_denoiser(Path(model))
-    tracking = connect(Path(storage).expanduser().absolute(), create=False)
+        return load_denoiser(Location.of(model))
+    tracking = connect(Location.of(storage), create=False)
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -61,7 +62,7 @@ def _load(model: str, storage: str) -> Denoiser:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise RegistryError(f"{model} is not in the registry ({error.message}); `ddpm models` lists what is") from error
             raise
-        return load_denoiser(Path(fetched))
+        return load_denoiser(Location.of(fetched))
 
 
 def _save(pixels: np.ndarray, out: Path) -> None:

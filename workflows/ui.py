@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import typer
 
+from components.storage import Location
 from pipeline.errors import ConfigError, RegistryError
 from pipeline.tracking import connect, public_uri, tracking_uri, ui_link
 
@@ -19,7 +19,7 @@ READY_TIMEOUT_S = 180
 _ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
-def serve(storage: Path, port: int) -> None:
+def serve(storage: Location, port: int) -> None:
     """Serves the pages until interrupted; prints the link of the models page when they are ready.
 
     Raises:

@@ -45,15 +45,14 @@ class BatchPlan:
     flip: bool
 
     def lanes_of(self, rank: int, num_workers: int) -> range:
-        """Returns the lanes that a worker carries.
+        """Returns the lanes that a worker carries: equal parts where the workers divide the lanes, else some carry one more.
 
         Raises:
-            ValueError: if the workers do not divide the lanes.
+            ValueError: if there are more workers than lanes.
         """
-        if self.order.lanes % num_workers:
-            raise ValueError(f"num_workers={num_workers} does not divide lanes={self.order.lanes}; use a divisor")
-        share = self.order.lanes // num_workers
-        return range(rank * share, (rank + 1) * share)
+        if num_workers > self.order.lanes:
+            raise ValueError(f"num_workers={num_workers} is above lanes={self.order.lanes}; use at most as many workers as lanes")
+        return range(rank * self.order.lanes // num_workers, (rank + 1) * self.order.lanes // num_workers)
 
     def batch(self, reader: RowReader, step: int, lanes: range) -> Batch:
         """Returns the rows, pixels, time steps and noise of the given lanes at a step."""

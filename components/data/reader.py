@@ -1,27 +1,33 @@
 """Rows by number from a folder of shards, in bounded memory."""
 
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from ..storage import Location
+from .copies import Copies
 from .shards import Manifest, column_pixels
 
 CACHE_BYTES = 3 << 29
+OPEN_FILES = 128
 
 
 class RowReader:
     """Reads pixels by row number; keeps the row groups it used last, up to 1.5 GiB.
 
     The row order of `order.py` touches at most 1 GiB at a time, so that each row group is read about once per epoch.
+
+    Args:
+        copies: where shards that are not on a file system are copied to; a temporary folder by default.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, folder: Location, manifest: Manifest, cache_bytes: int = CACHE_BYTES, copies: Copies | None = None) -> None:
         self._shape = (manifest.channels, manifest.image_size, manifest.image_size)
         self._folder, self._manifest = folder, manifest
         self._ends = np.cumsum([shard.rows for shard in manifest.shards])
-        self._files: dict[int, tuple[pq.ParquetFile, np.ndarray]] = {}
+        self._copies = copies or Copies.of()
+        self._files: OrderedDict[int, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._cache_bytes, self._held_bytes = cache_bytes, 0
 
@@ -51,9 +57,13 @@ class RowReader:
 
     def _open(self, shard: int) -> tuple[pq.ParquetFile, np.ndarray]:
         if shard not in self._files:
-            file = pq.ParquetFile(self._folder / self._manifest.shards[shard].name, memory_map=True)
+            entry = self._manifest.shards[shard]
+            file = self._copies.use(self._folder / entry.name, entry.sha256, lambda path: pq.ParquetFile(path, memory_map=True))
             counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             self._files[shard] = (file, np.cumsum(counts))
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        self._files.move_to_end(shard)
         return self._files[shard]
 
     def _group(self, shard: int, group: int) -> np.ndarray:

@@ -8,9 +8,7 @@ manifest.json             counts and checksums, written last: without it there i
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import DataError
+from ..storage import Location
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.parquet"
@@ -96,7 +95,7 @@ def shard_schema(channels: int, image_size: int, plan: str) -> pa.Schema:
     return pa.schema(fields, metadata=metadata)
 
 
-def write_shard(path: Path, pixels: np.ndarray, labels: Sequence[str | None], sources: Sequence[str], plan: str) -> Shard:
+def write_shard(path: Location, pixels: np.ndarray, labels: Sequence[str | None], sources: Sequence[str], plan: str) -> Shard:
     """Writes rows to a parquet file, atomically.
 
     Args:
@@ -111,51 +110,36 @@ def write_shard(path: Path, pixels: np.ndarray, labels: Sequence[str | None], so
     return describe_shard(path, pixels, labels, sources)
 
 
-def write_table(path: Path, table: pa.Table, row_group_size: int | None = None) -> None:
-    """Writes a parquet file under a temporary name, flushed to disk, then moved into place."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(table, staging, compression="none", use_dictionary=["label"], row_group_size=row_group_size, write_statistics=False)
-    with staging.open("rb") as file:
-        os.fsync(file.fileno())
-    staging.replace(path)
+def write_table(path: Location, table: pa.Table, row_group_size: int | None = None) -> None:
+    """Writes a parquet file atomically."""
+    with path.staged() as staging:
+        pq.write_table(table, staging, compression="none", use_dictionary=["label"], row_group_size=row_group_size, write_statistics=False)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, flushed to disk, then moved into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
-
-
-def describe_shard(path: Path, pixels: np.ndarray, labels: Sequence[str | None], sources: Sequence[str]) -> Shard:
+def describe_shard(path: Location, pixels: np.ndarray, labels: Sequence[str | None], sources: Sequence[str]) -> Shard:
     """Returns the manifest's entry for a shard that was just written or read back."""
+    raw = path.read_bytes()
     content = hashlib.sha256(np.ascontiguousarray(pixels).data)
     content.update(json.dumps([list(labels), list(sources)], ensure_ascii=False).encode())
     names, counts = np.unique([label or "" for label in labels], return_counts=True)
-    with path.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
     return Shard(
         name=path.name,
         rows=len(labels),
-        bytes=path.stat().st_size,
-        sha256=checksum,
+        bytes=len(raw),
+        sha256=hashlib.sha256(raw).hexdigest(),
         content_sha256=content.hexdigest(),
         labels={str(name): int(count) for name, count in zip(names, counts, strict=True)},
     )
 
 
-def read_shard(path: Path) -> tuple[np.ndarray, list[str | None], list[str], str]:
+def read_shard(path: Location) -> tuple[np.ndarray, list[str | None], list[str], str]:
     """Reads a whole shard: pixels (N, C, H, W) uint8, labels, sources, plan.
 
     Raises:
         DataError: if the file is no shard.
     """
     try:
-        table = pq.read_table(path, memory_map=True)
+        table = pq.read_table(path.path, memory_map=True) if path.is_local else pq.read_table(pa.BufferReader(path.read_bytes()))
         metadata = table.schema.metadata
         channels, height, width = json.loads(metadata[b"ddpm.shape"])
         pixels = column_pixels(table.column("pixels"), (channels, height, width))
@@ -180,46 +164,46 @@ def dataset_digest(image_size: int, channels: int, shards: Sequence[Shard]) -> s
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def write_quarantine(folder: Path, bad: Sequence[BadFile]) -> None:
+def write_quarantine(folder: Location, bad: Sequence[BadFile]) -> None:
     """Writes the list of files that were left out, atomically; an empty list writes an empty table."""
     write_table(folder / QUARANTINE, pa.Table.from_pylist([line.model_dump() for line in bad], schema=QUARANTINE_SCHEMA))
 
 
-def read_quarantine(folder: Path) -> list[BadFile]:
+def read_quarantine(folder: Location) -> list[BadFile]:
     """Returns the files that were left out of a dataset."""
-    return [BadFile.model_validate(line) for line in pq.read_table(folder / QUARANTINE).to_pylist()]
+    return [BadFile.model_validate(line) for line in pq.read_table(pa.BufferReader((folder / QUARANTINE).read_bytes())).to_pylist()]
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Location, manifest: Manifest) -> None:
     """Writes the manifest, atomically: from this moment the folder is a dataset."""
-    write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """Reads a dataset's manifest.
 
     Raises:
         DataError: if there is none, or it is no manifest.
     """
     try:
-        return Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
+        return Manifest.model_validate_json((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is not a whole dataset: its {MANIFEST} cannot be read ({error}); run preprocess") from error
 
 
-def check_whole(folder: Path, manifest: Manifest) -> None:
+def check_whole(folder: Location, manifest: Manifest) -> None:
     """Checks that every shard is there with the size that the manifest says.
 
     Raises:
         DataError: naming the first that is not.
     """
+    found = folder.files()
     for shard in manifest.shards:
-        file = folder / shard.name
-        if not file.is_file() or file.stat().st_size != shard.bytes:
-            raise DataError(f"{file} is missing or not {shard.bytes} bytes as {MANIFEST} says; delete the dataset and run preprocess again")
+        if found.get(shard.name) != shard.bytes:
+            raise DataError(f"{folder / shard.name} is missing or not {shard.bytes} bytes as {MANIFEST} says; delete the dataset and run preprocess again")
 
 
-def iterate_pixels(folder: Path, manifest: Manifest, batch_size: int) -> Iterator[np.ndarray]:
+def iterate_pixels(folder: Location, manifest: Manifest, batch_size: int) -> Iterator[np.ndarray]:
     """Yields all pixels in row order, at most batch_size rows at a time, (B, C, H, W) uint8; no batch spans two shards."""
     for shard in manifest.shards:
         pixels = read_shard(folder / shard.name)[0]

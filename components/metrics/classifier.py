@@ -17,7 +17,7 @@ from ..errors import DataError
 from ..model.checkpoint import read_weights, sha256_of
 from ..streams import Purpose, stream
 
-WEIGHTS = "classifier.safetensors"
+WEIGHTS, RECORD = "classifier.safetensors", "classifier.json"
 RECIPE = "v1"
 FEATURES = 128
 BATCH_SIZE = 128
@@ -55,7 +55,7 @@ class ClassifierExtractor:
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         try:
-            record = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} holds no classifier ({error}); delete it and run evaluate again") from error
         self.digest = sha256_of(folder / WEIGHTS)
@@ -100,7 +100,7 @@ def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), folder / WEIGHTS)
     record = {"recipe": RECIPE, "channels": pixels.shape[1], "num_classes": int(classes.max()) + 1, "accuracy": accuracy}
-    (folder / "classifier.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
 
 
 def _step(network: Classifier, optimizer: torch.optim.Optimizer, pixels: np.ndarray, classes: np.ndarray, rows: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """A folder that rebuilds a denoiser by itself: JSON for what it is, safetensors for its weights, checksums for trust.
 
-step_000001000/
+step_000001000-0001/    step, and the attempt that wrote it: two attempts never write into the same folder
 denoiser.json       network, diffusion process, image format
 ema.safetensors     averaged weights: what samples are drawn from
 weights.safetensors optimizer.safetensors state.json      what training needs to go on
@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..diffusion.schedule import DiffusionConfig, Schedule
 from ..errors import DataError
+from ..storage import Location
 from .unet import UNet, UNetConfig
 
 MANIFEST = "manifest.json"
+_SAMPLING_FILES = ("denoiser.json", "ema.safetensors")
 _DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
 
 
@@ -111,22 +115,38 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checkpoint(path: Path, spec: DenoiserSpec, ema: Mapping[str, torch.Tensor], state: TrainingState | None = None) -> None:
-    """Writes a checkpoint folder: under a temporary name, manifest last, then moved into place, replacing what was there."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_checkpoint(path: Location, spec: DenoiserSpec, ema: Mapping[str, torch.Tensor], state: TrainingState | None = None) -> None:
+    """Writes a checkpoint folder, manifest last, replacing what was there; on a file system it appears in one step."""
+    with _staging(path) as staging:
+        _write_json(staging / "denoiser.json", spec.model_dump(mode="json"))
+        _write_weights(staging / "ema.safetensors", ema)
+        if state is not None:
+            _write_weights(staging / "weights.safetensors", state.weights)
+            _write_weights(staging / "optimizer.safetensors", state.optimizer)
+            _write_json(staging / "state.json", state.record.model_dump())
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(staging.iterdir())}
+        _write_json(staging / MANIFEST, {"format": 1, "files": files})
+        _sync(staging)
+        path.remove_tree()
+        if path.is_local:
+            staging.rename(path.path)
+        else:
+            path.upload(staging, last=MANIFEST)
+
+
+@contextmanager
+def _staging(path: Location) -> Iterator[Path]:
+    if not path.is_local:
+        with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+            yield Path(folder)
+        return
+    staging = path.path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    _write_json(staging / "denoiser.json", spec.model_dump(mode="json"))
-    _write_weights(staging / "ema.safetensors", ema)
-    if state is not None:
-        _write_weights(staging / "weights.safetensors", state.weights)
-        _write_weights(staging / "optimizer.safetensors", state.optimizer)
-        _write_json(staging / "state.json", state.record.model_dump())
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(staging.iterdir())}
-    _write_json(staging / MANIFEST, {"format": 1, "files": files})
-    _sync(staging)
-    shutil.rmtree(path, ignore_errors=True)
-    staging.rename(path)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
@@ -145,55 +165,111 @@ def _sync(folder: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def verify(path: Path) -> dict[str, str]:
-    """Checks every file of a checkpoint against its manifest and returns file name -> SHA-256.
+def manifest_of(path: Location) -> dict[str, tuple[int, str]]:
+    """Returns what a checkpoint's manifest says: file name -> bytes and SHA-256.
+
+    Raises:
+        DataError: if there is none, or it is no manifest.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a whole checkpoint: its {MANIFEST} cannot be read ({error}); name a checkpoint folder") from error
+
+
+def verify(path: Path, only: Collection[str] | None = None) -> dict[str, str]:
+    """Checks the files of a checkpoint on this machine against its manifest and returns file name -> SHA-256.
+
+    Args:
+        only: the files to check; all by default.
 
     Raises:
         DataError: naming the first file that is missing or differs.
     """
-    try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is not a whole checkpoint: its {MANIFEST} cannot be read ({error}); name a checkpoint folder") from error
-    for name, entry in files.items():
+    entries = {name: entry for name, entry in manifest_of(Location.of(path)).items() if only is None or name in only}
+    for name, (size, checksum) in entries.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]:
+        if not file.is_file() or file.stat().st_size != size or sha256_of(file) != checksum:
             raise DataError(f"{file} does not match the checksum in {MANIFEST}; restore it or use another checkpoint")
-    return {name: entry["sha256"] for name, entry in files.items()}
+    return {name: checksum for name, (_, checksum) in entries.items()}
 
 
-def load_denoiser(path: Path, device: torch.device | str = "cpu") -> Denoiser:
-    """Rebuilds the denoiser with its averaged weights, checksums verified.
+def is_complete(path: Location) -> bool:
+    """Tells whether a checkpoint's files are all there with the sizes that its manifest says; their content is not read."""
+    try:
+        entries = manifest_of(path)
+    except DataError:
+        return False
+    found = path.files()
+    return all(found.get(name) == size for name, (size, _) in entries.items())
+
+
+def load_denoiser(path: Location, device: torch.device | str = "cpu") -> Denoiser:
+    """Rebuilds the denoiser with its averaged weights, checksums verified; reads no more than that.
 
     Raises:
         DataError: if the folder is no whole checkpoint.
     """
-    verify(path)
-    spec = DenoiserSpec.model_validate_json((path / "denoiser.json").read_text(encoding="utf-8"))
-    network = spec.build()
-    network.load_state_dict(read_weights(path / "ema.safetensors"))
+    if not path.is_local:
+        manifest_of(path)
+    with _copied(path, (*_SAMPLING_FILES, MANIFEST)) as folder:
+        verify(folder, None if path.is_local else _SAMPLING_FILES)
+        spec = DenoiserSpec.model_validate_json((folder / "denoiser.json").read_text(encoding="utf-8"))
+        network = spec.build()
+        network.load_state_dict(read_weights(folder / "ema.safetensors"))
     network = network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return Denoiser(spec, network, Schedule(spec.diffusion).to(device))
 
 
-def load_training_state(path: Path) -> TrainingState:
+@contextmanager
+def _copied(path: Location, only: Collection[str] | None) -> Iterator[Path]:
+    try:
+        with path.local_copy(None if only is None else list(only)) as folder:
+            yield folder
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); restore it or use another checkpoint") from error
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """Everything that training needs to go on from a checkpoint: the averaged weights, and the rest."""
+
+    ema: Mapping[str, torch.Tensor]
+    state: TrainingState
+
+
+def load_training_state(path: Location) -> Resumable:
     """Reads what training needs to go on, checksums verified.
 
     Raises:
         DataError: if the folder is no whole checkpoint, or holds no training state.
     """
-    verify(path)
-    if not (path / "state.json").is_file():
-        raise DataError(f"{path} holds no training state; resume from a checkpoint that training wrote")
-    record = TrainingRecord.model_validate_json((path / "state.json").read_text(encoding="utf-8"))
-    return TrainingState(read_weights(path / "weights.safetensors"), read_weights(path / "optimizer.safetensors"), record)
+    with _copied(path, None) as folder:
+        verify(folder)
+        if not (folder / "state.json").is_file():
+            raise DataError(f"{path} holds no training state; resume from a checkpoint that training wrote")
+        record = TrainingRecord.model_validate_json((folder / "state.json").read_text(encoding="utf-8"))
+        state = TrainingState(read_weights(folder / "weights.safetensors"), read_weights(folder / "optimizer.safetensors"), record)
+        return Resumable(read_weights(folder / "ema.safetensors"), state)
 
 
-def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """Returns the last `step_*` folder, by step, that passes its checksums; None if there is none."""
-    for path in sorted(folder.glob("step_*"), reverse=True):
+def checkpoint_name(step: int, attempt: int) -> str:
+    """Returns the folder name of the checkpoint of a step; names sort by step, then by attempt."""
+    return f"step_{step:09d}-{attempt:04d}"
+
+
+def checkpoints(folder: Location) -> list[Location]:
+    """Returns the checkpoint folders of a training run, the newest first; some may not be whole."""
+    return [folder / name for name in sorted(folder.folders(), reverse=True) if name.startswith("step_")]
+
+
+def newest_whole_checkpoint(folder: Location) -> Location | None:
+    """Returns the last checkpoint, by step, that passes its checksums; None if there is none."""
+    for path in filter(is_complete, checkpoints(folder)):
         try:
-            verify(path)
+            with _copied(path, None) as copy:
+                verify(copy)
         except DataError:
             continue
         return path

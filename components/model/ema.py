@@ -1,5 +1,7 @@
 """Running averages of the weights."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -26,7 +28,7 @@ class Ema:
         torch._foreach_lerp_(list(self.weights.values()), present, 1.0 - self.decay_at(step))
 
     @torch.no_grad()
-    def load(self, weights: dict[str, torch.Tensor]) -> None:
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Replaces every average, in place.
 
         Raises:

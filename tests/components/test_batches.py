@@ -8,11 +8,12 @@ from components.data.batches import Batch, BatchPlan
 from components.data.order import RowOrder
 from components.data.reader import RowReader
 from components.data.shards import Manifest, dataset_digest, iterate_pixels, write_manifest, write_shard
+from components.storage import Location
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, np.ndarray]:
-    folder = tmp_path_factory.mktemp("dataset")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Location, Manifest, np.ndarray]:
+    folder = Location.of(tmp_path_factory.mktemp("dataset"))
     pixels = np.random.default_rng(0).integers(0, 256, (107, 3, 8, 8), dtype=np.uint8)
     pieces = np.split(pixels, [40, 41, 90])
     shards = [
@@ -42,7 +43,7 @@ def plan(flip: bool = True) -> BatchPlan:
     return BatchPlan(RowOrder(107, 24, 4, seed=5), num_steps=1000, flip=flip)
 
 
-def test_rows_by_number_are_the_rows_that_were_written(dataset: tuple[Path, Manifest, np.ndarray]):
+def test_rows_by_number_are_the_rows_that_were_written(dataset: tuple[Location, Manifest, np.ndarray]):
     folder, manifest, pixels = dataset
     rows = np.random.default_rng(1).permutation(107)
     assert np.array_equal(RowReader(folder, manifest).pixels(rows), pixels[rows])
@@ -50,13 +51,13 @@ def test_rows_by_number_are_the_rows_that_were_written(dataset: tuple[Path, Mani
     assert np.array_equal(np.concatenate(list(iterate_pixels(folder, manifest, 7))), pixels)
 
 
-def test_a_row_outside_the_dataset_is_refused(dataset: tuple[Path, Manifest, np.ndarray]):
+def test_a_row_outside_the_dataset_is_refused(dataset: tuple[Location, Manifest, np.ndarray]):
     with pytest.raises(IndexError, match="107"):
         RowReader(dataset[0], dataset[1]).pixels(np.asarray([3, 107]))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_any_number_of_workers_sees_the_same_rows_pixels_timesteps_and_noise_at_every_step(dataset: tuple[Path, Manifest, np.ndarray], num_workers: int):
+def test_any_number_of_workers_sees_the_same_rows_pixels_timesteps_and_noise_at_every_step(dataset: tuple[Location, Manifest, np.ndarray], num_workers: int):
     reader, batches = RowReader(dataset[0], dataset[1]), plan()
     for step in range(12):
         whole = batches.batch(reader, step, range(4))
@@ -65,7 +66,7 @@ def test_any_number_of_workers_sees_the_same_rows_pixels_timesteps_and_noise_at_
             assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field)), field
 
 
-def test_the_thread_that_reads_ahead_gives_the_same_batches(dataset: tuple[Path, Manifest, np.ndarray]):
+def test_the_thread_that_reads_ahead_gives_the_same_batches(dataset: tuple[Location, Manifest, np.ndarray]):
     reader, batches = RowReader(dataset[0], dataset[1]), plan()
     for batch in batches.batches(reader, range(3, 9), range(4)):
         again = batches.batch(reader, batch.step, range(4))
@@ -73,13 +74,13 @@ def test_the_thread_that_reads_ahead_gives_the_same_batches(dataset: tuple[Path,
         assert torch.equal(batch.pixels, again.pixels)
 
 
-def test_an_error_of_the_reading_thread_reaches_the_caller(dataset: tuple[Path, Manifest, np.ndarray], tmp_path: Path):
-    reader = RowReader(tmp_path, dataset[1])
+def test_an_error_of_the_reading_thread_reaches_the_caller(dataset: tuple[Location, Manifest, np.ndarray], tmp_path: Path):
+    reader = RowReader(Location.of(tmp_path), dataset[1])
     with pytest.raises(FileNotFoundError):
         next(plan().batches(reader, range(2), range(4)))
 
 
-def test_flips_mirror_about_half_of_the_images_and_nothing_else(dataset: tuple[Path, Manifest, np.ndarray]):
+def test_flips_mirror_about_half_of_the_images_and_nothing_else(dataset: tuple[Location, Manifest, np.ndarray]):
     folder, manifest, pixels = dataset
     reader, flipped = RowReader(folder, manifest), 0
     for step in range(40):
@@ -91,12 +92,16 @@ def test_flips_mirror_about_half_of_the_images_and_nothing_else(dataset: tuple[P
     assert 0.42 < flipped / (40 * 24) < 0.58
 
 
-def test_steps_and_lanes_never_share_noise(dataset: tuple[Path, Manifest, np.ndarray]):
+def test_steps_and_lanes_never_share_noise(dataset: tuple[Location, Manifest, np.ndarray]):
     reader, batches = RowReader(dataset[0], dataset[1]), plan()
     noises = torch.cat([batches.batch(reader, step, range(4)).eps for step in range(5)]).flatten(1)
     assert len(torch.unique(noises, dim=0)) == len(noises)
 
 
-def test_workers_that_do_not_divide_the_lanes_are_refused():
-    with pytest.raises(ValueError, match="num_workers=3 does not divide lanes=4"):
-        plan().lanes_of(0, 3)
+def test_every_lane_is_carried_once_by_any_number_of_workers_up_to_the_lanes():
+    for num_workers in range(1, 5):
+        parts = [plan().lanes_of(rank, num_workers) for rank in range(num_workers)]
+        assert [lane for part in parts for lane in part] == [0, 1, 2, 3]
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    with pytest.raises(ValueError, match="num_workers=5 is above lanes=4"):
+        plan().lanes_of(0, 5)

@@ -20,6 +20,7 @@ from components.model.checkpoint import (
 )
 from components.model.ema import Ema
 from components.model.unet import UNet, UNetConfig
+from components.storage import Location
 
 SPEC = DenoiserSpec(
     model=UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4),
@@ -33,17 +34,17 @@ def write(path: Path, step: int = 4) -> UNet:
     torch.manual_seed(step)
     unet = SPEC.build()
     record = TrainingRecord(step=step, train_digest="abc", precision="float32")
-    write_checkpoint(path, SPEC, unet.state_dict(), TrainingState(unet.state_dict(), {"0.step": torch.tensor(4.0)}, record))
+    write_checkpoint(Location.of(path), SPEC, unet.state_dict(), TrainingState(unet.state_dict(), {"0.step": torch.tensor(4.0)}, record))
     return unet
 
 
 def test_a_checkpoint_rebuilds_its_denoiser_by_itself(tmp_path: Path):
     unet = write(tmp_path / "step_000000004").eval()
-    loaded = load_denoiser(tmp_path / "step_000000004")
+    loaded = load_denoiser(Location.of(tmp_path / "step_000000004"))
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
     torch.testing.assert_close(loaded.network(x, t), unet(x, t), rtol=1e-4, atol=1e-6)
     assert loaded.spec == SPEC
-    assert load_training_state(tmp_path / "step_000000004").record.step == 4
+    assert load_training_state(Location.of(tmp_path / "step_000000004")).state.record.step == 4
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip a bit", "remove", "no manifest"])
@@ -61,7 +62,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: s
         file.unlink()
     with pytest.raises(DataError, match=file.name):
         verify(tmp_path / "step_000000008")
-    assert newest_whole_checkpoint(tmp_path) == tmp_path / "step_000000004"
+    assert newest_whole_checkpoint(Location.of(tmp_path)) == Location.of(tmp_path / "step_000000004")
 
 
 def test_a_checkpoint_replaces_an_older_one_of_the_same_step(tmp_path: Path):
@@ -73,7 +74,7 @@ def test_a_checkpoint_replaces_an_older_one_of_the_same_step(tmp_path: Path):
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="is not a whole checkpoint"):
-        load_denoiser(tmp_path)
+        load_denoiser(Location.of(tmp_path))
 
 
 def test_our_reader_reads_what_safetensors_writes(tmp_path: Path):

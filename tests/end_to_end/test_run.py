@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support import ROOT, TINY
+
+from components.storage import Location
+from pipeline.notebook import read_metrics
 
 Command = Callable[..., Any]
 STAGES = ["preprocess", "train", "evaluate", "register"]
@@ -39,7 +43,7 @@ def first(home: Path, command: Command) -> dict[str, Any]:
 
 
 def losses(run: dict[str, Any]) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (Path(run["train"]["folder"]) / "metrics.jsonl").read_text().splitlines()]
+    lines = [line.model_dump() for line in read_metrics(Location.of(run["train"]["folder"]))]
     return [(line["step"], line["metrics"]["train/loss"]) for line in lines]
 
 
@@ -105,14 +109,15 @@ def test_workers_change_no_digest_and_no_sample(home: Path, command: Command, fi
 def test_samples_of_one_checkpoint_are_the_same_from_one_actor_or_three(first: dict[str, Any]):
     from cluster.config import ClusterConfig
     from cluster.connect import connect, disconnect
-    from cluster.placement import Placement
+    from cluster.placement import place
     from pipeline.draw import ExtractorChoice, Recipe, Team
 
     digests = []
-    connect(ClusterConfig(num_workers=2))
+    config = ClusterConfig(num_workers=2)
+    connect(config)
     try:
         for actors in (1, 3):
-            with Team(Placement(1, use_gpu=False, threads=1, num_samplers=actors), Path(first["train"]["path"]), [ExtractorChoice("dct8")]) as team:
+            with Team(replace(place(config), num_samplers=actors), first["train"]["path"], [ExtractorChoice("dct8")]) as team:
                 work = ((Recipe("ddim", 4, 16), range(start, start + 32), [np.zeros(32)], False) for start in range(0, 128, 32))
                 digests.append([part[1] for part in team.map("part", work)])
     finally:
@@ -144,7 +149,7 @@ def test_killed_with_all_its_processes_and_run_again_it_ends_with_the_same_weigh
     running.wait()
     again = command("run", "digits", *TINY, "--name", "killed", "--json", cwd=home)
     assert again.code == 0, again.stderr
-    assert re.search("going on from step_00000000[48]", again.stderr)
+    assert re.search("going on from step_00000000[48]-0001", again.stderr)
     assert again.json["train"]["weights_sha256"] == first["train"]["weights_sha256"]
     assert losses(again.json) == losses(first)
 
@@ -248,7 +253,7 @@ def test_two_processes_never_work_on_one_run(home: Path, command: Command, first
     from pipeline.errors import ConfigError
     from pipeline.run import one_process
 
-    folder = home / "storage" / "runs" / "digits"
+    folder = Location.of(home / "storage" / "runs" / "digits")
     with one_process(folder, "digits"):
         done = command("run", "digits", *TINY, cwd=home)
         with pytest.raises(ConfigError, match="is in progress in process"), one_process(folder, "digits"):

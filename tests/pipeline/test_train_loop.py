@@ -10,6 +10,7 @@ from components.data.shards import Manifest
 from components.diffusion.schedule import DiffusionConfig
 from components.model.checkpoint import write_checkpoint
 from components.model.unet import UNetConfig
+from components.storage import Location
 from pipeline.train import TrainConfig, TrainPlan
 from pipeline.train_loop import Trainer, make_trainer, resolve_precision
 
@@ -59,8 +60,8 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path):
     undisturbed, interrupted = make_trainer(plan(), MANIFEST, CPU, None), make_trainer(plan(), MANIFEST, CPU, None)
     expected = train(undisturbed, 9)
     losses = train(interrupted, 4)
-    write_checkpoint(tmp_path / "step_000000004", interrupted.spec, interrupted.ema.weights, interrupted.state())
-    resumed = make_trainer(plan(), MANIFEST, CPU, tmp_path / "step_000000004")
+    write_checkpoint(Location.of(tmp_path / "step_000000004"), interrupted.spec, interrupted.ema.weights, interrupted.state())
+    resumed = make_trainer(plan(), MANIFEST, CPU, Location.of(tmp_path / "step_000000004"))
     assert resumed.step == 4
     assert losses + train(resumed, 9) == expected
     for name, value in undisturbed.unet.state_dict().items():

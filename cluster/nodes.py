@@ -1,0 +1,93 @@
+"""The nodes of a Ray cluster: what each has, and whether each can do its part."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node that is alive.
+
+    Attributes:
+        name: how people call it: host name and address.
+        resources: Ray resource -> amount, all of it, taken or free.
+        labels: Ray node labels.
+    """
+
+    id: str
+    name: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def amount(self, resource: str) -> float:
+        """Returns how much of a resource the node has."""
+        return float(self.resources.get(resource, 0.0))
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Tells whether the node carries all of some labels."""
+        return all(self.labels.get(key) == value for key, value in labels.items())
+
+
+def node_from(entry: Mapping[str, Any]) -> Node:
+    """Returns the node of an entry of `ray.nodes()`."""
+    host, address = entry["NodeManagerHostname"], entry["NodeManagerAddress"]
+    return Node(entry["NodeID"], f"{host} ({address})", entry.get("Resources", {}), entry.get("Labels") or {})
+
+
+def living_nodes() -> list[Node]:
+    """Returns the nodes of the cluster that this process is connected to, sorted by name."""
+    import ray
+
+    return sorted((node_from(entry) for entry in ray.nodes() if entry["Alive"]), key=lambda node: (node.name, node.id))
+
+
+def describe(nodes: Sequence[Node]) -> str:
+    """Returns what a cluster has, in one line: equal nodes together."""
+    kinds: dict[str, int] = {}
+    for node in nodes:
+        kind = _describe_one(node)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return "; ".join(f"{count} {'node' if count == 1 else 'nodes'} with {kind}" for kind, count in sorted(kinds.items())) or "no node"
+
+
+def _describe_one(node: Node) -> str:
+    own = {name: amount for name, amount in node.resources.items() if not name.startswith(("node:", "memory", "object_store", "accelerator_type"))}
+    amounts = [f"{own.pop('CPU', 0):g} CPUs", f"{own.pop('GPU', 0):g} GPUs", *(f"{amount:g} {name}" for name, amount in sorted(own.items()))]
+    labels = [f"{key}={value}" for key, value in sorted(node.labels.items()) if not key.startswith("ray.io/node") or key.endswith("-group")]
+    return ", ".join(amounts + labels)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What one node could not do."""
+
+    node: Node
+    reason: str
+
+
+def ask_every_node(
+    nodes: Sequence[Node], question: Callable[..., Answer], arguments: Sequence[Any], timeout_s: float
+) -> tuple[dict[str, Answer], list[Failure]]:
+    """Runs a function on each of some nodes, all at once; takes no CPU from anyone.
+
+    Returns:
+        Answers by node id, and the nodes that raised or did not answer in time.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(question)
+    asked = {task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(*arguments): node for node in nodes}
+    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+    answers: dict[str, Answer] = {}
+    failures = [Failure(asked[reference], f"gave no answer within {timeout_s:g} s") for reference in late]
+    for reference in done:
+        try:
+            answers[asked[reference].id] = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            failures.append(Failure(asked[reference], f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"))
+    return answers, failures

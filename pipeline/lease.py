@@ -1,0 +1,128 @@
+"""One process at a time: a lock on a file system, a lease that must be renewed on S3. Either ends with the process that holds it."""
+
+import fcntl
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from components.storage import Location
+
+RENEW_S, EXPIRE_S, SETTLE_S = 5.0, 30.0, 1.0
+
+
+class HeldError(Exception):
+    """Raised where another process holds the lease. The message names it."""
+
+
+class _Lease(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    holder: str
+    beat: int
+
+
+@contextmanager
+def held(file: Location, *, wait: bool) -> Iterator[None]:
+    """Keeps all other processes from the same block while this one is in it.
+
+    A crashed holder on S3 is noticed when its lease was not renewed for half a minute.
+
+    Args:
+        file: what stands for the block, below the storage root.
+        wait: wait for the other process instead of raising.
+
+    Raises:
+        HeldError: naming the process that is in the block.
+    """
+    with _locked(file, wait) if file.is_local else _leased(file, wait):
+        yield
+
+
+def _holder() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@contextmanager
+def _locked(file: Location, wait: bool) -> Iterator[None]:
+    file.path.parent.mkdir(parents=True, exist_ok=True)
+    with file.path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise HeldError(lock.read().strip()) from error
+        lock.truncate(0)
+        lock.write(_holder())
+        lock.flush()
+        yield
+
+
+@contextmanager
+def _leased(file: Location, wait: bool) -> Iterator[None]:
+    mine = _take(file, wait)
+    stop = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(file, mine, stop), name="lease", daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        renewing.join()
+        if _is_mine(file, mine):
+            file.remove()
+
+
+def _take(file: Location, wait: bool) -> _Lease:
+    mine = _Lease(id=uuid.uuid4().hex, holder=_holder(), beat=0)
+    while True:
+        other = _wait_while_alive(file, wait)
+        if other is not None:
+            raise HeldError(other.holder)
+        file.write_text(mine.model_dump_json())
+        # The last of several writers wins; each looks again when all have written.
+        time.sleep(SETTLE_S)
+        if _is_mine(file, mine):
+            return mine
+
+
+def _wait_while_alive(file: Location, wait: bool) -> _Lease | None:
+    """Returns the lease of a live holder, or None once there is none: absent, or not renewed for so long that it has expired."""
+    seen, since = _read(file), time.monotonic()
+    while seen is not None and time.monotonic() - since < EXPIRE_S:
+        time.sleep(SETTLE_S)
+        now = _read(file)
+        if now is not None and now != seen:
+            if not wait:
+                return now
+            since = time.monotonic()
+        seen = now
+    return None
+
+
+def _read(file: Location) -> _Lease | None:
+    try:
+        return _Lease.model_validate_json(file.read_text())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _is_mine(file: Location, mine: _Lease) -> bool:
+    found = _read(file)
+    return found is not None and found.id == mine.id
+
+
+def _renew(file: Location, mine: _Lease, stop: threading.Event) -> None:
+    beat = 0
+    while not stop.wait(RENEW_S):
+        with suppress(OSError):
+            if not _is_mine(file, mine):
+                return
+            beat += 1
+            file.write_text(mine.model_copy(update={"beat": beat}).model_dump_json())

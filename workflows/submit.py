@@ -1,0 +1,178 @@
+"""A run on a cluster: the working tree and the resolved settings travel there, the driver runs there, and this machine may go."""
+
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+import yaml
+
+from cluster.config import ClusterError
+from cluster.connect import quiet
+from cluster.jobs import Job, JobServer, locked_packages
+from cluster.placement import plan
+from cluster.tree import COMMIT_FILE, ROOT, stage_tree
+from pipeline.config import RunConfig, config_digest
+from pipeline.errors import ConfigError
+from pipeline.tracking import git_commit, public_uri, ui_link
+
+CONFIG_FILE = "submitted.yaml"
+SETTINGS = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_DEFAULT_REGION",
+    "AWS_REGION",
+    "AWS_EC2_METADATA_DISABLED",
+)
+SECRETS = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+)
+Packages = Literal["image", "lock"]
+
+
+def submit(config: RunConfig, name: str, *, address: str, packages: Packages, pass_env: Sequence[str], follow: bool) -> int:
+    """Submits a run, or attaches to the one of that name that is in progress, and returns the exit code of the command.
+
+    Raises:
+        ConfigError: if a setting cannot travel.
+        ClusterError: if the cluster does not answer, or does not have what the run needs.
+    """
+    quiet()
+    check_paths(config)
+    variables = _variables(pass_env)
+    server = JobServer(address)
+    job_id = _running(server, config, name)
+    if job_id is None:
+        _check_room(server, config)
+        job_id = _send(server, config, name, variables, packages)
+    _say_where(server, job_id, name, variables)
+    return follow_job(server, job_id, name) if follow else 0
+
+
+def _running(server: JobServer, config: RunConfig, name: str) -> str | None:
+    """Returns the job of this run that is in progress, None if there is none.
+
+    Raises:
+        ConfigError: if it has other settings.
+    """
+    latest = server.latest(name)
+    if latest is None or not latest.is_running:
+        return None
+    if latest.config_digest != config_digest(config):
+        raise ConfigError(
+            f"--name {name} is in progress as {latest.id} with other settings (digest {latest.config_digest}, not {config_digest(config)}); "
+            f"stop it with ddpm jobs stop {name}, or choose another --name"
+        )
+    typer.echo(f"{name} is in progress already; attached to it")
+    return latest.id
+
+
+def check_paths(config: RunConfig) -> None:
+    """Checks that every path among the settings means the same on another machine.
+
+    Raises:
+        ConfigError: naming the first that does not.
+    """
+    paths = {"cluster.storage": config.cluster.storage, "data.root": config.data.root, "evaluate.inception_weights": config.evaluate.inception_weights}
+    if Path(config.data.source).expanduser().exists() or "/" in config.data.source:
+        paths["data.source"] = config.data.source
+    for key, path in paths.items():
+        if path is not None and not path.startswith("s3://") and not Path(path).is_absolute():
+            right = "s3://BUCKET/PREFIX or an absolute path" if key == "cluster.storage" else "an absolute path"
+            raise ConfigError(f"{key}={path} is relative to this machine's folder; for a cluster name {right} that every node mounts")
+
+
+def _check_room(server: JobServer, config: RunConfig) -> None:
+    """Says at once what the cluster does not have, and otherwise what the run will ask for; with `cluster.wait_s` the job itself waits."""
+    cluster = config.cluster.model_copy(update={"address": "auto"})
+    try:
+        for line in plan(cluster, server.nodes()).lines:
+            typer.echo(line)
+    except ClusterError as error:
+        if not cluster.wait_s:
+            raise
+        typer.echo(f"  the job will wait up to {cluster.wait_s} s: {error}")
+
+
+def _send(server: JobServer, config: RunConfig, name: str, variables: Mapping[str, str], packages: Packages) -> str:
+    latest = server.latest(name)
+    attempt = 1 if latest is None else latest.attempt + 1
+    tree = config.model_dump(mode="json")
+    tree["cluster"]["address"] = "auto"
+    extra = {CONFIG_FILE: yaml.safe_dump(tree, sort_keys=False), COMMIT_FILE: git_commit() + "\n"}
+    entrypoint = f"python -m workflows run {CONFIG_FILE} --name {shlex.quote(name)}"
+    with tempfile.TemporaryDirectory(prefix="ddpm-tree-") as folder:
+        size = stage_tree(Path(folder), extra)
+        typer.echo(f"sending {size / 2**20:.1f} MiB of working tree")
+        runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": dict(variables) | {"PYTHONUNBUFFERED": "1"}}
+        if packages == "lock":
+            locked = locked_packages((ROOT / "requirements.lock").read_text(encoding="utf-8"))
+            runtime_env["uv"] = {"packages": locked, "uv_pip_install_options": []}
+        return server.submit(entrypoint, name=name, attempt=attempt, config_digest=config_digest(config), runtime_env=runtime_env)
+
+
+def _variables(pass_env: Sequence[str]) -> dict[str, str]:
+    """Returns what the driver's environment is given: settings that are no secrets, and what was asked for by name."""
+    found = {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
+    for name, value in found.items():
+        if public_uri(value) != value:
+            raise ConfigError(
+                f"{name} holds a password, which the cluster would show; put it into MLFLOW_TRACKING_USERNAME and _PASSWORD on the cluster's nodes"
+            )
+    if found.get("MLFLOW_TRACKING_URI", "").startswith("sqlite:"):
+        raise ConfigError("MLFLOW_TRACKING_URI names a file of this machine; for a cluster name an MLflow server, or unset it to use cluster.storage")
+    for name in pass_env:
+        if name not in os.environ:
+            raise ConfigError(f"--pass-env {name} is not set here; set it, or leave the option out")
+        typer.echo(f"warning: {name} is sent with the job, where everyone who may use the cluster can read it", err=True)
+        found[name] = os.environ[name]
+    kept = [name for name in SECRETS if os.environ.get(name) and name not in found]
+    if kept:
+        typer.echo(f"{', '.join(kept)} {'is' if len(kept) == 1 else 'are'} not sent: secrets come from the cluster's own environment", err=True)
+    return found
+
+
+def _say_where(server: JobServer, job_id: str, name: str, variables: Mapping[str, str]) -> None:
+    typer.echo(f"job     {job_id}")
+    typer.echo(f"page    {server.page(job_id)}")
+    if variables.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        typer.echo(f"models  {ui_link(variables['MLFLOW_TRACKING_URI'], 'models')}")
+    typer.echo(f"follow  ddpm jobs logs {name} --address {server.address}")
+
+
+def follow_job(server: JobServer, job_id: str, name: str) -> int:
+    """Writes a job's log to stdout until it ends, and returns the exit code that follows from its end; Ctrl-C leaves the job alone.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, after saying how to come back.
+    """
+    try:
+        job = server.follow(job_id, _write)
+    except KeyboardInterrupt:
+        typer.echo(f"\ndetached; {job_id} goes on. Come back with: ddpm jobs logs {name} --address {server.address}", err=True)
+        raise
+    typer.echo(f"{job.id} {job.status.lower()}{_reason(job)}", err=True)
+    return job.outcome
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _reason(job: Job) -> str:
+    if job.status == "SUCCEEDED":
+        return ""
+    hint = "; submit it again under the same name and it goes on from the last checkpoint"
+    return f" with exit code {job.exit_code}{hint}" if job.exit_code is not None else hint
