@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from .config import ClusterError
 from .connect import use_token
-from .nodes import Node
+from .nodes import Node, called
 
 if TYPE_CHECKING:
     pass
 
 NAME, ATTEMPT, CONFIG = "ddpm.name", "ddpm.attempt", "ddpm.config"
 RUNNING, ENDED = ("PENDING", "RUNNING"), ("SUCCEEDED", "FAILED", "STOPPED")
-RECONNECTS, RECONNECT_S, STOP_S = 20, 3.0, 60.0
+SUBMITS, RECONNECTS, RECONNECT_S, STOP_S = 4, 20, 3.0, 60.0
+_LINES_OF_RAY = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")  # each sets its own level when it is imported
 _EXIT_CODES = {"SUCCEEDED": 0, "STOPPED": 130}
 
 
@@ -94,6 +96,8 @@ class JobServer:
         with answering(address):
             from ray.job_submission import JobSubmissionClient
 
+            for name in _LINES_OF_RAY:
+                logging.getLogger(name).setLevel(logging.WARNING)
             _probe(self.address)
             self._client: JobSubmissionClient = JobSubmissionClient(self.address)
 
@@ -108,7 +112,7 @@ class JobServer:
         with answering(self.address):
             states = list_nodes(address=self.address, filters=[("state", "=", "ALIVE")], limit=10_000, timeout=20)
             return [
-                Node(state.node_id, f"{state.node_name} ({state.node_ip})", dict(state.resources_total or {}), dict(state.labels or {})) for state in states
+                Node(state.node_id, called(state.node_name, state.node_ip), dict(state.resources_total or {}), dict(state.labels or {})) for state in states
             ]
 
     def jobs(self, name: str | None = None) -> list[Job]:
@@ -138,12 +142,17 @@ class JobServer:
         job_id = f"ddpm-{name}-{attempt}"
         metadata = {NAME: name, ATTEMPT: str(attempt), CONFIG: config_digest, "job_name": name}
         with answering(self.address):
-            try:
-                return self._client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=dict(runtime_env), metadata=metadata)
-            except RuntimeError as error:
-                if "already exists" in str(error):
-                    return job_id
-                raise
+            for _ in range(SUBMITS):
+                try:
+                    return self._client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=dict(runtime_env), metadata=metadata)
+                except RuntimeError as error:
+                    if "already exists" in str(error):
+                        return job_id
+                    # A cluster that has just started answers before its agents do.
+                    if "No available agent" not in str(error):
+                        raise
+                time.sleep(RECONNECT_S)
+            raise RuntimeError("no node takes jobs; look at dashboard_agent.log on its head")
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> Job:
         """Writes a job's log as it grows, from its beginning, until the job ends; a lost connection is taken up again."""

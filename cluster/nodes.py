@@ -1,5 +1,6 @@
 """The nodes of a Ray cluster: what each has, and whether each can do its part."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -33,8 +34,12 @@ class Node:
 
 def node_from(entry: Mapping[str, Any]) -> Node:
     """Returns the node of an entry of `ray.nodes()`."""
-    host, address = entry["NodeManagerHostname"], entry["NodeManagerAddress"]
-    return Node(entry["NodeID"], f"{host} ({address})", entry.get("Resources", {}), entry.get("Labels") or {})
+    return Node(entry["NodeID"], called(entry["NodeManagerHostname"], entry["NodeManagerAddress"]), entry.get("Resources", {}), entry.get("Labels") or {})
+
+
+def called(name: str, address: str) -> str:
+    """Returns what to call a node: its name and its address, once where they are the same."""
+    return address if name == address else f"{name} ({address})"
 
 
 def living_nodes() -> list[Node]:
@@ -46,18 +51,20 @@ def living_nodes() -> list[Node]:
 
 def describe(nodes: Sequence[Node]) -> str:
     """Returns what a cluster has, in one line: equal nodes together."""
-    kinds: dict[str, int] = {}
-    for node in nodes:
-        kind = _describe_one(node)
-        kinds[kind] = kinds.get(kind, 0) + 1
-    return "; ".join(f"{count} {'node' if count == 1 else 'nodes'} with {kind}" for kind, count in sorted(kinds.items())) or "no node"
+    kinds = Counter(_describe_one(node) for node in nodes)
+    return "; ".join(f"{count(number, 'node')} with {kind}" for kind, number in sorted(kinds.items())) or "no node"
 
 
 def _describe_one(node: Node) -> str:
     own = {name: amount for name, amount in node.resources.items() if not name.startswith(("node:", "memory", "object_store", "accelerator_type"))}
-    amounts = [f"{own.pop('CPU', 0):g} CPUs", f"{own.pop('GPU', 0):g} GPUs", *(f"{amount:g} {name}" for name, amount in sorted(own.items()))]
+    amounts = [count(own.pop("CPU", 0), "CPU"), count(own.pop("GPU", 0), "GPU"), *(f"{amount:g} {name}" for name, amount in sorted(own.items()))]
     labels = [f"{key}={value}" for key, value in sorted(node.labels.items()) if not key.startswith("ray.io/node") or key.endswith("-group")]
     return ", ".join(amounts + labels)
+
+
+def count(amount: float, thing: str) -> str:
+    """Returns how many of a thing there are, in words: `1 CPU`, `2 CPUs`, `no GPU`."""
+    return f"{amount:g} {thing}{'' if amount == 1 else 's'}" if amount else f"no {thing}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .config import ClusterConfig, ClusterError
-from .nodes import Node, describe, living_nodes
+from .nodes import Node, count, describe, living_nodes
 
 if TYPE_CHECKING:
     from ray.train.v2.api.config import RunConfig, ScalingConfig
@@ -126,17 +126,17 @@ def _capacity(config: ClusterConfig, rooms: Sequence[tuple[Node, int]]) -> int:
 
 def _assign(config: ClusterConfig, rooms: Sequence[tuple[Node, int]], workers: int) -> list[tuple[Node, int]]:
     """Returns how many workers each node is likely to get; Ray decides in the end."""
-    counts = [0] * len(rooms)
-    while sum(counts) < workers:
-        open_nodes = [index for index, (_, room) in enumerate(rooms) if counts[index] < room]
-        counts[open_nodes[0] if "pack" in config.strategy else min(open_nodes, key=lambda index: (counts[index], index))] += 1
-    return [(node, count) for (node, _), count in zip(rooms, counts, strict=True) if count]
+    given = [0] * len(rooms)
+    while sum(given) < workers:
+        open_nodes = [index for index, (_, room) in enumerate(rooms) if given[index] < room]
+        given[open_nodes[0] if "pack" in config.strategy else min(open_nodes, key=lambda index: (given[index], index))] += 1
+    return [(node, workers) for (node, _), workers in zip(rooms, given, strict=True) if workers]
 
 
 def _threads(config: ClusterConfig, assigned: Sequence[tuple[Node, int]]) -> int:
     if config.cpus_per_worker:
         return config.cpus_per_worker
-    return max(1, min(_cpus(config, node) // count for node, count in assigned))
+    return max(1, min(_cpus(config, node) // workers for node, workers in assigned))
 
 
 def _cpus(config: ClusterConfig, node: Node) -> int:
@@ -153,7 +153,9 @@ def _samplers(config: ClusterConfig, nodes: Sequence[Node], use_gpu: bool) -> in
 
 
 def _missing(config: ClusterConfig, per_worker: Mapping[str, float], nodes: Sequence[Node]) -> str:
-    amounts = [f"{amount * config.min_workers:g} {name}{'s' if name in ('CPU', 'GPU') else ''}" for name, amount in per_worker.items()]
+    amounts = [
+        count(amount * config.min_workers, name) if name in ("CPU", "GPU") else f"{amount * config.min_workers:g} {name}" for name, amount in per_worker.items()
+    ]
     labels = [f"on nodes with {key}={value}" for key, value in config.worker_labels.items()]
     strict = {"strict_pack": ["on one node"], "strict_spread": ["each on a node of its own"]}.get(config.strategy, [])
     wanted = config.num_workers if isinstance(config.num_workers, int) else list(config.num_workers)
@@ -168,17 +170,17 @@ def _lines(
 ) -> tuple[str, ...]:
     if config.address == "local":
         return ()
-    workers = sum(count for _, count in assigned)
+    workers = sum(number for _, number in assigned)
     span = f" of {config.min_workers} to {config.max_workers}" if config.is_elastic else ""
     each = " + ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
-    places = ", ".join(f"{count} on {node.name}" for node, count in assigned)
+    places = ", ".join(f"{number} on {node.name}" for node, number in assigned)
     share = f"{config.gpus_per_sampler:g} GPU" if "GPU" in per_worker else "1 CPU"
     where = f" on nodes with {config.preprocess_labels}" if config.preprocess_labels else ""
     return (
         f"  cluster     {describe(nodes)}",
         f"  preprocess  tasks of 1 CPU{where}",
-        f"  train       {workers}{span} workers x ({each}), {threads} threads each, {config.strategy}: {places}",
-        f"  evaluate    {samplers} samplers x {share}",
+        f"  train       {count(workers, 'worker')}{span} x ({each}), {count(threads, 'thread')} each, {config.strategy}: {places}",
+        f"  evaluate    {count(samplers, 'sampler')} x {share}",
     )
 
 

@@ -205,8 +205,14 @@ class Location:
             (self / name)._download_tree(target / name, None)
 
     def _upload(self, file: Path) -> None:
-        with file.open("rb") as source, self._system.open_output_stream(self._key) as copy:
-            shutil.copyfileobj(source, copy, 8 << 20)
+        try:
+            with file.open("rb") as source, self._system.open_output_stream(self._key) as copy:
+                shutil.copyfileobj(source, copy, 8 << 20)
+        except BaseException:
+            # Leaving the block closes the stream, which completes the object with what had been written so far.
+            with contextlib.suppress(OSError):
+                self.remove()
+            raise
 
     def _scan(self) -> list[tuple[str, int, bool]]:
         try:
