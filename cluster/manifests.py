@@ -10,8 +10,9 @@ import yaml
 from .config import ClusterError
 from .pods import CODE_FILE, CODE_FOLDER, Job, Tree, check_storage, plain_container, pod_security, ray_cluster, same, submitter
 
+PREFIX = "ddpm-"
 CODE_NAME = "ddpm-code"
-MAX_NAME = 38  # RayJobs hold 47, and a schedule appends 9
+MAX_NAME = 34  # a RayJob's name holds 47, and a schedule appends up to 13
 WAIT_S = 900
 RETRIES = 2
 CLUSTER_TTL_S = 60
@@ -30,9 +31,11 @@ def kubernetes_name(run_name: str) -> str:
     Raises:
         ClusterError: if Kubernetes and KubeRay cannot hold it.
     """
-    name = "ddpm-" + re.sub(r"[._]", "-", run_name.lower())
+    name = PREFIX + re.sub(r"[._]", "-", run_name.lower())
     if len(name) > MAX_NAME or name.endswith("-"):
-        raise ClusterError(f"--name {run_name} becomes {name}, which Kubernetes cannot hold; use up to {MAX_NAME - 5} letters and digits, '-' between them")
+        raise ClusterError(
+            f"--name {run_name} becomes {name}, which Kubernetes cannot hold; use up to {MAX_NAME - len(PREFIX)} letters and digits, '-' between them"
+        )
     return name
 
 
@@ -152,7 +155,7 @@ def _cronjob(job: Job, schedule: str, time_zone: str, account: str) -> Tree:
 
 
 def _submit_pod(job: Job, account: str) -> Tree:
-    """Returns the pod that makes the RayJob; the name of its batch Job is the name of the RayJob, one for each tick."""
+    """Returns the pod that makes the RayJob; the RayJob is named after its batch Job, one for each tick."""
     batch = {"JOB_NAME": "job-name", "JOB_UID": "controller-uid"}
     fields = [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['batch.kubernetes.io/{label}']"}}} for name, label in batch.items()]
     container = plain_container(job, "submit", same({"cpu": "100m", "memory": "256Mi"})) | {

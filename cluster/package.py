@@ -8,7 +8,7 @@ from .config import ClusterError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("components", "cluster", "pipeline", "workflows")
-SUFFIXES = (".py", ".yaml")
+PRESETS = "workflows/presets"
 FILES = ("pyproject.toml", "requirements.lock")
 CONFIG_FILE = "run.yaml"
 LIMIT = 1 << 20  # bytes of all values of a ConfigMap, before base64
@@ -40,5 +40,5 @@ def pack(config: str, root: Path = ROOT) -> bytes:
 
 
 def _files(root: Path) -> list[Path]:
-    code = [path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in SUFFIXES]
-    return [path for path in code if path.is_file() and "kubernetes" not in path.relative_to(root).parts] + [root / name for name in FILES]
+    code = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
+    return [*code, *(root / PRESETS).glob("*.yaml"), *(root / name for name in FILES)]

@@ -21,6 +21,7 @@ import yaml
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 INSTANCE_LABEL = "app.kubernetes.io/instance"
 ENDED = ("Complete", "Failed", "ValidationFailed")
+SUFFIX = "-run"
 TIMEOUT_S = 30
 PATIENCE_S = 600
 SUCCESS, FAILURE, USER_ERROR, TERMINATED = 0, 1, 2, 143
@@ -98,7 +99,9 @@ def connect(environ: Mapping[str, str], account: Path, patience_s: float = PATIE
 
 
 def prepare(template: Tree, environ: Mapping[str, str]) -> Tree:
-    """Returns the RayJob of this tick: named like the batch Job that runs this pod, and removed with it by the CronJob's history limits.
+    """Returns the RayJob of this tick: named after the batch Job that runs this pod, and removed with it by the CronJob's history limits.
+
+    The name is not the same, for KubeRay submits by a batch Job of the RayJob's own name.
 
     Raises:
         SubmitError: if the pod was not told its Job.
@@ -108,7 +111,7 @@ def prepare(template: Tree, environ: Mapping[str, str]) -> Tree:
         raise SubmitError("JOB_NAME or JOB_UID is not set; take both from the labels batch.kubernetes.io/job-name and controller-uid of the pod")
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid}
     metadata = {key: value for key, value in template["metadata"].items() if key != "namespace"}
-    return template | {"metadata": metadata | {"name": name, "ownerReferences": [owner]}}
+    return template | {"metadata": metadata | {"name": f"{name}{SUFFIX}", "ownerReferences": [owner]}}
 
 
 def submit(api: Api, rayjob: Tree, *, wait: bool, poll_s: float, say: Callable[[str], None]) -> int:
