@@ -27,7 +27,7 @@ class Job:
     Attributes:
         name: Kubernetes' name of the object.
         run_name: the run's name.
-        code: name of the ConfigMap that holds the code.
+        code: name of the ConfigMap that holds the code; empty where it travels with each job.
         queue: Kueue's LocalQueue; without one the cluster scales itself.
         secret: Secret whose keys become environment variables.
         claim: ReadWriteMany claim that is mounted at the storage root.
@@ -86,19 +86,19 @@ def ray_cluster(job: Job) -> Tree:
     groups = [_train_group(job)]
     if job.use_gpu or job.cluster.preprocess_labels:
         groups.append(_preprocess_group(job))
-    head = {"rayStartParams": {"num-cpus": "0"}, "template": _pod(job, "ray-head", _resources(HEAD_CPUS), storage=True)}
+    head = {"rayStartParams": {"num-cpus": "0"}, "template": _ray_pod(job, "ray-head", _resources(HEAD_CPUS))}
     return {"rayVersion": RAY_VERSION, "authOptions": {"mode": "token"}, **scaling, "headGroupSpec": head, "workerGroupSpecs": groups}
 
 
 def submitter(job: Job) -> Tree:
     """Returns the pod that hands the job to the head and follows its log; the operator gives it command and token."""
-    return _pod(job, "ray-job-submitter", _resources(1, memory="1Gi"), storage=False)
+    container = plain_container(job, "ray-job-submitter", _resources(1, memory="1Gi"))
+    return _template(job, {"automountServiceAccountToken": False, "containers": [container]})
 
 
 def plain_container(job: Job, name: str, resources: Tree) -> Tree:
-    """Returns a container of the project's image that may do nothing but compute."""
-    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    return {"name": name, "image": job.image, "imagePullPolicy": "IfNotPresent", "resources": resources, "securityContext": security}
+    """Returns a container of the image, without privileges."""
+    return {"name": name, "image": job.image, "imagePullPolicy": "IfNotPresent", "resources": resources, "securityContext": _no_privileges()}
 
 
 def pod_security() -> Tree:
@@ -113,8 +113,12 @@ def same(quantities: Tree) -> Tree:
 
 
 def _autoscaler() -> Tree:
-    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    return {"version": "v2", "idleTimeoutSeconds": IDLE_SECONDS, "resources": same({"cpu": "500m", "memory": "1Gi"}), "securityContext": security}
+    resources = same({"cpu": "500m", "memory": "1Gi"})
+    return {"version": "v2", "idleTimeoutSeconds": IDLE_SECONDS, "resources": resources, "securityContext": _no_privileges()}
+
+
+def _no_privileges() -> Tree:
+    return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
 def _train_group(job: Job) -> Tree:
@@ -124,7 +128,7 @@ def _train_group(job: Job) -> Tree:
         if count % per_pod:
             raise ClusterError(f"cluster.num_workers={count} does not fill pods of --gpus-per-pod {per_pod}; use a multiple")
     cpus = (cluster.cpus_per_worker or (CPUS_PER_GPU_WORKER if job.use_gpu else CPUS_PER_CPU_WORKER)) * per_pod
-    pod = _pod(job, "ray-worker", _resources(cpus, gpus=per_pod if job.use_gpu else 0, disk=_cache_gib(cluster)), storage=True)
+    pod = _worker_pod(job, _resources(cpus, gpus=per_pod if job.use_gpu else 0, disk=_disk_gib(cluster)))
     if job.use_gpu:
         pod["spec"]["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     fewest = cluster.max_workers if job.queue else cluster.min_workers
@@ -133,7 +137,7 @@ def _train_group(job: Job) -> Tree:
 
 
 def _preprocess_group(job: Job) -> Tree:
-    pod = _pod(job, "ray-worker", _resources(PREPROCESS_CPUS, disk=_cache_gib(job.cluster)), storage=True)
+    pod = _worker_pod(job, _resources(PREPROCESS_CPUS, disk=_disk_gib(job.cluster)))
     fewest, most = (1, 1) if job.queue else (0, MAX_PREPROCESS_PODS)
     return _group("preprocess", 1, fewest, most, pod, job.cluster.preprocess_labels, {})
 
@@ -144,7 +148,7 @@ def _group(name: str, replicas: int, fewest: int, most: int, pod: Tree, labels: 
     return {"groupName": name, **counts, **extras, "rayStartParams": {}, "template": pod}
 
 
-def _cache_gib(cluster: ClusterConfig) -> int:
+def _disk_gib(cluster: ClusterConfig) -> int:
     return NODE_DISK_GIB + (-(-cluster.cache_bytes >> 30) if cluster.storage.startswith("s3://") else 0)
 
 
@@ -156,23 +160,34 @@ def _resources(cpus: int, *, gpus: int = 0, disk: int = 0, memory: str = "") -> 
     return resources
 
 
-def _pod(job: Job, container_name: str, resources: Tree, *, storage: bool) -> Tree:
-    """Returns a pod template; pods that run the pipeline (`storage`) see code, storage, settings and secrets, the others none of them."""
-    container = plain_container(job, container_name, resources)
-    spec: Tree = {"restartPolicy": "Never", "securityContext": pod_security(), "containers": [container]}
-    if storage:
-        volumes = [{"name": "code", "configMap": {"name": job.code}}] if job.code else []
-        mounts = [{"name": "code", "mountPath": CODE_FOLDER, "readOnly": True}] if job.code else []
-        if job.claim:
-            volumes.append({"name": "storage", "persistentVolumeClaim": {"claimName": job.claim}})
-            mounts.append({"name": "storage", "mountPath": job.cluster.storage})
-        variables = {"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"} | dict(sorted(job.environment.items()))
-        container["env"] = [{"name": name, "value": value} for name, value in variables.items()]
-        container |= {"envFrom": [{"secretRef": {"name": job.secret}}]} if job.secret else {}
-        container |= {"volumeMounts": mounts} if mounts else {}
-        spec |= {"volumes": volumes} if volumes else {}
-    if job.service_account and storage:
-        spec["serviceAccountName"] = job.service_account
-    if container_name != "ray-head":
-        spec["automountServiceAccountToken"] = False  # only the autoscaler, beside the head, speaks to Kubernetes
-    return {"metadata": {"labels": job.labels}, "spec": spec}
+def _ray_pod(job: Job, container_name: str, resources: Tree) -> Tree:
+    """Returns a pod that runs the pipeline: with code, storage, settings and secrets."""
+    variables = {"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"} | dict(sorted(job.environment.items()))
+    volumes, mounts = _volumes(job)
+    container = plain_container(job, container_name, resources) | {"env": [{"name": name, "value": value} for name, value in variables.items()]}
+    container |= {"envFrom": [{"secretRef": {"name": job.secret}}]} if job.secret else {}
+    container |= {"volumeMounts": mounts} if mounts else {}
+    account = {"serviceAccountName": job.service_account} if job.service_account else {}
+    return _template(job, {**account, "containers": [container]} | ({"volumes": volumes} if volumes else {}))
+
+
+def _worker_pod(job: Job, resources: Tree) -> Tree:
+    """Returns the pod of a worker; only the autoscaler, beside the head, speaks to Kubernetes."""
+    pod = _ray_pod(job, "ray-worker", resources)
+    return pod | {"spec": pod["spec"] | {"automountServiceAccountToken": False}}
+
+
+def _volumes(job: Job) -> tuple[list[Tree], list[Tree]]:
+    volumes: list[Tree] = []
+    mounts: list[Tree] = []
+    if job.code:
+        volumes.append({"name": "code", "configMap": {"name": job.code}})
+        mounts.append({"name": "code", "mountPath": CODE_FOLDER, "readOnly": True})
+    if job.claim:
+        volumes.append({"name": "storage", "persistentVolumeClaim": {"claimName": job.claim}})
+        mounts.append({"name": "storage", "mountPath": job.cluster.storage})
+    return volumes, mounts
+
+
+def _template(job: Job, spec: Tree) -> Tree:
+    return {"metadata": {"labels": job.labels}, "spec": {"restartPolicy": "Never", "securityContext": pod_security(), **spec}}
