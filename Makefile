@@ -1,10 +1,14 @@
-# make demo | test | check | lock: each sets up what it needs.
+# make demo | test | check | lock | manifests: each sets up what it needs.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lock clean
+# What `make manifests` writes for kustomize: a preset, and options of `ddpm manifest`.
+MANIFEST ?= cifar10-small cluster.storage=/mnt/ddpm --claim ddpm-storage --secret ddpm
+KUBERNETES := cluster/kubernetes
+
+.PHONY: demo test check lock manifests clean
 
 demo: $(READY)
 	$(BIN)/ddpm run digits
@@ -20,6 +24,12 @@ check: $(READY)
 
 lock: $(READY)
 	$(BIN)/uv pip compile --universal --no-annotate --no-header --upgrade --extra dev -o requirements.lock pyproject.toml
+
+manifests: $(READY)
+	$(BIN)/ddpm manifest rayjob $(MANIFEST) --code $(KUBERNETES)/site/ddpm.zip >$(KUBERNETES)/base/rayjob.yaml.new
+	$(BIN)/ddpm manifest raycronjob $(MANIFEST) --code $(KUBERNETES)/site/ddpm.zip >$(KUBERNETES)/overlays/raycronjob/raycronjob.yaml.new
+	mv $(KUBERNETES)/base/rayjob.yaml.new $(KUBERNETES)/base/rayjob.yaml
+	mv $(KUBERNETES)/overlays/raycronjob/raycronjob.yaml.new $(KUBERNETES)/overlays/raycronjob/raycronjob.yaml
 
 clean:
 	rm -rf $(VENV)

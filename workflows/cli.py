@@ -201,6 +201,33 @@ def sample(
         stdout.write(f"{out}\n")
 
 
+@app.command(rich_help_panel="Run")
+def manifest(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="rayjob, raycluster, cronjob or raycronjob.")],
+    preset: Preset,
+    overrides: Overrides = None,
+    name: Name = None,
+    image: Annotated[str | None, typer.Option(help="Image of the dependencies.")] = None,
+    namespace: Annotated[str, typer.Option(help="Namespace of every object.")] = "default",
+    queue: Annotated[str | None, typer.Option(help="Kueue's LocalQueue; without one the cluster scales itself.")] = None,
+    schedule: Annotated[str, typer.Option(help="When cronjob and raycronjob start: five cron fields.")] = "0 3 * * *",
+    time_zone: Annotated[str, typer.Option(help="Time zone of the schedule.")] = "Etc/UTC",
+    secret: Annotated[str | None, typer.Option(help="Secret whose keys become environment variables of the pods.")] = None,
+    claim: Annotated[str | None, typer.Option(help="ReadWriteMany claim to mount at cluster.storage.")] = None,
+    service_account: Annotated[str | None, typer.Option(help="Service account of head and workers.")] = None,
+    gpus_per_pod: Annotated[int, typer.Option(min=1, help="GPUs, and with them training workers, of one pod.")] = 1,
+    code: Annotated[Path | None, typer.Option(metavar="ZIP", help="Write the code to this file, for kustomize, and not into the manifest.")] = None,
+) -> None:
+    """Print Kubernetes manifests of a run: the code travels in them, secrets do not."""
+    config, run_name = _load(preset, overrides, name)
+    from cluster.pods import DEFAULT_IMAGE
+    from workflows.manifest import Options, print_manifest
+
+    options = Options(image or DEFAULT_IMAGE, namespace, queue, schedule, time_zone, secret, claim, service_account, gpus_per_pod, code)
+    with stdout_to_stderr() as stdout:
+        print_manifest(stdout, kind, config, run_name, options)
+
+
 @app.command(rich_help_panel="Look")
 def models(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One registered model; all by default.")] = None,

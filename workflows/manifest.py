@@ -1,0 +1,119 @@
+"""Prints Kubernetes manifests of a run: which settings of this machine travel, and which must not."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+from urllib.parse import urlsplit
+
+import yaml
+
+from cluster.manifests import CODE_NAME, RAYCRONJOB_NOTES, code_map, code_name, cronjob, kubernetes_name, raycluster, raycronjob, rayjob, to_yaml
+from cluster.package import pack
+from cluster.pods import DEFAULT_IMAGE, Job
+from components.data.sources import TORCHVISION
+from pipeline.config import RunConfig
+from pipeline.errors import ConfigError
+
+KINDS = ("rayjob", "raycluster", "raycronjob", "cronjob")
+ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
+PLAIN = ("AWS_DEFAULT_REGION",)
+APPLY = "Apply with `kubectl apply --server-side -f FILE`: the code would be too long for the annotation of a plain apply."
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says besides the run's settings; the names are those of the options."""
+
+    image: str = DEFAULT_IMAGE
+    namespace: str = "default"
+    queue: str | None = None
+    schedule: str = "0 3 * * *"
+    time_zone: str = "Etc/UTC"
+    secret: str | None = None
+    claim: str | None = None
+    service_account: str | None = None
+    gpus_per_pod: int = 1
+    code: Path | None = None
+
+
+def print_manifest(stdout: TextIO, kind: str, config: RunConfig, run_name: str, options: Options) -> None:
+    """Writes the manifest, and with `options.code` the code into a file instead of the manifest.
+
+    Raises:
+        ConfigError: if a setting is of this machine only, or holds a secret.
+        ClusterError: if the run cannot be placed as asked.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"manifest {kind} is no kind; use one of {', '.join(KINDS)}")
+    if len(options.schedule.split()) != 5:
+        raise ConfigError(f"--schedule {options.schedule!r} is not of five fields, such as '0 3 * * *'")
+    environment = _environment(os.environ)
+    _check_reachable(config, options, environment)
+    code = pack(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    name = CODE_NAME if options.code else code_name(code)
+    documents = _documents(kind, _job(config, run_name, options, environment, "" if kind == "raycluster" else name), code, options)
+    if options.code and kind != "raycluster":
+        options.code.write_bytes(code)
+    stdout.write(to_yaml(documents, APPLY + "\n" + (RAYCRONJOB_NOTES if kind == "raycronjob" else "")))
+
+
+def _documents(kind: str, job: Job, code: bytes, options: Options) -> list[dict[str, object]]:
+    if kind == "raycluster":
+        return [raycluster(job)]
+    first = [] if options.code else [code_map(job, code)]
+    if kind == "rayjob":
+        return [*first, rayjob(job)]
+    if kind == "raycronjob":
+        return [*first, raycronjob(job, options.schedule, options.time_zone)]
+    return [*first, *cronjob(job, options.schedule, options.time_zone)]
+
+
+def _job(config: RunConfig, run_name: str, options: Options, environment: Mapping[str, str], code: str) -> Job:
+    return Job(
+        name=kubernetes_name(run_name),
+        run_name=run_name,
+        cluster=config.cluster,
+        code=code,
+        namespace=options.namespace,
+        image=options.image,
+        queue=options.queue,
+        secret=options.secret,
+        claim=options.claim,
+        service_account=options.service_account,
+        gpus_per_pod=options.gpus_per_pod,
+        environment=environment,
+    )
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the settings of this machine that a pod needs too: a fixed list, none of them secret."""
+    found = {name: environ[name] for name in (*ADDRESSES, *PLAIN) if environ.get(name)}
+    for name in ADDRESSES:
+        _check_address(name, found.get(name, "http://unset"))
+    return found
+
+
+def _check_address(name: str, address: str) -> None:
+    parts = urlsplit(address)
+    if "@" in parts.netloc or parts.query:
+        better = "put MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if name.startswith("MLFLOW") else "put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        raise ConfigError(f"{name} holds a user, password or option, which anyone who reads the manifest would see; {better} into a Secret named by --secret")
+    if parts.scheme not in ("http", "https"):
+        raise ConfigError(f"{name}={address} is on this machine only; use http:// or https://, or unset it")
+
+
+def _check_reachable(config: RunConfig, options: Options, environment: Mapping[str, str]) -> None:
+    storage = config.cluster.storage
+    if storage.startswith("s3://") and "MLFLOW_TRACKING_URI" not in environment and not options.secret:
+        raise ConfigError(f"cluster.storage={storage} cannot hold MLflow's database; set MLFLOW_TRACKING_URI to a server, here or in the Secret of --secret")
+    named = {"digits", *TORCHVISION}
+    paths = {
+        "data.source": None if config.data.source in named else config.data.source,
+        "data.root": config.data.root,
+        "evaluate.inception_weights": config.evaluate.inception_weights,
+    }
+    for setting, path in paths.items():
+        if path is not None and "://" not in path and not Path(path).is_relative_to(storage):
+            raise ConfigError(f"{setting}={path} is not below cluster.storage={storage}, all that the pods can see; put it there")
