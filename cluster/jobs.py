@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 NAME, ATTEMPT, CONFIG = "ddpm.name", "ddpm.attempt", "ddpm.config"
 RUNNING, ENDED = ("PENDING", "RUNNING"), ("SUCCEEDED", "FAILED", "STOPPED")
 SUBMITS, RECONNECTS, RECONNECT_S, STOP_S = 4, 20, 3.0, 60.0
-_LINES_OF_RAY = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")  # each sets its own level when it is imported
+# Each sets its own level when it is imported.
+_LINES_OF_RAY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 _EXIT_CODES = {"SUCCEEDED": 0, "STOPPED": 130}
 
 

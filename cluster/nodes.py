@@ -34,7 +34,8 @@ class Node:
 
 def node_from(entry: Mapping[str, Any]) -> Node:
     """Returns the node of an entry of `ray.nodes()`."""
-    return Node(entry["NodeID"], called(entry["NodeManagerHostname"], entry["NodeManagerAddress"]), entry.get("Resources", {}), entry.get("Labels") or {})
+    name = entry.get("NodeName") or entry["NodeManagerHostname"]
+    return Node(entry["NodeID"], called(name, entry["NodeManagerAddress"]), entry.get("Resources", {}), entry.get("Labels") or {})
 
 
 def called(name: str, address: str) -> str:

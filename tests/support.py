@@ -39,13 +39,18 @@ class Finished:
         return json.loads(self.stdout)
 
 
+def ddpm_command(*arguments: str) -> list[str]:
+    """Returns the command as its own process runs it, this checkout first on the path."""
+    return ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "workflows", *arguments]
+
+
 def ddpm(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None, timeout: int = 300) -> Finished:
     """Runs the command in a process of its own, as a person would."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | dict(env or {})
     done = subprocess.run(
-        [sys.executable, "-m", "workflows", *arguments],
+        ddpm_command(*arguments),
         cwd=cwd,
-        env=environment | {"PYTHONPATH": str(ROOT)},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=timeout,
