@@ -236,7 +236,7 @@ class Location:
 
     @property
     def _system(self) -> "FileSystem":
-        return _file_system(self._key.split("/", 1)[0])
+        return _file_system(self._key.split("/", 1)[0], os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
 
 
 def _still_there(entry: "os.DirEntry[str]") -> bool:
@@ -248,8 +248,8 @@ def _still_there(entry: "os.DirEntry[str]") -> bool:
 
 
 @lru_cache(maxsize=16)
-def _file_system(bucket: str) -> "FileSystem":
-    """Returns the file system of a bucket. Only `from_uri` honours AWS_ENDPOINT_URL."""
+def _file_system(bucket: str, endpoint: str | None) -> "FileSystem":
+    """Returns the file system of a bucket at an endpoint, which `from_uri`, unlike the constructor, takes from the environment itself."""
     from pyarrow.fs import FileSystem
 
     return FileSystem.from_uri(f"{_REMOTE}{bucket}")[0]

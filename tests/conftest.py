@@ -1,12 +1,13 @@
 """Fixtures that several tests share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from servers import S3Server, s3_server
 from support import Finished, ddpm
 
 
@@ -20,6 +21,12 @@ def no_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def command() -> Callable[..., Finished]:
     return ddpm
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import keeper
 from networks import Loopback, Namespaces, Network, can_make_namespaces
 from servers import S3Server, environment, fetch, mlflow_server, s3_server
 
-__all__ = ["Alive", "RayNodes", "S3Server", "can_make_namespaces", "environment", "mlflow_server", "s3_server", "start_nodes"]
+__all__ = ["Alive", "RayNodes", "S3Server", "can_make_namespaces", "environment", "fetch", "mlflow_server", "s3_server", "start_nodes"]
 
 OBJECT_STORE_BYTES = 100_000_000
 QUICK_TO_DECLARE_DEAD = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "3"}

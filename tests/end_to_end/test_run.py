@@ -30,18 +30,6 @@ Command = Callable[..., Any]
 STAGES = ["preprocess", "train", "evaluate", "register"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def first(home: Path, command: Command) -> dict[str, Any]:
-    done = command("run", "digits", *TINY, "--json", cwd=home)
-    assert done.code == 0, done.stderr
-    return done.json
-
-
 def losses(run: dict[str, Any]) -> list[tuple[int, float]]:
     lines = [line.model_dump() for line in read_metrics(Location.of(run["train"]["folder"]))]
     return [(line["step"], line["metrics"]["train/loss"]) for line in lines]

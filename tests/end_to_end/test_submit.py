@@ -1,0 +1,205 @@
+"""A run on a real Ray cluster of two nodes, submitted from a process that may go away, with models in an MLflow server."""
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray_nodes
+from support import TINY, Finished, ddpm_command
+
+from pipeline.tracking import git_commit
+
+SECRETS = {"MLFLOW_TRACKING_PASSWORD": "planted-Secret-91c4", "AWS_SECRET_ACCESS_KEY": "planted-Secret-7f3a"}
+NO_TOKEN = {"HOME": "/nonexistent"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A cluster and what belongs to it."""
+
+    nodes: ray_nodes.RayNodes
+    mlflow: str
+    folder: Path
+
+    @property
+    def storage(self) -> str:
+        return f"cluster.storage={self.folder / 'storage'}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        return ray_nodes.environment(self.nodes.env | {"MLFLOW_TRACKING_URI": self.mlflow} | SECRETS)
+
+    @contextlib.contextmanager
+    def start(self, *arguments: str) -> Iterator["Started"]:
+        """Runs a command that is killed when the block ends, if it still runs."""
+        log = self.folder / f"started-{time.monotonic_ns()}.log"
+        command = ddpm_command(*arguments, "--address", self.nodes.dashboard_url)
+        with log.open("w") as out, subprocess.Popen(command, env=self.env, cwd=self.folder, stdout=out, stderr=out) as process:
+            try:
+                yield Started(process, log)
+            finally:
+                process.kill()
+
+    def ddpm(self, *arguments: str, env: dict[str, str] | None = None, address: str = "") -> Finished:
+        command = ddpm_command(*arguments, "--address", address or self.nodes.dashboard_url)
+        done = subprocess.run(command, env=self.env if env is None else env, cwd=self.folder, capture_output=True, text=True, timeout=300, check=False)
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A command in progress, and what it has written."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def wait_for(self, condition: Callable[[str], bool], timeout: float = 200) -> str:
+        """Returns what the command had written when the condition came true."""
+        deadline = time.monotonic() + timeout
+        while not condition(text := self.log.read_text()):
+            assert self.process.poll() is None, text
+            assert time.monotonic() < deadline, text
+            time.sleep(0.1)
+        return text
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    with ray_nodes.mlflow_server(folder / "mlflow") as mlflow, ray_nodes.start_nodes(folder, cpus=(0, 1, 1), in_namespaces=False) as nodes:
+        yield Site(nodes, mlflow, folder)
+
+
+@pytest.fixture(scope="module")
+def submitted(site: Site) -> dict[str, Any]:
+    """Submits, follows, kills the submitting process once training has begun, comes back; returns the receipts by stage."""
+    with site.start("submit", "digits", site.storage, *TINY, "--follow") as following:
+        following.wait_for(lambda text: "train for the first time" in text)
+    again = site.ddpm("submit", "digits", site.storage, *TINY)
+    assert again.code == 0, again.stderr
+    assert "digits is in progress already; attached to it\njob     ddpm-digits-1\n" in again.stdout
+    back = site.ddpm("jobs", "logs", "digits")
+    assert back.code == 0, back.stdout + back.stderr
+    assert "ddpm-digits version 1, champion" in back.stdout
+    receipts = (site.folder / "storage" / "runs" / "digits").glob("*/*/receipt.json")
+    return {path.parent.parent.name: json.loads(path.read_text()) for path in receipts} | {"log": back.stdout}
+
+
+def test_the_run_ends_without_the_process_that_submitted_it_and_is_registered(site: Site, submitted: dict[str, Any]):
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=site.mlflow, registry_uri=site.mlflow)
+    version = client.get_model_version_by_alias("ddpm-digits", "champion")
+    assert int(version.version) == submitted["register"]["version"]
+    run = client.get_run(str(version.run_id))
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["git.commit"] == git_commit()
+
+
+def test_config_dataset_weights_and_samples_are_those_of_a_run_on_one_machine(first: dict[str, Any], submitted: dict[str, Any]):
+    for stage, field in [
+        ("train", "config_digest"),
+        ("train", "num_workers"),
+        ("preprocess", "digest"),
+        ("train", "weights_sha256"),
+        ("evaluate", "samples_sha256"),
+        ("evaluate", "metric"),
+    ]:
+        assert submitted[stage][field] == first[stage][field], field
+    for stage in ("preprocess", "train", "evaluate"):
+        assert submitted[stage]["inputs"] == first[stage]["inputs"]
+
+
+def test_the_plan_is_told_before_it_is_asked_for(submitted: dict[str, Any]):
+    plan = submitted["log"].index("train       2 workers x (1 CPU), 1 thread each, pack: 1 on node-1")
+    assert plan < submitted["log"].index("preprocess for the first time")
+
+
+def test_no_secret_is_in_any_job_log_parameter_or_tag(site: Site, submitted: dict[str, Any]):
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=site.mlflow, registry_uri=site.mlflow)
+    version = client.get_model_version_by_alias("ddpm-digits", "champion")
+    run = client.get_run(str(version.run_id))
+    jobs = ray_nodes.fetch(f"{site.nodes.dashboard_url}/api/jobs/", token=site.nodes.token_file.read_text()).decode()
+    assert "ddpm-digits-1" in jobs
+    told = [submitted["log"], jobs, str(run.data.params), str(run.data.tags), str(version.tags), str(version.description)]
+    token = site.nodes.token_file.read_text()
+    for secret in [*SECRETS.values(), token]:
+        assert not [text for text in told if secret in text]
+
+
+def test_jobs_list_and_status_tell_how_a_run_stands(site: Site, submitted: dict[str, Any]):
+    listed = site.ddpm("jobs", "list", "--json").json
+    stands = [(job["id"], job["status"], job["exit_code"]) for job in listed if job["name"] == "digits"]
+    assert stands == [("ddpm-digits-1", "SUCCEEDED", 0)]
+    assert listed[0]["config_digest"] == submitted["train"]["config_digest"]
+    status = site.ddpm("jobs", "status", "digits")
+    assert status.code == 0
+    assert status.stdout.startswith("digits succeeded: ddpm-digits-1")
+    unknown = site.ddpm("jobs", "status", "nothing")
+    assert (unknown.code, unknown.stderr.count("\n")) == (2, 1)
+    assert "knows no run nothing; it knows digits" in unknown.stderr
+
+
+def test_a_stopped_run_submitted_again_goes_on_and_other_settings_do_not_take_its_name(site: Site):
+    settings = ["digits", site.storage, *TINY, "train.steps=4000", "train.checkpoint_every=20", "--name", "long"]
+    with site.start("submit", *settings, "--follow") as following:
+        following.wait_for(lambda text: bool(list((site.folder / "storage/runs/long").glob("train/*/step_*/manifest.json"))))
+        other = site.ddpm("submit", *settings, "train.lr=0.1")
+        assert other.code == 2
+        assert "--name long is in progress as ddpm-long-1 with other settings" in other.stderr
+        following.process.send_signal(signal.SIGINT)
+        assert following.process.wait(timeout=60) == 130
+        assert "detached; ddpm-long-1 goes on. Come back with: ddpm jobs logs long --address" in following.log.read_text()
+    assert site.ddpm("jobs", "status", "long").stdout.startswith("long running: ddpm-long-1")
+    stopped = site.ddpm("jobs", "stop", "long")
+    assert "ddpm-long-1 stopped; submitted again under the name long, the run goes on" in stopped.stdout, stopped.stderr
+    assert site.ddpm("jobs", "status", "long").code == 130
+    with site.start("submit", *settings, "--follow") as again:
+        text = again.wait_for(lambda text: "images per worker and step" in text)
+    assert "job     ddpm-long-2" in text
+    assert "going on from step_" in text
+    assert site.ddpm("jobs", "stop", "ddpm-long-2").code == 0
+
+
+def test_what_the_cluster_does_not_have_is_said_within_ten_seconds_with_what_it_has(site: Site):
+    began = time.monotonic()
+    done = site.ddpm("submit", "digits", site.storage, "cluster.num_workers=8", "cluster.accelerator=gpu")
+    lines = [line for line in done.stderr.splitlines() if "not sent" not in line]
+    assert (done.code, len(lines)) == (2, 1)
+    assert "cluster.num_workers=8 with cluster.accelerator=gpu needs 8 CPUs, 8 GPUs; the cluster has " in lines[0]
+    assert "2 nodes with 1 CPU, no GPU" in lines[0]
+    print(f"said after {time.monotonic() - began:.1f} s")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "address", "message"),
+    [
+        ([], NO_TOKEN, "", "asks for a token, and there is none; set RAY_AUTH_TOKEN_PATH"),
+        ([], {"RAY_AUTH_TOKEN": "wrong"}, "", "refuses the token given"),
+        ([], {}, "http://127.0.0.1:9", "does not answer"),
+        ([], {}, "MLFLOW", "is no Ray dashboard|cannot do this"),
+        ([], {}, "127.0.0.1:6379", "is no web address"),
+        (["cluster.storage=./here"], {}, "", "cluster.storage=./here is relative to this machine's folder"),
+        (["data.source=my/photos"], {}, "", "data.source=my/photos is relative to this machine's folder"),
+        (["cluster.storage=s3://key:secret@bucket/x"], {}, "", "put them into the AWS_"),
+        ([], {"MLFLOW_TRACKING_URI": "http://user:planted@host"}, "", "MLFLOW_TRACKING_URI holds a password"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_line(site: Site, arguments: list[str], env: dict[str, str], address: str, message: str):
+    base = {key: value for key, value in site.env.items() if not (env and key.startswith(("RAY_AUTH", "HOME")))}
+    token = {} if "HOME" in env or "RAY_AUTH_TOKEN" in env else site.nodes.env
+    done = site.ddpm("submit", "digits", site.storage, *arguments, env=base | token | env, address=site.mlflow if address == "MLFLOW" else address)
+    lines = [line for line in done.stderr.splitlines() if "not sent" not in line]
+    assert (done.code, len(lines)) == (2, 1), done.stderr
+    assert re.search(message, lines[0])
+    assert "planted" not in lines[0]
