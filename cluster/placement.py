@@ -13,7 +13,7 @@ from .nodes import Node, count, describe, living_nodes
 if TYPE_CHECKING:
     from ray.train.v2.api.config import RunConfig, ScalingConfig
 
-POLL_S, TELL_S = 2.0, 30.0
+POLL_S, TELL_S, SETTLE_POLLS = 2.0, 30.0, 8
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,25 @@ def place(config: ClusterConfig, tell: Callable[[str], None] = lambda line: None
             continue
         if waited >= POLL_S:
             _ask_autoscaler(None)
+        if config.address != "local":
+            _tell_if_busy(placement, config, tell)
         return placement
+
+
+def _tell_if_busy(placement: Placement, config: ClusterConfig, tell: Callable[[str], None]) -> None:
+    """Says so where others hold what the run needs, and Ray will let it wait."""
+    import ray
+
+    wanted = {name: amount * config.min_workers for name, amount in placement.per_worker.items()}
+    for _ in range(SETTLE_POLLS):
+        free = ray.available_resources()
+        lacking = {name: amount for name, amount in wanted.items() if free.get(name, 0.0) < amount}
+        if not lacking:
+            return
+        time.sleep(1.0)
+    tell(
+        "  others hold part of the cluster: " + ", ".join(f"{free.get(name, 0):g} of {amount:g} {name} free" for name, amount in lacking.items()) + "; waiting"
+    )
 
 
 def _patient(error: ClusterError, config: ClusterConfig) -> ClusterError:

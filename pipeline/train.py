@@ -1,5 +1,6 @@
 """Shards in, a trained denoiser out: starts the workers, follows them, and hands on their last checkpoint."""
 
+import _thread
 import itertools
 import signal
 import statistics
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from cluster.connect import connect
+from cluster.lookout import Lookout
 from cluster.placement import Placement, place, run_config, scaling_config
 from components.data.shards import read_manifest
 from components.diffusion.schedule import DiffusionConfig
@@ -167,12 +169,23 @@ def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainO
             run_config=run_config(context.cluster, bookkeeping=bookkeeping, name=context.folder.name),
             torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
         )
-        with _interruptible():
-            result: Any = trainer.fit()
+        result = _watched(trainer, context)
     outcome = TypeAdapter(TrainOutcome | TrainFailure).validate_json(result.return_value)
     if isinstance(outcome, TrainFailure):
         raise ConfigError(outcome.failure)
     return outcome
+
+
+def _watched(trainer: Any, context: StageContext) -> Any:
+    """Runs Ray's `fit`; ends it where a lost node was waited for too long."""
+    with Lookout(context.cluster, context.reporter.line, _thread.interrupt_main) as lookout:
+        try:
+            with _interruptible():
+                return trainer.fit()
+        except KeyboardInterrupt:
+            if lookout.failure is not None:
+                raise lookout.failure from None
+            raise
 
 
 @contextmanager

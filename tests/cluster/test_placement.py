@@ -1,7 +1,10 @@
 """What a run asks of a cluster, from its settings and the nodes there are."""
 
+import threading
+
 import pytest
 
+from cluster import lookout
 from cluster.config import ClusterConfig, ClusterError
 from cluster.nodes import Node, describe
 from cluster.placement import Placement, plan, scaling_config
@@ -80,3 +83,21 @@ def test_threads_share_the_cpus_of_the_fullest_node():
 def test_a_cluster_is_described_in_words():
     assert describe([CPU, Node("d", "cpu-2", {"CPU": 16.0}), HEAD]) == "2 nodes with 16 CPUs, no GPU; 1 node with no CPU, no GPU"
     assert describe([]) == "no node"
+
+
+def test_a_lost_node_is_told_of_and_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch):
+    nodes = [CPU]
+    monkeypatch.setattr(lookout, "living_nodes", lambda: nodes)
+    monkeypatch.setattr(lookout, "LOOK_S", 0.01)
+    monkeypatch.setattr(lookout.Lookout, "patience_s", 0.3)
+    told: list[str] = []
+    gave_up = threading.Event()
+    with lookout.Lookout(ClusterConfig(address="auto", num_workers=16), told.append, gave_up.set) as watch:
+        assert not gave_up.wait(0.6)
+        assert (told, watch.failure) == ([], None)
+        nodes[0] = Node("s", "small", {"CPU": 1.0})
+        assert gave_up.wait(10)
+    assert "waiting up to" in told[0]
+    assert "needs 16 CPUs" in told[0]
+    assert "the cluster has 1 node with 1 CPU, no GPU" in str(watch.failure)
+    assert "goes on from the last checkpoint" in str(watch.failure)

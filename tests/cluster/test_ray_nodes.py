@@ -61,32 +61,6 @@ def test_a_job_reaches_every_node_and_nobody_without_the_token(tmp_path: Path) -
         assert nodes.token_file.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_killed_node_is_missed_and_starts_again(tmp_path: Path) -> None:
-    with ray_nodes.start_nodes(tmp_path, cpus=(0, 1), in_namespaces=False) as nodes:
-        nodes.kill(1)
-        assert [node.ip for node in nodes.wait_until(lambda alive: len(alive) == 1)] == [nodes.ip(0)]
-        nodes.restart(1)
-        assert {node.ip: node.resources.get("CPU", 0) for node in nodes.alive()} == {nodes.ip(0): 0, nodes.ip(1): 1}
-
-
-@pytest.mark.netns
-@pytest.mark.skipif(not ray_nodes.can_make_namespaces(), reason="needs root and network namespaces")
-def test_a_node_whose_link_is_cut_is_dead_until_it_starts_again(tmp_path: Path) -> None:
-    began = time.monotonic()
-    with ray_nodes.start_nodes(tmp_path, cpus=(0, 1, 1), in_namespaces=True, quick_to_declare_dead=True) as nodes:
-        print(f"three nodes in namespaces: {time.monotonic() - began:.1f} s")
-        assert ran_on(submit(nodes, tmp_path, nodes.env)) == [nodes.ip(1), nodes.ip(2)]
-
-        nodes.cut(2)
-        began = time.monotonic()
-        nodes.wait_until(lambda alive: {node.ip for node in alive} == {nodes.ip(0), nodes.ip(1)}, timeout=60)
-        print(f"declared dead after: {time.monotonic() - began:.1f} s")
-
-        nodes.heal(2)
-        nodes.restart(2)
-        assert {node.ip for node in nodes.alive()} == {nodes.ip(index) for index in range(3)}
-
-
 def test_nothing_is_left_of_a_cluster_whose_test_fails(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fail_on_a_cluster(tmp_path)

@@ -164,11 +164,20 @@ def test_a_stopped_run_submitted_again_goes_on_and_other_settings_do_not_take_it
     stopped = site.ddpm("jobs", "stop", "long")
     assert "ddpm-long-1 stopped; submitted again under the name long, the run goes on" in stopped.stdout, stopped.stderr
     assert site.ddpm("jobs", "status", "long").code == 130
+    assert status_of_run(site, "long") == "KILLED"
     with site.start("submit", *settings, "--follow") as again:
         text = again.wait_for(lambda text: "images per worker and step" in text)
     assert "job     ddpm-long-2" in text
     assert "going on from step_" in text
     assert site.ddpm("jobs", "stop", "ddpm-long-2").code == 0
+
+
+def status_of_run(site: Site, name: str) -> str:
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=site.mlflow, registry_uri=site.mlflow)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return client.search_runs(experiments, f"attributes.run_name = '{name}'")[0].info.status
 
 
 def test_what_the_cluster_does_not_have_is_said_within_ten_seconds_with_what_it_has(site: Site):

@@ -1,0 +1,63 @@
+"""Says, while a run waits for machines, that it does and for what; gives up in the end instead of waiting in silence."""
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from .config import ClusterConfig, ClusterError
+from .nodes import living_nodes
+from .placement import TELL_S, plan
+
+LOOK_S = 5.0
+
+
+class Lookout:
+    """Watches during a block whether the cluster still has what a run needs.
+
+    Attributes:
+        failure: why it gave up, None while it did not.
+    """
+
+    def __init__(self, config: ClusterConfig, tell: Callable[[str], None], give_up: Callable[[], None]) -> None:
+        self._config, self._tell, self._give_up = config, tell, give_up
+        self.failure: ClusterError | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="lookout", daemon=True)
+
+    def __enter__(self) -> "Lookout":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds that a lost node is waited for."""
+        return float(max(self._config.wait_s, self._config.group_timeout_s))
+
+    def _watch(self) -> None:
+        missing_since: float | None = None
+        told = 0.0
+        while not self._stop.wait(LOOK_S):
+            missing, now = self._missing(), time.monotonic()
+            if missing is None:
+                missing_since = None
+                continue
+            missing_since = missing_since or now
+            if now - missing_since >= self.patience_s:
+                self.failure = ClusterError(f"{missing} (waited {self.patience_s:.0f} s; the same command goes on from the last checkpoint)")
+                self._give_up()
+                return
+            if now - told >= TELL_S:
+                told = now
+                self._tell(f"  waiting up to {self.patience_s - (now - missing_since):.0f} s for nodes: {missing}")
+
+    def _missing(self) -> ClusterError | None:
+        try:
+            plan(self._config, living_nodes())
+        except ClusterError as error:
+            return error
+        return None
