@@ -5,8 +5,8 @@ import zipfile
 from pathlib import Path
 
 from .config import ClusterError
+from .tree import COMMIT_FILE, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("components", "cluster", "pipeline", "workflows")
 PRESETS = "workflows/presets"
 FILES = ("pyproject.toml", "requirements.lock")
@@ -15,17 +15,21 @@ LIMIT = 1 << 20  # bytes of all values of a ConfigMap, before base64
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date a zip file knows
 
 
-def pack(config: str, root: Path = ROOT) -> bytes:
+def pack(config: str, commit: str, root: Path = ROOT) -> bytes:
     """Returns a zip file of the packages and of a run's settings; the same files and settings give the same bytes.
 
     Args:
         config: the settings as YAML, stored as `run.yaml` at the top.
+        commit: of the checkout, for the run's tags.
         root: the checkout.
 
     Raises:
         ClusterError: if it would not fit into a ConfigMap.
     """
-    contents = {path.relative_to(root).as_posix(): path.read_bytes() for path in _files(root)} | {CONFIG_FILE: config.encode()}
+    contents = {path.relative_to(root).as_posix(): path.read_bytes() for path in _files(root)} | {
+        CONFIG_FILE: config.encode(),
+        COMMIT_FILE: f"{commit}\n".encode(),
+    }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name in sorted(contents):

@@ -151,4 +151,4 @@ def config_digest(config: RunConfig) -> str:
 def flatten(config: RunConfig) -> dict[str, str]:
     """Returns every setting as `section.key` -> text."""
     tree = config.model_dump(mode="json")
-    return {f"{section}.{key}": json.dumps(value) if isinstance(value, list) else str(value) for section in tree for key, value in tree[section].items()}
+    return {f"{section}.{key}": json.dumps(value) if isinstance(value, list | dict) else str(value) for section in tree for key, value in tree[section].items()}

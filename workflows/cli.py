@@ -30,7 +30,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-jobs_app = typer.Typer(name="jobs", help="Runs on a cluster: list, status, logs, stop.", no_args_is_help=True, rich_markup_mode="rich")
+jobs_app = typer.Typer(
+    name="jobs",
+    help="Runs on a cluster: list, status, logs, stop.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.add_typer(jobs_app, rich_help_panel="Cluster")
 
 JobName = Annotated[str, typer.Argument(metavar="NAME", help="The run's name, or a job's id.")]
@@ -201,7 +207,7 @@ def sample(
         stdout.write(f"{out}\n")
 
 
-@app.command(rich_help_panel="Run")
+@app.command(rich_help_panel="Cluster")
 def manifest(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="rayjob, raycluster, cronjob or raycronjob.")],
     preset: Preset,

@@ -15,6 +15,7 @@ from cluster.pods import DEFAULT_IMAGE, Job
 from components.data.sources import TORCHVISION
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
+from pipeline.tracking import git_commit
 
 KINDS = ("rayjob", "raycluster", "raycronjob", "cronjob")
 ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
@@ -51,7 +52,7 @@ def print_manifest(stdout: TextIO, kind: str, config: RunConfig, run_name: str, 
         raise ConfigError(f"--schedule {options.schedule!r} is not of five fields, such as '0 3 * * *'")
     environment = _environment(os.environ)
     _check_reachable(config, options, environment)
-    code = pack(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    code = pack(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), git_commit())
     name = CODE_NAME if options.code else code_name(code)
     documents = _documents(kind, _job(config, run_name, options, environment, "" if kind == "raycluster" else name), code, options)
     if options.code and kind != "raycluster":

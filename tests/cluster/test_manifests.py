@@ -395,4 +395,4 @@ def test_code_that_no_configmap_can_hold_is_refused_with_the_largest_file(tmp_pa
     noise = base64.b85encode(os.urandom(LIMIT)).decode()
     (tmp_path / "pipeline" / "tables.py").write_text(noise)
     with pytest.raises(ClusterError, match=r"a ConfigMap holds 1048576; move large files, such as pipeline/tables\.py"):
-        pack("", tmp_path)
+        pack("", "abc", tmp_path)

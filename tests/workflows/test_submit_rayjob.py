@@ -237,6 +237,6 @@ def test_another_certificate_is_not_trusted(cluster: Cluster, start, tmp_path: P
 def test_the_pod_s_command_runs_from_the_zip_alone(cluster: Cluster, start, tmp_path: Path):
     from cluster.package import pack
 
-    (tmp_path / "ddpm.zip").write_bytes(pack(""))
+    (tmp_path / "ddpm.zip").write_bytes(pack("", "abc"))
     code, out, err = finish(start(PYTHONPATH=str(tmp_path / "ddpm.zip")))
     assert (code, out) == (0, f"RayJob {JOB} is made\n"), err
