@@ -157,8 +157,9 @@ class TrainFailure(BaseModel):
 
 
 def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainOutcome:
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from pipeline.process_group import TorchConfigOnRaysNetwork
     from pipeline.train_loop import train_loop
 
     with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as bookkeeping:
@@ -167,7 +168,7 @@ def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainO
             train_loop_config={"plan": plan.model_dump_json()},
             scaling_config=scaling_config(context.cluster, placement),
             run_config=run_config(context.cluster, bookkeeping=bookkeeping, name=context.folder.name),
-            torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
+            torch_config=TorchConfigOnRaysNetwork(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
         )
         result = _watched(trainer, context)
     outcome = TypeAdapter(TrainOutcome | TrainFailure).validate_json(result.return_value)

@@ -25,7 +25,6 @@ _NAMESPACE = re.compile(r"^ddpm-(\d+)-\d+-\w+$")
 class Network(Protocol):
     """Where nodes live: each has an address, a folder of its own, and a command that runs others there."""
 
-    interface: str
     host: str
     prefix: tuple[str, ...]
 
@@ -43,7 +42,6 @@ class Network(Protocol):
 class Loopback:
     """Nodes as processes of this machine."""
 
-    interface = "lo"
     host = "127.0.0.1"
     prefix: tuple[str, ...] = ()
 
@@ -82,8 +80,6 @@ class Loopback:
 
 class Namespaces:
     """Nodes as machines: `ip netns` for the network, `unshare` for processes and mounts."""
-
-    interface = "eth0"
 
     def __init__(self, root: Path) -> None:
         serial = next(_SERIAL)

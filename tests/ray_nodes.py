@@ -199,7 +199,7 @@ def start_nodes(
         stack.callback(network.remove)
         network.make()
         token_file = _write_token(folder / "token")
-        client_env = _client_environment(token_file, network.interface)
+        client_env = _client_environment(token_file)
         health = QUICK_TO_DECLARE_DEAD if quick_to_declare_dead else {}
         node_env = environment(client_env | {"RAY_raylet_start_wait_time_s": "40"} | health | dict(env or {}))
         nodes = RayNodes(folder, token_file, client_env, node_env, network)
@@ -209,12 +209,11 @@ def start_nodes(
         yield nodes
 
 
-def _client_environment(token_file: Path, interface: str) -> dict[str, str]:
+def _client_environment(token_file: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "GLOO_SOCKET_IFNAME": interface,
         "no_proxy": "*",
         "NO_PROXY": "*",
     }

@@ -42,7 +42,8 @@ class Site:
         """Runs a command that is killed when the block ends, if it still runs."""
         log = self.folder / f"started-{time.monotonic_ns()}.log"
         command = ddpm_command(*arguments, "--address", self.nodes.dashboard_url)
-        with log.open("w") as out, subprocess.Popen(command, env=self.env, cwd=self.folder, stdout=out, stderr=out) as process:
+        options: dict[str, Any] = {"env": self.env, "cwd": self.folder, "preexec_fn": heed_ctrl_c}
+        with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, **options) as process:
             try:
                 yield Started(process, log)
             finally:
@@ -52,6 +53,11 @@ class Site:
         command = ddpm_command(*arguments, "--address", address or self.nodes.dashboard_url)
         done = subprocess.run(command, env=self.env if env is None else env, cwd=self.folder, capture_output=True, text=True, timeout=300, check=False)
         return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def heed_ctrl_c() -> None:
+    """Undoes what a shell does to commands that it starts in the background: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
