@@ -1,9 +1,11 @@
 """Where a run is placed. Nothing here is part of a result, so nothing here is part of a digest."""
 
+import re
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+_S3 = re.compile(r"[a-z0-9][a-z0-9.-]*(/[A-Za-z0-9._=-]+)*")
 Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
 
 
@@ -72,8 +74,8 @@ class ClusterConfig(BaseModel):
             raise ValueError(f"{scheme}:// is no storage; use a folder or s3://BUCKET/PREFIX")
         if separator and ("@" in rest.split("/", 1)[0] or "?" in rest):
             raise ValueError("the address holds keys or options, which would be logged; put them into the AWS_* variables")
-        if separator and not rest.strip("/"):
-            raise ValueError("s3:// names no bucket; use s3://BUCKET/PREFIX")
+        if separator and not _S3.fullmatch(rest.rstrip("/")):
+            raise ValueError("this is no bucket, or no prefix in one; use s3://BUCKET/PREFIX, of letters, digits, '.', '_' and '-'")
         return storage
 
     @model_validator(mode="after")

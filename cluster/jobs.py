@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NAME, ATTEMPT, CONFIG = "ddpm.name", "ddpm.attempt", "ddpm.config"
 RUNNING, ENDED = ("PENDING", "RUNNING"), ("SUCCEEDED", "FAILED", "STOPPED")
-SUBMITS, RECONNECTS, RECONNECT_S, STOP_S = 4, 20, 3.0, 60.0
+SUBMITS, RECONNECTS, RECONNECT_S, SILENCE_S, STOP_S = 4, 20, 3.0, 120.0, 90.0
 # Each sets its own level when it is imported.
 _LINES_OF_RAY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 _EXIT_CODES = {"SUCCEEDED": 0, "STOPPED": 130}
@@ -157,12 +157,16 @@ class JobServer:
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> Job:
         """Writes a job's log as it grows, from its beginning, until the job ends; a lost connection is taken up again."""
+        import aiohttp
+
         log, lost = _Log(write), 0
         while True:
             try:
                 asyncio.run(self._tail(job_id, log))
                 lost = 0
-            except (RuntimeError, OSError) as error:
+            except TimeoutError:
+                pass
+            except (RuntimeError, OSError, aiohttp.ClientError) as error:
                 lost += 1
                 if lost > RECONNECTS:
                     raise ClusterError(f"--address {self.address} is lost while following {job_id} ({_short(error)}); the job goes on") from error
@@ -173,9 +177,12 @@ class JobServer:
             time.sleep(RECONNECT_S)
 
     async def _tail(self, job_id: str, log: "_Log") -> None:
+        """Raises TimeoutError after a long silence: a connection that was cut off does not tell."""
         log.rewind()
-        async for text in self._client.tail_job_logs(job_id):
-            log.add(text)
+        chunks = self._client.tail_job_logs(job_id)
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                log.add(await asyncio.wait_for(anext(chunks), SILENCE_S))
 
     def log(self, job_id: str) -> str:
         """Returns a job's log as it is now."""

@@ -2,14 +2,32 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from .config import ClusterConfig, ClusterError
+from .interrupt import interruptible
 from .nodes import living_nodes
 from .placement import TELL_S, plan
 
 LOOK_S = 5.0
+
+
+@contextmanager
+def waiting_aloud(config: ClusterConfig, tell: Callable[[str], None]) -> Iterator[None]:
+    """Says, during a block in the main thread, which nodes it waits for, and ends it where that took too long.
+
+    Raises:
+        ClusterError: naming what the cluster no longer has.
+    """
+    with interruptible() as interrupt, Lookout(config, tell, interrupt) as lookout:
+        try:
+            yield
+        except KeyboardInterrupt:
+            if lookout.failure is not None:
+                raise lookout.failure from None
+            raise
 
 
 class Lookout:

@@ -48,25 +48,34 @@ def place(config: ClusterConfig, tell: Callable[[str], None] = lambda line: None
     Raises:
         ClusterError: if the cluster does not have what the run needs.
     """
+    try:
+        placement = plan(config, living_nodes())
+    except ClusterError as error:
+        if not config.wait_s:
+            raise
+        placement = _wait_for_nodes(config, tell, error)
+    if config.address != "local":
+        _tell_if_busy(placement, config, tell)
+    return placement
+
+
+def _wait_for_nodes(config: ClusterConfig, tell: Callable[[str], None], missing: ClusterError) -> Placement:
     started, told = time.monotonic(), -TELL_S
-    while True:
-        nodes, waited = living_nodes(), time.monotonic() - started
-        try:
-            placement = plan(config, nodes)
-        except ClusterError as error:
-            if waited >= config.wait_s:
-                raise _patient(error, config) from None
+    _ask_autoscaler(config)
+    try:
+        while (waited := time.monotonic() - started) < config.wait_s:
             if waited - told >= TELL_S:
-                tell(f"  waiting up to {config.wait_s - waited:.0f} s for nodes: {error}")
-                _ask_autoscaler(config)
+                tell(f"  waiting up to {config.wait_s - waited:.0f} s for nodes: {missing}")
                 told = waited
             time.sleep(POLL_S)
-            continue
-        if waited >= POLL_S:
-            _ask_autoscaler(None)
-        if config.address != "local":
-            _tell_if_busy(placement, config, tell)
-        return placement
+            try:
+                return plan(config, living_nodes())
+            except ClusterError as error:
+                missing = error
+    finally:
+        # The request stands until the next one, and would keep nodes running that nobody uses.
+        _ask_autoscaler(None)
+    raise ClusterError(f"{missing} (waited {config.wait_s} s for more, cluster.wait_s)")
 
 
 def _tell_if_busy(placement: Placement, config: ClusterConfig, tell: Callable[[str], None]) -> None:
@@ -85,16 +94,13 @@ def _tell_if_busy(placement: Placement, config: ClusterConfig, tell: Callable[[s
     )
 
 
-def _patient(error: ClusterError, config: ClusterConfig) -> ClusterError:
-    return ClusterError(f"{error} (waited {config.wait_s} s for more, cluster.wait_s)") if config.wait_s else error
-
-
 def _ask_autoscaler(config: ClusterConfig | None) -> None:
     """Asks for nodes for the fewest workers that will do, or, without a config, for none any more; a cluster without autoscaler ignores it."""
     from ray.autoscaler.sdk import request_resources
 
     wanted = [] if config is None else [_per_worker(config, use_gpu=config.accelerator == "gpu")] * config.min_workers
-    request_resources(bundles=wanted)
+    labels = [dict(config.worker_labels)] * len(wanted) if config is not None and config.worker_labels else None
+    request_resources(bundles=wanted, bundle_label_selectors=labels)
 
 
 def plan(config: ClusterConfig, nodes: Sequence[Node]) -> Placement:
@@ -103,6 +109,8 @@ def plan(config: ClusterConfig, nodes: Sequence[Node]) -> Placement:
     Raises:
         ClusterError: naming what is missing, and what there is.
     """
+    if config.preprocess_labels and not any(node.amount("CPU") >= 1 and node.matches(config.preprocess_labels) for node in nodes):
+        raise ClusterError(f"cluster.preprocess_labels={config.preprocess_labels} is on no node that has a CPU; the cluster has {describe(nodes)}")
     use_gpu = _use_gpu(config, nodes)
     per_worker = _per_worker(config, use_gpu=use_gpu)
     rooms = _rooms(config, nodes, per_worker)
@@ -112,6 +120,7 @@ def plan(config: ClusterConfig, nodes: Sequence[Node]) -> Placement:
     assigned = _assign(config, rooms, workers)
     threads = _threads(config, assigned)
     per_sampler: dict[str, Any] = {"num_gpus": config.gpus_per_sampler} if use_gpu else {"num_cpus": 1}
+    per_sampler |= {"label_selector": dict(config.worker_labels)} if config.worker_labels else {}
     samplers = _samplers(config, nodes, use_gpu)
     lines = _lines(config, nodes, per_worker, assigned, threads, samplers)
     return Placement(workers, per_worker, use_gpu, threads, samplers, per_sampler, lines)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .config import ClusterError
@@ -11,13 +12,19 @@ from .config import ClusterError
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_BYTES = 100 << 20
 COMMIT_FILE = "COMMIT"
-_LEFT_OUT = (".git", ".venv", "venv", "storage", "__pycache__", "node_modules", ".gitignore", ".rayignore", ".env")
-_LEFT_OUT_SUFFIXES = (".pyc", ".pem", ".key", ".env", ".egg-info")
+_LEFTOVERS = (".git", ".venv", "venv", "storage", "__pycache__", "node_modules", ".gitignore", ".rayignore", "*.pyc", "*.egg-info")
+_KEYS = (".env", ".env.*", "*.env", "*.pem", "*.key", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", "auth_token*", "credentials", ".aws", ".ssh")
 _SHOWN = 3
 
 
 def list_tree(root: Path = ROOT) -> list[str]:
-    """Returns the files of a working tree, relative and sorted: those git tracks or would add; without git all but the usual leftovers."""
+    """Returns the files of a working tree, relative and sorted: those git tracks or would add; without git all but the usual leftovers.
+
+    Files that hold keys by their name do not count.
+
+    Raises:
+        ClusterError: if the tree is git's, and git cannot say what belongs to it.
+    """
     names = _ask_git(root)
     found = _walk(root) if names is None else names
     return sorted(name for name in found if _belongs(name) and (root / name).is_file())
@@ -27,8 +34,11 @@ def _ask_git(root: Path) -> list[str] | None:
     command = ["git", "-C", str(root), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except (OSError, subprocess.SubprocessError) as error:
+        if not (root / ".git").exists():
+            return None
+        said = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else str(error)
+        raise ClusterError(f"git cannot list {root} ({' '.join(said.split())[:200]}), so what it ignores would travel too; mend that") from error
     return [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
 
 
@@ -39,7 +49,7 @@ def _walk(root: Path) -> Iterator[str]:
 
 
 def _belongs(name: str) -> bool:
-    return not any(part in _LEFT_OUT or part.endswith(_LEFT_OUT_SUFFIXES) for part in name.split("/"))
+    return not any(fnmatchcase(part, pattern) for part in name.split("/") for pattern in (*_LEFTOVERS, *_KEYS))
 
 
 def stage_tree(target: Path, extra: Mapping[str, str], *, root: Path = ROOT, limit_bytes: int = LIMIT_BYTES) -> int:

@@ -1,6 +1,7 @@
 """Actors that draw samples and measure pixels, and the team that deals work to them."""
 
 import hashlib
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 
 from cluster.config import ClusterError
 from cluster.placement import Placement
+from components.errors import DataError
 from components.storage import Location
 
 if TYPE_CHECKING:
@@ -227,6 +229,7 @@ class Team:
                 self._replace(actor, error)
                 ended += [(call, None, True)] if call else []
                 continue
+            self._deaths = 0
             self._free.append(actor)
             ended += [(call, result, False)] if call else []
         return ended
@@ -235,6 +238,8 @@ class Team:
         import ray
 
         self._deaths += 1
+        if (cause := re.search(r"DataError: (.*)", str(error))) is not None:
+            raise DataError(cause.group(1)) from error
         if self._deaths > 3 * self._placement.num_samplers:
             raise ClusterError(f"sampling actors died {self._deaths} times, the last time: {' '.join(str(error).split())[:300]}") from error
         ray.kill(actor)

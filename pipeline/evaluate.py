@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.connect import connect
+from cluster.lookout import waiting_aloud
 from cluster.placement import Placement, place
 from components.data.shards import Manifest, iterate_pixels, read_manifest
 from components.errors import DataError
@@ -20,6 +21,7 @@ from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.draw import ExtractorChoice, Recipe, Team
+from pipeline.lease import held
 from pipeline.notebook import read_metrics
 from pipeline.tracking import Tracking
 
@@ -86,7 +88,7 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
     connect(context.cluster)
     placement = place(context.cluster, context.reporter.line)
     kinds = _choose_extractors(config, shards, context, placement)
-    with Team(placement, model.path, kinds) as team:
+    with waiting_aloud(context.cluster, context.reporter.line), Team(placement, model.path, kinds) as team:
         references = _references(team, shards, context)
         drawn = _draw(team, config, references, context)
         frames = team.first("animation", _recipe(config), config.first_seed, ANIMATION_IMAGES, ANIMATION_FRAMES)
@@ -151,10 +153,14 @@ def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -
 
     from components.metrics.classifier import RECIPE, RECORD
 
-    folder = context.storage / "cache" / "classifiers" / f"{shards.digest}-{RECIPE}"
-    if not (folder / RECORD).is_file():
-        threads = placement.threads * placement.num_workers if context.cluster.address == "local" else placement.threads
-        with context.reporter.waiting("training the classifier whose features measure the samples, once for this dataset"):
+    name = f"{shards.digest}-{RECIPE}"
+    folder = context.storage / "cache" / "classifiers" / name
+    if (folder / RECORD).is_file():
+        return folder
+    threads = placement.threads * placement.num_workers if context.cluster.address == "local" else placement.threads
+    what = "training the classifier whose features measure the samples, once for this dataset"
+    with context.reporter.waiting(what), held(context.storage / "locks" / f"classifier-{name}", wait=True):
+        if not (folder / RECORD).is_file():
             ray.get(ray.remote(num_cpus=1)(make_classifier).remote(shards.path, str(folder), threads))
     return folder
 
@@ -181,8 +187,7 @@ def make_classifier(dataset: str, folder: str, threads: int) -> None:
             break
     with tempfile.TemporaryDirectory(prefix="ddpm-classifier-") as staging:
         train_classifier(np.concatenate(pixels), np.concatenate(classes), Path(staging) / "made")
-        if not (Location.of(folder) / RECORD).is_file():
-            Location.of(folder).upload(Path(staging) / "made", last=RECORD)
+        Location.of(folder).upload(Path(staging) / "made", last=RECORD)
 
 
 def _references(team: Team, shards: ShardSet, context: StageContext) -> "list[FeatureStats]":

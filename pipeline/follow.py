@@ -16,7 +16,7 @@ from pipeline.errors import RegistryError
 from pipeline.notebook import MetricsLine, NotebookReader
 from pipeline.tracking import Tracking
 
-CURSOR_FILE = "delivered.txt"
+CURSOR_FILE = "delivered_step.txt"
 POLL_LOCAL_S, POLL_REMOTE_S = 0.5, 5.0
 _DELIVERED = ".delivered"
 

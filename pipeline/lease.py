@@ -6,18 +6,24 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cluster.interrupt import interruptible
 from components.storage import Location
+from pipeline.errors import ConfigError
 
-RENEW_S, EXPIRE_S, SETTLE_S = 5.0, 30.0, 1.0
+RENEW_S, EXPIRE_S, SETTLE_S = 5.0, 30.0, 3.0
 
 
 class HeldError(Exception):
     """Raised where another process holds the lease. The message names it."""
+
+
+class LostError(ConfigError):
+    """Raised in a block whose lease another process holds now, or may hold, because it could not be renewed."""
 
 
 class _Lease(BaseModel):
@@ -67,14 +73,24 @@ def _locked(file: Location, wait: bool) -> Iterator[None]:
 @contextmanager
 def _leased(file: Location, wait: bool) -> Iterator[None]:
     mine = _take(file, wait)
-    stop = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(file, mine, stop), name="lease", daemon=True)
-    renewing.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        renewing.join()
+    stop, lost = threading.Event(), threading.Event()
+    with interruptible() as interrupt:
+        renewing = threading.Thread(target=_renew, args=(file, mine, stop, lost, interrupt), name="lease", daemon=True)
+        renewing.start()
+        try:
+            yield
+        except KeyboardInterrupt:
+            if lost.is_set():
+                raise LostError(f"{file} could not be renewed, so that another process may have taken over; run the same command again") from None
+            raise
+        finally:
+            stop.set()
+            renewing.join()
+            _give_back(file, mine)
+
+
+def _give_back(file: Location, mine: _Lease) -> None:
+    with suppress(OSError):
         if _is_mine(file, mine):
             file.remove()
 
@@ -118,11 +134,19 @@ def _is_mine(file: Location, mine: _Lease) -> bool:
     return found is not None and found.id == mine.id
 
 
-def _renew(file: Location, mine: _Lease, stop: threading.Event) -> None:
-    beat = 0
+def _renew(file: Location, mine: _Lease, stop: threading.Event, lost: threading.Event, interrupt: Callable[[], None]) -> None:
+    """Renews until told to stop; interrupts the block where that is over: found another's, or too long without success."""
+    beat, renewed = 0, time.monotonic()
     while not stop.wait(RENEW_S):
+        is_late = time.monotonic() - renewed >= EXPIRE_S - RENEW_S
         with suppress(OSError):
-            if not _is_mine(file, mine):
-                return
-            beat += 1
-            file.write_text(mine.model_copy(update={"beat": beat}).model_dump_json())
+            if is_late or not _is_mine(file, mine):
+                is_late = True
+            else:
+                beat += 1
+                file.write_text(mine.model_copy(update={"beat": beat}).model_dump_json())
+                renewed = time.monotonic()
+        if is_late:
+            lost.set()
+            interrupt()
+            return

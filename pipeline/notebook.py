@@ -8,13 +8,14 @@ took its place and stops before it writes.
 """
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from components.storage import Location
 
-ATTEMPT_FILE, METRICS_FOLDER = "attempt.json", "metrics"
+ATTEMPT_FILE, METRICS_FOLDER, _SUFFIX = "attempt.json", "metrics", ".jsonl"
 LINES_PER_FILE = 500
 
 
@@ -99,7 +100,7 @@ class NotebookReader:
     """Reads a notebook while it grows; each call reads only files that changed."""
 
     def __init__(self, folder: Location) -> None:
-        self._folder = folder / METRICS_FOLDER
+        self._folders = (folder / METRICS_FOLDER, folder)
         self._read: dict[str, int] = {}
         self._lines: dict[int, MetricsLine] = {}
 
@@ -109,16 +110,20 @@ class NotebookReader:
         Raises:
             OSError: if the storage cannot be reached.
         """
-        for name, size in self._folder.files().items():
-            if self._read.get(name) != size:
-                for line in _parse((self._folder / name).read_text().splitlines()):
-                    self._lines.setdefault(line.step, line)
-                self._read[name] = size
+        for folder in self._folders:
+            for name, size in folder.files().items():
+                if name.endswith(_SUFFIX) and self._read.get(name) != size:
+                    for line in _parse((folder / name).read_text().splitlines()):
+                        self._lines.setdefault(line.step, line)
+                    self._read[name] = size
         return [self._lines[step] for step in sorted(self._lines)]
 
 
-def _parse(texts: Iterable[str]) -> list[MetricsLine]:
-    return [MetricsLine.model_validate_json(text) for text in texts]
+def _parse(texts: Iterable[str]) -> Iterator[MetricsLine]:
+    """Yields the lines; version 0.1.0 appended to one file beside the folder, whose last line may be torn."""
+    for text in texts:
+        with suppress(ValidationError):
+            yield MetricsLine.model_validate_json(text)
 
 
 def read_metrics(folder: Location) -> list[MetricsLine]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -122,12 +123,21 @@ def _run_tasks(task: ShardTask, pieces: list[list[Item]], context: StageContext)
         plan = [{"shard": number, "items": json.dumps(items)} for number, items in enumerate(pieces)]
         options: dict[str, Any] = {"label_selector": context.cluster.preprocess_labels} if context.cluster.preprocess_labels else {}
         made = ray.data.from_items(plan, override_num_blocks=len(plan)).map(partial(make_shard, task=task), num_cpus=1, **options)
-        for row in made.iter_rows():
-            results[row["shard"]] = row["result"]
-            advance(len(pieces[row["shard"]]))
+        try:
+            for row in made.iter_rows():
+                results[row["shard"]] = row["result"]
+                advance(len(pieces[row["shard"]]))
+        except ray.exceptions.RayTaskError as error:
+            raise _data_error(error) or error from error
     outcomes = [json.loads(results[number]) for number in range(len(pieces))]
     shards = [Shard.model_validate(outcome["shard"]) for outcome in outcomes if outcome["shard"]]
     return shards, [BadFile.model_validate(line) for outcome in outcomes for line in outcome["bad"]]
+
+
+def _data_error(error: BaseException | None) -> DataError | None:
+    """Returns what the source of a task said, if that is why it failed."""
+    found = re.findall(r"DataError: (.*)", str(error))
+    return DataError(found[-1]) if found else None
 
 
 def make_shard(row: dict[str, Any], task: ShardTask) -> dict[str, Any]:
@@ -154,6 +164,7 @@ def _reuse(path: Location, items: list[Item], task: ShardTask) -> tuple[Shard, l
 
 def _make(path: Location, items: list[Item], task: ShardTask) -> tuple[Shard | None, list[BadFile]]:
     size, mode = task.config.image_size, task.config.mode
+    task.source.open()
     pixels = np.empty((len(items), CHANNELS[mode], size, size), np.uint8)
     kept: list[Item] = []
     bad: list[BadFile] = []

@@ -11,7 +11,6 @@ from cluster.config import ClusterConfig, ClusterError
 from cluster.connect import connect
 from cluster.nodes import Failure, Node, ask_every_node, living_nodes
 from cluster.placement import place
-from components.data.sources import DataConfig
 from components.storage import Location
 from pipeline.context import Reporter
 
@@ -19,8 +18,14 @@ ANSWER_S = 300.0
 PACKAGES = ("torch", "numpy", "pyarrow")
 
 
-def check_cluster(cluster: ClusterConfig, data: DataConfig, storage: Location, reporter: Reporter) -> None:
-    """Connects to a cluster, says what the run will ask of it, and checks that every node sees the storage root and the images.
+def check_cluster(cluster: ClusterConfig, needed: Mapping[str, str | None], storage: Location, reporter: Reporter) -> ClusterConfig:
+    """Connects to a cluster, says what the run will ask of it, and checks that every node sees the storage root and the files that it needs.
+
+    Args:
+        needed: paths by setting; those that are not absolute paths do not count.
+
+    Returns:
+        The settings, `accelerator=auto` decided once for the whole run.
 
     Raises:
         ClusterError: naming what the cluster lacks, or the node that cannot do its part and why.
@@ -33,12 +38,13 @@ def check_cluster(cluster: ClusterConfig, data: DataConfig, storage: Location, r
         reporter.line(line)
     nodes = [node for node in living_nodes() if node.amount("CPU") or node.amount("GPU")]
     with reporter.waiting(f"asking {len(nodes)} nodes whether they see {storage}"), _probe(storage) as (folder, token):
-        folders = [data.source] if os.path.isabs(os.path.expanduser(data.source)) else []
-        answers, failures = ask_every_node(nodes, look_from_node, (str(folder), token, folders), ANSWER_S)
+        paths = {key: path for key, path in needed.items() if path and os.path.isabs(os.path.expanduser(path))}
+        answers, failures = ask_every_node(nodes, look_from_node, (str(folder), token, paths), ANSWER_S)
         unseen = [Failure(node, "wrote a file that this process does not see") for node in nodes if node.id in answers and not _left_its_mark(folder, node)]
     if failures or unseen:
         raise ClusterError("\n".join(_explain(failure, cluster) for failure in [*failures, *unseen]))
     _check_versions(nodes, answers)
+    return cluster.model_copy(update={"accelerator": "gpu" if placement.use_gpu else "cpu"})
 
 
 @contextmanager
@@ -51,7 +57,7 @@ def _probe(storage: Location) -> Iterator[tuple[Location, str]]:
         folder.remove_tree()
 
 
-def look_from_node(folder: str, token: str, needed: list[str]) -> dict[str, str]:
+def look_from_node(folder: str, token: str, needed: Mapping[str, str]) -> dict[str, str]:
     """Runs on a node: reads what the driver wrote, leaves a mark, and returns the versions of the packages that decide bits.
 
     Raises:
@@ -64,9 +70,9 @@ def look_from_node(folder: str, token: str, needed: list[str]) -> dict[str, str]
     if seen != token:
         raise FileNotFoundError(f"{folder} holds something else here")
     (Location.of(folder) / ray.get_runtime_context().get_node_id()).write_text("seen")
-    for path in needed:
+    for setting, path in needed.items():
         if not os.path.exists(os.path.expanduser(path)):
-            raise FileNotFoundError(f"data.source={path} does not exist here")
+            raise FileNotFoundError(f"{setting}={path} does not exist there")
     return {package: version(package) for package in PACKAGES}
 
 
@@ -77,7 +83,7 @@ def _left_its_mark(folder: Location, node: Node) -> bool:
 def _explain(failure: Failure, cluster: ClusterConfig) -> str:
     return (
         f"node {failure.node.name} cannot work with cluster.storage={cluster.storage}: {failure.reason}; "
-        "mount it there at the same path, or use s3://BUCKET/PREFIX with AWS_* credentials on every node"
+        "every node must see the same files at the same paths, or, for s3://BUCKET/PREFIX, have AWS_* credentials"
     )
 
 

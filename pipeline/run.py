@@ -122,7 +122,9 @@ def run(
         (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         try:
             if config.cluster.address != "local":
-                check_cluster(config.cluster, config.data, storage, pipeline.reporter)
+                needed = {"data.source": config.data.source, "data.root": config.data.root, "evaluate.inception_weights": config.evaluate.inception_weights}
+                cluster = check_cluster(config.cluster, needed, storage, pipeline.reporter)
+                pipeline.config = config.model_copy(update={"cluster": cluster})
             _run_stages(pipeline, listed, tracking, until)
         finally:
             disconnect()
@@ -283,14 +285,18 @@ def check_storage(storage: str) -> Location:
     Raises:
         ConfigError: if it cannot be written.
     """
-    root = Location.of(storage)
+    try:
+        root = Location.of(storage)
+    except RuntimeError as error:
+        raise ConfigError(f"cluster.storage={storage} names no folder ({error}); write the path out") from error
     probe = root / f".write-{uuid.uuid4().hex[:8]}"
     try:
         probe.write_text("")
         probe.remove()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         right = "name a folder with write permission" if root.is_local else "look at the bucket's name, the AWS_* credentials and AWS_ENDPOINT_URL"
-        raise ConfigError(f"cluster.storage={storage} cannot be written ({error.strerror or error}); {right}") from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+        raise ConfigError(f"cluster.storage={storage} cannot be written ({reason}); {right}") from error
     return root
 
 

@@ -40,6 +40,8 @@ def tracking_uri(storage: Location) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri and not storage.is_local:
         raise RegistryError(f"cluster.storage={storage} cannot hold an SQLite store; set MLFLOW_TRACKING_URI to an MLflow server")
+    if uri and not uri.startswith("http") and not storage.is_local:
+        raise RegistryError(f"MLFLOW_TRACKING_URI={public_uri(uri)} keeps artifacts in a folder, and cluster.storage={storage} is none; name an MLflow server")
     return uri or f"sqlite:///{storage / 'mlflow' / 'mlflow.db'}"
 
 

@@ -1,6 +1,5 @@
 """Shards in, a trained denoiser out: starts the workers, follows them, and hands on their last checkpoint."""
 
-import _thread
 import itertools
 import signal
 import statistics
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from cluster.connect import connect
-from cluster.lookout import Lookout
+from cluster.lookout import waiting_aloud
 from cluster.placement import Placement, place, run_config, scaling_config
 from components.data.shards import read_manifest
 from components.diffusion.schedule import DiffusionConfig
@@ -170,23 +169,12 @@ def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainO
             run_config=run_config(context.cluster, bookkeeping=bookkeeping, name=context.folder.name),
             torch_config=TorchConfigOnRaysNetwork(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
         )
-        result = _watched(trainer, context)
+        with waiting_aloud(context.cluster, context.reporter.line), _interruptible():
+            result: Any = trainer.fit()
     outcome = TypeAdapter(TrainOutcome | TrainFailure).validate_json(result.return_value)
     if isinstance(outcome, TrainFailure):
         raise ConfigError(outcome.failure)
     return outcome
-
-
-def _watched(trainer: Any, context: StageContext) -> Any:
-    """Runs Ray's `fit`; ends it where a lost node was waited for too long."""
-    with Lookout(context.cluster, context.reporter.line, _thread.interrupt_main) as lookout:
-        try:
-            with _interruptible():
-                return trainer.fit()
-        except KeyboardInterrupt:
-            if lookout.failure is not None:
-                raise lookout.failure from None
-            raise
 
 
 @contextmanager

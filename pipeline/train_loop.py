@@ -26,17 +26,17 @@ from components.model.checkpoint import (
     TrainingRecord,
     TrainingState,
     checkpoint_name,
-    checkpoints,
     load_training_state,
     manifest_of,
     newest_whole_checkpoint,
+    prune,
     write_checkpoint,
 )
 from components.model.ema import Ema
 from components.storage import Location
 from components.streams import Purpose, stream
 from pipeline.follow import samples_folder
-from pipeline.notebook import Attempt, MetricsLine, NotebookWriter
+from pipeline.notebook import Attempt, MetricsLine, NotebookWriter, SupersededError
 from pipeline.train import TrainConfig, TrainFailure, TrainOutcome, TrainPlan
 
 Precision = Literal["float32", "bfloat16"]
@@ -218,7 +218,8 @@ def train_loop(config: dict[str, Any]) -> str:
     device, folder, dataset = get_device(), Location.of(plan.folder), Location.of(plan.dataset)
     manifest = read_manifest(dataset)
     attempt = Attempt(folder) if rank == 0 else None
-    trainer = make_trainer(plan, manifest, device, _agree_on_checkpoint(folder, rank))
+    resumed = _agree_on_checkpoint(folder, rank)
+    trainer = make_trainer(plan, manifest, device, resumed)
     if world > 1:
         trainer.network = prepare_model(trainer.unet, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
     order = plan_order(
@@ -231,10 +232,10 @@ def train_loop(config: dict[str, Any]) -> str:
     batch_plan = BatchPlan(order, plan.diffusion.num_steps, plan.train.flip)
     reader = RowReader(dataset, manifest, copies=Copies.of(plan.cache, plan.cache_bytes))
     try:
-        newest = _run_steps(trainer, batch_plan, reader, attempt, rank, world)
-    except FloatingPointError as error:
+        newest = _run_steps(trainer, batch_plan, reader, attempt, rank, world) or resumed
+    except (FloatingPointError, SupersededError) as error:
         return TrainFailure(failure=str(error)).model_dump_json()
-    return "" if newest is None else _outcome(trainer, newest, world, device).model_dump_json()
+    return "" if newest is None or attempt is None else _outcome(trainer, newest, world, device).model_dump_json()
 
 
 def _outcome(trainer: Trainer, checkpoint: Location, world: int, device: torch.device) -> TrainOutcome:
@@ -259,11 +260,11 @@ def _agree_on_checkpoint(folder: Location, rank: int) -> Location | None:
 
 
 def _run_steps(trainer: Trainer, plan: BatchPlan, reader: RowReader, attempt: Attempt | None, rank: int, world: int) -> Location | None:
-    """Trains to the end. The first worker, which holds the attempt, returns its last checkpoint, the others None."""
+    """Trains to the end. The first worker, which holds the attempt, returns the last checkpoint that it wrote, the others None."""
     config, lanes, stretch = trainer.config, plan.lanes_of(rank, world), Stretch()
     trainer.share = len(lanes) * world / plan.order.lanes
     notebook = NotebookWriter(attempt) if attempt else None
-    newest = _newest_at(trainer, attempt)
+    newest = None
     if attempt and trainer.step == 0:
         _save_grid(trainer, attempt)
         stretch.reset()
@@ -286,11 +287,6 @@ def _run_steps(trainer: Trainer, plan: BatchPlan, reader: RowReader, attempt: At
     return newest
 
 
-def _newest_at(trainer: Trainer, attempt: Attempt | None) -> Location | None:
-    """Returns the checkpoint that the trainer resumed from."""
-    return next((path for path in checkpoints(attempt.folder) if path.name.startswith(f"step_{trainer.step:09d}")), None) if attempt else None
-
-
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
     """Yields each batch with the seconds it was waited for."""
     with contextlib.closing(batches):  # type: ignore[type-var]
@@ -310,8 +306,7 @@ def _save_checkpoint(trainer: Trainer, attempt: Attempt) -> Location:
     attempt.check()
     path = attempt.folder / checkpoint_name(trainer.step, attempt.number)
     write_checkpoint(path, trainer.spec, trainer.ema.weights, trainer.state())
-    for old in checkpoints(attempt.folder)[trainer.config.keep_last :]:
-        old.remove_tree()
+    prune(attempt.folder, trainer.config.keep_last, path)
     return path
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
-from urllib.parse import urlsplit
 
 import yaml
 
@@ -16,10 +15,9 @@ from components.data.sources import TORCHVISION
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
 from pipeline.tracking import git_commit
+from workflows.settings import paths_of, travelling_settings
 
 KINDS = ("rayjob", "raycluster", "raycronjob", "cronjob")
-ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
-PLAIN = ("AWS_DEFAULT_REGION",)
 APPLY = "Apply with `kubectl apply --server-side -f FILE`: the code would be too long for the annotation of a plain apply."
 
 
@@ -50,7 +48,7 @@ def print_manifest(stdout: TextIO, kind: str, config: RunConfig, run_name: str, 
         raise ConfigError(f"manifest {kind} is no kind; use one of {', '.join(KINDS)}")
     if len(options.schedule.split()) != 5:
         raise ConfigError(f"--schedule {options.schedule!r} is not of five fields, such as '0 3 * * *'")
-    environment = _environment(os.environ)
+    environment = travelling_settings(os.environ, "into a Secret named by --secret")
     _check_reachable(config, options, environment)
     code = pack(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), git_commit())
     name = CODE_NAME if options.code else code_name(code)
@@ -88,33 +86,11 @@ def _job(config: RunConfig, run_name: str, options: Options, environment: Mappin
     )
 
 
-def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns the settings of this machine that a pod needs too: a fixed list, none of them secret."""
-    found = {name: environ[name] for name in (*ADDRESSES, *PLAIN) if environ.get(name)}
-    for name in ADDRESSES:
-        _check_address(name, found.get(name, "http://unset"))
-    return found
-
-
-def _check_address(name: str, address: str) -> None:
-    parts = urlsplit(address)
-    if "@" in parts.netloc or parts.query:
-        better = "put MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if name.startswith("MLFLOW") else "put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        raise ConfigError(f"{name} holds a user, password or option, which anyone who reads the manifest would see; {better} into a Secret named by --secret")
-    if parts.scheme not in ("http", "https"):
-        raise ConfigError(f"{name}={address} is on this machine only; use http:// or https://, or unset it")
-
-
 def _check_reachable(config: RunConfig, options: Options, environment: Mapping[str, str]) -> None:
     storage = config.cluster.storage
     if storage.startswith("s3://") and "MLFLOW_TRACKING_URI" not in environment and not options.secret:
         raise ConfigError(f"cluster.storage={storage} cannot hold MLflow's database; set MLFLOW_TRACKING_URI to a server, here or in the Secret of --secret")
-    named = {"digits", *TORCHVISION}
-    paths = {
-        "data.source": None if config.data.source in named else config.data.source,
-        "data.root": config.data.root,
-        "evaluate.inception_weights": config.evaluate.inception_weights,
-    }
+    paths = paths_of({"data.root": config.data.root, "evaluate.inception_weights": config.evaluate.inception_weights}, config.data.source, TORCHVISION)
     for setting, path in paths.items():
-        if path is not None and "://" not in path and not Path(path).is_relative_to(storage):
-            raise ConfigError(f"{setting}={path} is not below cluster.storage={storage}, all that the pods can see; put it there")
+        if not Path(path).is_relative_to(storage):
+            raise ConfigError(f"{setting}={path} is not below cluster.storage={storage}, all that the pods can see; put it into a --claim there")

@@ -16,28 +16,14 @@ from cluster.connect import quiet
 from cluster.jobs import Job, JobServer, locked_packages
 from cluster.placement import plan
 from cluster.tree import COMMIT_FILE, ROOT, stage_tree
+from components.data.sources import TORCHVISION
 from pipeline.config import RunConfig, config_digest
 from pipeline.errors import ConfigError
-from pipeline.tracking import git_commit, public_uri, ui_link
+from pipeline.tracking import git_commit, ui_link
+from workflows.settings import SECRETS, paths_of, travelling_settings
 
 CONFIG_FILE = "submitted.yaml"
-SETTINGS = (
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_S3_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_DEFAULT_REGION",
-    "AWS_REGION",
-    "AWS_EC2_METADATA_DISABLED",
-)
-SECRETS = (
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-)
+DRIVER = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": "60"}  # seconds to close the run before a stopped driver is killed
 Packages = Literal["image", "lock"]
 
 
@@ -84,11 +70,10 @@ def check_paths(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the first that does not.
     """
-    paths = {"cluster.storage": config.cluster.storage, "data.root": config.data.root, "evaluate.inception_weights": config.evaluate.inception_weights}
-    if Path(config.data.source).expanduser().exists() or "/" in config.data.source:
-        paths["data.source"] = config.data.source
+    named = {"cluster.storage": config.cluster.storage, "data.root": config.data.root, "evaluate.inception_weights": config.evaluate.inception_weights}
+    paths = paths_of(named, config.data.source, TORCHVISION)
     for key, path in paths.items():
-        if path is not None and not path.startswith("s3://") and not Path(path).is_absolute():
+        if not path.startswith("s3://") and not Path(path).is_absolute():
             right = "s3://BUCKET/PREFIX or an absolute path" if key == "cluster.storage" else "an absolute path"
             raise ConfigError(f"{key}={path} is relative to this machine's folder; for a cluster name {right} that every node mounts")
 
@@ -115,7 +100,7 @@ def _send(server: JobServer, config: RunConfig, name: str, variables: Mapping[st
     with tempfile.TemporaryDirectory(prefix="ddpm-tree-") as folder:
         size = stage_tree(Path(folder), extra)
         typer.echo(f"sending {size / 2**20:.1f} MiB of working tree")
-        runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": dict(variables) | {"PYTHONUNBUFFERED": "1"}}
+        runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": dict(variables) | DRIVER}
         if packages == "lock":
             locked = locked_packages((ROOT / "requirements.lock").read_text(encoding="utf-8"))
             runtime_env["uv"] = {"packages": locked, "uv_pip_install_options": []}
@@ -124,14 +109,7 @@ def _send(server: JobServer, config: RunConfig, name: str, variables: Mapping[st
 
 def _variables(pass_env: Sequence[str]) -> dict[str, str]:
     """Returns what the driver's environment is given: settings that are no secrets, and what was asked for by name."""
-    found = {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
-    for name, value in found.items():
-        if public_uri(value) != value:
-            raise ConfigError(
-                f"{name} holds a password, which the cluster would show; put it into MLFLOW_TRACKING_USERNAME and _PASSWORD on the cluster's nodes"
-            )
-    if found.get("MLFLOW_TRACKING_URI", "").startswith("sqlite:"):
-        raise ConfigError("MLFLOW_TRACKING_URI names a file of this machine; for a cluster name an MLflow server, or unset it to use cluster.storage")
+    found = travelling_settings(os.environ, "into the environment of the cluster's nodes")
     for name in pass_env:
         if name not in os.environ:
             raise ConfigError(f"--pass-env {name} is not set here; set it, or leave the option out")

@@ -50,15 +50,20 @@ class Copies:
         raise DataError(f"copies in {self.folder} vanish as fast as they are made; set cluster.cache_bytes higher")
 
     def _fetch(self, file: Location, sha256: str) -> Path:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_folder()
         target = self.folder / sha256
         with (self.folder / f"{sha256}{_LOCK}").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.is_file():
+            if not target.is_file() or _sha256(target) != sha256:
                 self._copy(file, sha256, target)
             os.utime(target)
         self._evict(target)
         return target
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.folder.stat().st_uid != os.getuid():
+            raise DataError(f"{self.folder} belongs to another user; set cluster.cache to a folder of this one")
 
     def _copy(self, file: Location, sha256: str, target: Path) -> None:
         staging = target.with_name(f"{sha256}.{os.getpid()}.tmp")
@@ -66,9 +71,7 @@ class Copies:
             left.unlink(missing_ok=True)
         try:
             file.download(staging)
-            with staging.open("rb") as copy:
-                found = hashlib.file_digest(copy, "sha256").hexdigest()
-            if found != sha256:
+            if _sha256(staging) != sha256:
                 raise DataError(f"{file} does not match the checksum in its manifest; delete the dataset and run preprocess again")
             staging.replace(target)
         except OSError as error:
@@ -87,7 +90,11 @@ class Copies:
                 if path != keep and path.name != _LOCK:
                     held -= _bytes(path)
                     path.unlink(missing_ok=True)
-                    path.with_name(f"{path.name}{_LOCK}").unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _last_use(path: Path) -> float:

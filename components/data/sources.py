@@ -3,11 +3,14 @@
 A source lists its images in a fixed order and fetches any one of them; it is small, so that it travels to every worker.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -90,6 +93,10 @@ class Source(Protocol):
         """Returns every image, sorted. Raises DataError if there is none."""
         ...
 
+    def open(self) -> None:
+        """Makes sure that this machine has the source. Raises DataError if it has not: that is no fault of any image."""
+        ...
+
     def fetch(self, path: str) -> bytes | np.ndarray:
         """Returns an image's encoded bytes, or uint8 values (H, W) or (H, W, 3). Raises DataError if it cannot be read."""
         ...
@@ -131,11 +138,19 @@ class FolderSource:
         except OSError:
             return Item(path, label, -1, "")
 
+    def open(self) -> None:
+        _check_folder(self.root)
+
     def fetch(self, path: str) -> bytes:
         try:
             return (Path(self.root) / path).read_bytes()
         except OSError as error:
             raise DataError(f"{type(error).__name__}: {error.strerror}", "unreadable") from error
+
+
+def _check_folder(root: str) -> None:
+    if not os.path.isdir(root):
+        raise DataError(f"data.source={root} is not there on {socket.gethostname()}; every machine of the run needs it at the same path")
 
 
 def printable(path: str) -> str:
@@ -180,6 +195,9 @@ class ParquetSource:
         values = parquet.read(columns=[self.label_column]).column(0).to_pylist()
         names = _class_names(parquet.schema_arrow, self.label_column)
         return [None if value in (None, "") else names.get(value, str(value)) if isinstance(value, int) else str(value) for value in values]
+
+    def open(self) -> None:
+        _check_folder(self.root)
 
     def fetch(self, path: str) -> bytes:
         name, _, row = path.rpartition("#")
@@ -251,6 +269,9 @@ class TorchvisionSource:
         labels = _torchvision_labels(self.name, self.root)
         return Listing([Item(f"{self.name}#{row:07d}", label, -1, "") for row, label in enumerate(labels)], {})
 
+    def open(self) -> None:
+        _torchvision(self.name, self.root)
+
     def fetch(self, path: str) -> np.ndarray:
         image = _torchvision(self.name, self.root)[int(path.rpartition("#")[2])][0]
         return np.asarray(image)
@@ -263,16 +284,30 @@ def _torchvision(name: str, root: str) -> Any:
     options: dict[str, Any] = {"split": "train"} if name == "celeba" else {"train": True}
     factory = getattr(torchvision.datasets, TORCHVISION[name])
     try:
-        return factory(root, download=False, **options)
-    except RuntimeError:
-        pass
-    try:
-        return factory(root, download=True, **options)
+        with _alone(root):
+            try:
+                return factory(root, download=False, **options)
+            except RuntimeError:
+                return factory(root, download=True, **options)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"data.source={name} is not under data.root={root}, and could not be downloaded ({error}); "
             f"put torchvision's {TORCHVISION[name]} files there, or name a folder of images"
         ) from error
+
+
+@contextmanager
+def _alone(root: str) -> Iterator[None]:
+    """Keeps the processes of a machine from unpacking the same download at once; a folder that cannot be written holds one already."""
+    try:
+        os.makedirs(root, exist_ok=True)
+        lock = open(os.path.join(root, ".lock"), "w")  # noqa: SIM115
+    except OSError:
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _torchvision_labels(name: str, root: str) -> list[str | None]:
@@ -289,6 +324,9 @@ class DigitsSource:
     def listing(self) -> Listing:
         targets = _digits()[1]
         return Listing([Item(f"digits#{row:04d}", str(target), 64, "") for row, target in enumerate(targets)], {})
+
+    def open(self) -> None:
+        _digits()
 
     def fetch(self, path: str) -> np.ndarray:
         return _digits()[0][int(path.rpartition("#")[2])]

@@ -170,11 +170,12 @@ def manifest_of(path: Location) -> dict[str, tuple[int, str]]:
 
     Raises:
         DataError: if there is none, or it is no manifest.
+        OSError: if the storage cannot be reached, which says nothing about the checkpoint.
     """
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
         return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a whole checkpoint: its {MANIFEST} cannot be read ({error}); name a checkpoint folder") from error
 
 
@@ -211,13 +212,15 @@ def load_denoiser(path: Location, device: torch.device | str = "cpu") -> Denoise
     Raises:
         DataError: if the folder is no whole checkpoint.
     """
-    if not path.is_local:
+    try:
         manifest_of(path)
-    with _copied(path, (*_SAMPLING_FILES, MANIFEST)) as folder:
-        verify(folder, None if path.is_local else _SAMPLING_FILES)
-        spec = DenoiserSpec.model_validate_json((folder / "denoiser.json").read_text(encoding="utf-8"))
-        network = spec.build()
-        network.load_state_dict(read_weights(folder / "ema.safetensors"))
+        with _copied(path, (*_SAMPLING_FILES, MANIFEST)) as folder:
+            verify(folder, None if path.is_local else _SAMPLING_FILES)
+            spec = DenoiserSpec.model_validate_json((folder / "denoiser.json").read_text(encoding="utf-8"))
+            network = spec.build()
+            network.load_state_dict(read_weights(folder / "ema.safetensors"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); restore it or use another checkpoint") from error
     network = network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return Denoiser(spec, network, Schedule(spec.diffusion).to(device))
 
@@ -227,8 +230,8 @@ def _copied(path: Location, only: Collection[str] | None) -> Iterator[Path]:
     try:
         with path.local_copy(None if only is None else list(only)) as folder:
             yield folder
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); restore it or use another checkpoint") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path} lacks a file ({error}); restore it or use another checkpoint") from error
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,11 @@ def checkpoints(folder: Location) -> list[Location]:
 
 
 def newest_whole_checkpoint(folder: Location) -> Location | None:
-    """Returns the last checkpoint, by step, that passes its checksums; None if there is none."""
+    """Returns the last checkpoint, by step, that passes its checksums; None if there is none.
+
+    Raises:
+        OSError: if the storage cannot be reached, or this machine's disk is full: then it is not known which are whole.
+    """
     for path in filter(is_complete, checkpoints(folder)):
         try:
             with _copied(path, None) as copy:
@@ -274,3 +281,12 @@ def newest_whole_checkpoint(folder: Location) -> Location | None:
             continue
         return path
     return None
+
+
+def prune(folder: Location, keep_last: int, written: Location) -> None:
+    """Removes checkpoints before the one that was just written, but the last few whole ones; torn ones do not count among these."""
+    whole = [path for path in checkpoints(folder) if path == written or is_complete(path)]
+    kept = {written, *whole[:keep_last]}
+    for path in checkpoints(folder):
+        if path not in kept and path.name < written.name:
+            path.remove_tree()

@@ -67,6 +67,12 @@ def test_labels_and_custom_resources_choose_nodes():
     assert placed(num_workers=2, worker_labels={"zone": "b"}).num_samplers == 4
 
 
+def test_samplers_stay_on_the_labelled_nodes_and_preprocessing_finds_its_own():
+    assert placed(num_workers=2, worker_labels={"zone": "b"}).per_sampler == {"num_gpus": 1.0, "label_selector": {"zone": "b"}}
+    with pytest.raises(ClusterError, match=r"preprocess_labels=\{'pool': 'cpu'\} is on no node that has a CPU; the cluster has"):
+        placed(num_workers=2, preprocess_labels={"pool": "cpu"})
+
+
 def test_a_range_takes_what_there_is_room_for():
     assert placed(num_workers=[2, 8], worker_labels={"zone": "a"}).num_workers == 4
     config = ClusterConfig(address="auto", num_workers=(2, 8), strategy="spread", worker_labels={"zone": "a"}, resize_interval_s=7)

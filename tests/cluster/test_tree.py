@@ -12,7 +12,22 @@ from cluster.tree import list_tree, stage_tree
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "checkout"
-    for name in ("a/kept.py", "a/new.py", "ignored/big.bin", "storage/runs/x", ".venv/lib/y.py", ".env", "secret.pem", "a/__pycache__/k.pyc", "ümlaut ü.txt"):
+    keys = (".env", ".env.local", "secret.pem", "a/id_rsa", "auth_token")
+    for name in (
+        *keys,
+        "a/kept.py",
+        "a/new.py",
+        "ignored/big.bin",
+        "storage/runs/x",
+        ".venv/lib/y.py",
+        ".env",
+        ".env.local",
+        "secret.pem",
+        "a/id_rsa",
+        "auth_token",
+        "a/__pycache__/k.pyc",
+        "ümlaut ü.txt",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
     (root / ".gitignore").write_text("/ignored/\n")
@@ -23,6 +38,12 @@ def test_what_git_would_keep_travels_and_leftovers_and_keys_do_not(checkout: Pat
     subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
     subprocess.run(["git", "add", "a/kept.py"], cwd=checkout, check=True)
     assert list_tree(checkout) == ["a/kept.py", "a/new.py", "ümlaut ü.txt"]
+
+
+def test_a_checkout_that_git_cannot_list_does_not_travel(checkout: Path):
+    (checkout / ".git").write_text("broken")
+    with pytest.raises(ClusterError, match=r"git cannot list .* so what it ignores would travel too"):
+        list_tree(checkout)
 
 
 def test_without_git_all_but_the_usual_leftovers_travels(checkout: Path):

@@ -14,6 +14,7 @@ from components.model.checkpoint import (
     load_denoiser,
     load_training_state,
     newest_whole_checkpoint,
+    prune,
     read_weights,
     verify,
     write_checkpoint,
@@ -117,3 +118,24 @@ def test_the_average_warms_up():
 def test_a_size_that_cannot_be_halved_is_refused(size: int, named: str):
     with pytest.raises(ValueError, match=named):
         UNet(UNetConfig(), image_size=size, channels=3)
+
+
+def test_pruning_counts_whole_checkpoints_only_and_never_takes_the_one_just_written(tmp_path: Path):
+    folder = Location.of(tmp_path)
+    for name in ("step_000000890-0001", "step_000000895-0001", "step_000000900-0001", "step_000000950-0003"):
+        write(tmp_path / name)
+    for torn in ("step_000000940-0002", "step_000001000-0001", "step_000001000-0002"):
+        (folder / torn / "ema.safetensors").write_text("half")
+    prune(folder, 2, folder / "step_000000950-0003")
+    assert folder.folders() == ["step_000000900-0001", "step_000000950-0003", "step_000001000-0001", "step_000001000-0002"]
+
+
+def test_a_storage_that_cannot_be_reached_says_nothing_about_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "step_000000004-0001")
+
+    def fail(location: Location) -> bytes:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(Location, "read_bytes", fail)
+    with pytest.raises(OSError, match="no route"):
+        newest_whole_checkpoint(Location.of(tmp_path))

@@ -64,7 +64,7 @@ def heed_ctrl_c() -> None:
 class Started:
     """A command in progress, and what it has written."""
 
-    process: "subprocess.Popen[bytes]"
+    process: "subprocess.Popen[Any]"
     log: Path
 
     def wait_for(self, condition: Callable[[str], bool], timeout: float = 200) -> str:
@@ -207,7 +207,10 @@ def test_what_the_cluster_does_not_have_is_said_within_ten_seconds_with_what_it_
         (["cluster.storage=./here"], {}, "", "cluster.storage=./here is relative to this machine's folder"),
         (["data.source=my/photos"], {}, "", "data.source=my/photos is relative to this machine's folder"),
         (["cluster.storage=s3://key:secret@bucket/x"], {}, "", "put them into the AWS_"),
-        ([], {"MLFLOW_TRACKING_URI": "http://user:planted@host"}, "", "MLFLOW_TRACKING_URI holds a password"),
+        ([], {"MLFLOW_TRACKING_URI": "file:///mlruns"}, "", "MLFLOW_TRACKING_URI=file:///mlruns is on this machine only"),
+        (["data.source=s3://bucket/photos"], {}, "", "data.source=s3://bucket/photos is not read from there"),
+        (["cluster.storage=s3://my bucket/x"], {}, "", "this is no bucket"),
+        ([], {"MLFLOW_TRACKING_URI": "http://user:planted@host"}, "", "MLFLOW_TRACKING_URI holds a user, password or option"),
     ],
 )
 def test_what_cannot_work_is_one_clear_line(site: Site, arguments: list[str], env: dict[str, str], address: str, message: str):

@@ -9,7 +9,7 @@ import ray_nodes
 
 from components.storage import Location
 from pipeline import lease
-from pipeline.lease import HeldError, held
+from pipeline.lease import HeldError, LostError, held
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -49,6 +49,21 @@ def test_those_who_wait_come_in_one_after_the_other(file: Location):
     for thread in threads:
         thread.join()
     assert (entered, most) == (4, 1)
+
+
+def test_a_process_whose_lease_another_took_is_told_and_leaves_it_alone(file: Location):
+    if file.is_local:
+        pytest.skip("a lock on disk cannot be taken")
+    other = '{"id": "x", "holder": "process 1 on elsewhere", "beat": 4}'
+
+    def lose() -> None:
+        with held(file, wait=False):
+            file.write_text(other)
+            time.sleep(60)
+
+    with pytest.raises(LostError, match="another process may have taken over"):
+        lose()
+    assert file.read_text() == other
 
 
 def test_the_lease_of_a_dead_process_expires(file: Location):
