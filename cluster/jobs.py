@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from .config import ClusterError
@@ -101,6 +102,7 @@ class JobServer:
                 logging.getLogger(name).setLevel(logging.WARNING)
             _probe(self.address)
             self._client: JobSubmissionClient = JobSubmissionClient(self.address)
+        _check_version(self.address, self._client._server_ray_version)
 
     def page(self, job_id: str) -> str:
         """Returns the address of a job's page in the Ray dashboard."""
@@ -228,6 +230,13 @@ def _probe(address: str) -> None:
     requests.get(f"{address}/api/version", timeout=8)
 
 
+def _check_version(address: str, theirs: str | None) -> None:
+    """Raises ClusterError where the cluster's Ray is another than this one: the two do not understand each other's workers."""
+    ours = version("ray")
+    if theirs and theirs.split(".")[:2] != ours.split(".")[:2]:
+        raise ClusterError(f"--address {address} runs Ray {theirs}, and this project Ray {ours}; give the cluster's nodes the packages of requirements.lock")
+
+
 def _job(details: Any) -> Job:
     metadata: Mapping[str, str] = details.metadata or {}
     return Job(
@@ -241,8 +250,3 @@ def _job(details: Any) -> Job:
         ended_ms=details.end_time,
         exit_code=details.driver_exit_code,
     )
-
-
-def locked_packages(lock: str) -> Sequence[str]:
-    """Returns the requirements of a lock file, one per line."""
-    return [line for line in map(str.strip, lock.splitlines()) if line and not line.startswith(("#", "-"))]

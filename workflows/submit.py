@@ -13,9 +13,9 @@ import yaml
 
 from cluster.config import ClusterError
 from cluster.connect import quiet
-from cluster.jobs import Job, JobServer, locked_packages
+from cluster.jobs import Job, JobServer
 from cluster.placement import plan
-from cluster.tree import COMMIT_FILE, ROOT, stage_tree
+from cluster.tree import COMMIT_FILE, stage_tree
 from components.data.sources import TORCHVISION
 from pipeline.config import RunConfig, config_digest
 from pipeline.errors import ConfigError
@@ -25,6 +25,9 @@ from workflows.settings import SECRETS, paths_of, travelling_settings
 CONFIG_FILE = "submitted.yaml"
 DRIVER = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": "60"}  # seconds to close the run before a stopped driver is killed
 Packages = Literal["image", "lock"]
+# `uv run` makes the environment once for each node; Ray starts its workers with the same words.
+VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+PYTHON = {"image": "python", "lock": f"uv run --no-project --isolated --python {VERSION} --with-requirements requirements.lock python"}
 
 
 def submit(config: RunConfig, name: str, *, address: str, packages: Packages, pass_env: Sequence[str], follow: bool) -> int:
@@ -96,14 +99,11 @@ def _send(server: JobServer, config: RunConfig, name: str, variables: Mapping[st
     tree = config.model_dump(mode="json")
     tree["cluster"]["address"] = "auto"
     extra = {CONFIG_FILE: yaml.safe_dump(tree, sort_keys=False), COMMIT_FILE: git_commit() + "\n"}
-    entrypoint = f"python -m workflows run {CONFIG_FILE} --name {shlex.quote(name)}"
+    entrypoint = f"{PYTHON[packages]} -m workflows run {CONFIG_FILE} --name {shlex.quote(name)}"
     with tempfile.TemporaryDirectory(prefix="ddpm-tree-") as folder:
         size = stage_tree(Path(folder), extra)
         typer.echo(f"sending {size / 2**20:.1f} MiB of working tree")
         runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": dict(variables) | DRIVER}
-        if packages == "lock":
-            locked = locked_packages((ROOT / "requirements.lock").read_text(encoding="utf-8"))
-            runtime_env["uv"] = {"packages": locked, "uv_pip_install_options": []}
         return server.submit(entrypoint, name=name, attempt=attempt, config_digest=config_digest(config), runtime_env=runtime_env)
 
 

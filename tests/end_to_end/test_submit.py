@@ -15,9 +15,11 @@ import pytest
 import ray_nodes
 from support import TINY, Finished, ddpm_command
 
+from components.storage import Location
 from pipeline.tracking import git_commit
 
 SECRETS = {"MLFLOW_TRACKING_PASSWORD": "planted-Secret-91c4", "AWS_SECRET_ACCESS_KEY": "planted-Secret-7f3a"}
+KEYS_OF_NODES = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 NO_TOKEN = {"HOME": "/nonexistent"}
 
 
@@ -80,7 +82,7 @@ class Started:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
-    with ray_nodes.mlflow_server(folder / "mlflow") as mlflow, ray_nodes.start_nodes(folder, cpus=(0, 1, 1), in_namespaces=False) as nodes:
+    with ray_nodes.mlflow_server(folder / "mlflow") as mlflow, ray_nodes.start_nodes(folder, cpus=(0, 1, 1), in_namespaces=False, env=KEYS_OF_NODES) as nodes:
         yield Site(nodes, mlflow, folder)
 
 
@@ -122,6 +124,19 @@ def test_config_dataset_weights_and_samples_are_those_of_a_run_on_one_machine(fi
         assert submitted[stage][field] == first[stage][field], field
     for stage in ("preprocess", "train", "evaluate"):
         assert submitted[stage]["inputs"] == first[stage]["inputs"]
+
+
+def test_on_s3_it_is_the_same_run(site: Site, s3: ray_nodes.S3Server, first: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    storage = f"s3://{s3.bucket}/team"
+    done = site.ddpm("submit", "digits", f"cluster.storage={storage}", *TINY, "--name", "on-s3", "--follow", env=site.env | s3.env | SECRETS)
+    assert done.code == 0, done.stdout + done.stderr
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    run = Location.of(storage) / "runs" / "on-s3"
+    for stage, field in [("preprocess", "digest"), ("train", "weights_sha256"), ("evaluate", "samples_sha256"), ("evaluate", "metric")]:
+        folder = run / stage / first[stage]["inputs"]
+        assert json.loads((folder / "receipt.json").read_text())[field] == first[stage][field], field
+    assert not (run / ".lock").is_file()
 
 
 def test_the_plan_is_told_before_it_is_asked_for(submitted: dict[str, Any]):
