@@ -94,7 +94,7 @@ def test_workers_change_no_digest_and_no_sample(home: Path, command: Command, fi
     np.testing.assert_allclose(one, two, rtol=1e-4)
 
 
-def test_samples_of_one_checkpoint_are_the_same_from_one_actor_or_three(first: dict[str, Any]):
+def test_samples_of_one_checkpoint_are_the_same_from_one_actor_or_three_or_when_one_dies(first: dict[str, Any]):
     from cluster.config import ClusterConfig
     from cluster.connect import connect, disconnect
     from cluster.placement import place
@@ -103,14 +103,21 @@ def test_samples_of_one_checkpoint_are_the_same_from_one_actor_or_three(first: d
     digests = []
     config = ClusterConfig(num_workers=2)
     connect(config)
+    import ray
+
     try:
-        for actors in (1, 3):
+        for actors, dies in ((1, False), (3, False), (2, True)):
             with Team(replace(place(config), num_samplers=actors), first["train"]["path"], [ExtractorChoice("dct8")]) as team:
                 work = ((Recipe("ddim", 4, 16), range(start, start + 32), [np.zeros(32)], False) for start in range(0, 128, 32))
-                digests.append([part[1] for part in team.map("part", work)])
+                digest = []
+                for number, part in enumerate(team.map("part", work)):
+                    digest.append(part[1])
+                    if number == 0 and dies:
+                        ray.kill(next(iter(team._running.values()))[1])
+                digests.append(digest)
     finally:
         disconnect()
-    assert digests[0] == digests[1]
+    assert digests[0] == digests[1] == digests[2]
 
 
 def environment() -> dict[str, str]:
