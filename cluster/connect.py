@@ -93,6 +93,9 @@ def _init(config: ClusterConfig) -> None:
         spare = max(os.cpu_count() or 1, config.max_workers + 1)
         ray.init(address="local", num_cpus=spare, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **options)
         return
+    if _IN_JOB in os.environ:
+        # Nodes that share a machine share the job's folder too, and each unpacks it anew: the driver's would be gone from under it.
+        os.chdir(tempfile.gettempdir())
     try:
         with tempfile.TemporaryDirectory(prefix="ddpm-tree-") as folder:
             if _IN_JOB not in os.environ:

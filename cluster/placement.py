@@ -188,7 +188,7 @@ def _missing(config: ClusterConfig, per_worker: Mapping[str, float], nodes: Sequ
     wanted = config.num_workers if isinstance(config.num_workers, int) else list(config.num_workers)
     return (
         f"cluster.num_workers={wanted} with cluster.accelerator={config.accelerator} needs {' '.join([', '.join(amounts), *labels, *strict])}; "
-        f"the cluster has {describe(nodes)}; use fewer workers, cluster.accelerator=cpu, or a larger cluster"
+        f"the cluster has {describe(nodes)}; use fewer workers{', cluster.accelerator=cpu,' if 'GPU' in per_worker else ''} or a larger cluster"
     )
 
 

@@ -50,14 +50,14 @@ class _Lines:
 
     def __init__(self, reporter: Reporter, what: str, total: int, unit: str, done: int) -> None:
         self._reporter, self._what, self._total, self._unit = reporter, what, total, unit
-        self._first = self._done = done
+        self._first = self._done = self._shown = done
         self._started = self._told = time.monotonic()
 
     def advance(self, amount: int) -> None:
         self._done += amount
         now = time.monotonic()
-        if now - self._told >= LINE_EVERY_S and self._done > self._first:
-            self._told = now
+        if now - self._told >= LINE_EVERY_S and self._done > self._shown:
+            self._told, self._shown = now, self._done
             rate = (self._done - self._first) / (now - self._started)
             left = (self._total - self._done) / rate
             self._reporter.line(f"  {self._what} {self._done}/{self._total} {self._unit}, {rate:.3g} per second, {_duration(left)} left")
