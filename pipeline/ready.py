@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster.config import ClusterConfig, ClusterError
 from cluster.connect import connect
-from cluster.nodes import Failure, Node, ask_every_node, living_nodes
+from cluster.nodes import Failure, Node, ask_every_node, count, living_nodes
 from cluster.placement import place
 from components.storage import Location
 from pipeline.context import Reporter
@@ -37,7 +37,7 @@ def check_cluster(cluster: ClusterConfig, needed: Mapping[str, str | None], stor
     for line in placement.lines:
         reporter.line(line)
     nodes = [node for node in living_nodes() if node.amount("CPU") or node.amount("GPU")]
-    with reporter.waiting(f"asking {len(nodes)} nodes whether they see {storage}"), _probe(storage) as (folder, token):
+    with reporter.waiting(f"checking from {count(len(nodes), 'node')} that {storage} is shared"), _probe(storage) as (folder, token):
         paths = {key: path for key, path in needed.items() if path and os.path.isabs(os.path.expanduser(path))}
         answers, failures = ask_every_node(nodes, look_from_node, (str(folder), token, paths), ANSWER_S)
         unseen = [Failure(node, "wrote a file that this process does not see") for node in nodes if node.id in answers and not _left_its_mark(folder, node)]

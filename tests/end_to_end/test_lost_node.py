@@ -59,7 +59,7 @@ def test_a_storage_root_that_is_not_shared_is_noticed_before_the_run_with_the_no
     assert done.returncode == 2, done.stdout + done.stderr
     for index in (1, 2):
         assert f"error: node node-{index} ({site.nodes.ip(index)}) cannot work with cluster.storage={storage}: FileNotFoundError" in done.stdout
-    assert "preprocess" not in done.stdout.partition("whether they see")[2]
+    assert "preprocess" not in done.stdout.partition("checking from 2 nodes that ")[2]
 
 
 def test_a_link_cut_during_training_leaves_a_run_that_ends_right(site: Site, tmp_path: Path):

@@ -112,3 +112,20 @@ def test_bfloat16_trains_with_float32_weights_and_loss():
     assert (loss.dtype, norm.dtype, next(trainer.unet.parameters()).dtype) == (torch.float32,) * 3
     assert float(loss) == pytest.approx(float(exact.update(batch(0), 0)[0]), rel=0.02)
     assert resolve_precision("auto", CPU) in ("float32", "bfloat16")
+
+
+def test_workers_with_unequal_parts_of_a_batch_weigh_them_by_their_size():
+    without_dropout = plan().model_copy(update={"model": plan().model.model_copy(update={"dropout": 0.0})})
+    whole = batch(0)
+    parts = [(slice(0, 1), 0.5), (slice(1, 4), 1.5)]
+    losses, gradients = [], []
+    for rows, share in [(slice(0, 4), 1.0), *parts]:
+        trainer = make_trainer(without_dropout, MANIFEST, CPU, None)
+        trainer.share = share
+        trainer.config = trainer.config.model_copy(update={"grad_clip": 1e9})
+        loss, _ = trainer.update(Batch(0, whole.rows[rows], whole.pixels[rows], whole.t[rows], whole.eps[rows]), 0)
+        losses.append(loss)
+        gradients.append([parameter.grad for parameter in trainer.unet.parameters()])
+    torch.testing.assert_close((losses[1] + losses[2]) / 2, losses[0])
+    for full, one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close((one + other) / 2, full, rtol=1e-3, atol=1e-5)
