@@ -16,6 +16,7 @@ from components.storage import Location
 from pipeline.errors import ConfigError
 
 RENEW_S, EXPIRE_S, SETTLE_S = 5.0, 30.0, 3.0
+READS, RETRY_S = 5, 0.2
 
 
 class HeldError(Exception):
@@ -123,10 +124,17 @@ def _wait_while_alive(file: Location, wait: bool) -> _Lease | None:
 
 
 def _read(file: Location) -> _Lease | None:
-    try:
-        return _Lease.model_validate_json(file.read_text())
-    except (FileNotFoundError, ValidationError):
-        return None
+    """Returns the lease there is; a read that fails, as one may while another process writes, is tried again."""
+    for attempt in range(READS):
+        try:
+            return _Lease.model_validate_json(file.read_text())
+        except (FileNotFoundError, ValidationError):
+            return None
+        except OSError:
+            if attempt == READS - 1:
+                raise
+            time.sleep(RETRY_S)
+    return None
 
 
 def _is_mine(file: Location, mine: _Lease) -> bool:
