@@ -7,17 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .config import ClusterError
 from .connect import use_token
 from .nodes import Node, called
 
-if TYPE_CHECKING:
-    pass
-
 NAME, ATTEMPT, CONFIG = "ddpm.name", "ddpm.attempt", "ddpm.config"
-RUNNING, ENDED = ("PENDING", "RUNNING"), ("SUCCEEDED", "FAILED", "STOPPED")
+RUNNING = ("PENDING", "RUNNING")
 SUBMITS, RECONNECTS, RECONNECT_S, SILENCE_S, STOP_S = 4, 20, 3.0, 120.0, 90.0
 # Each sets its own level when it is imported.
 _LINES_OF_RAY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
@@ -101,7 +98,7 @@ class JobServer:
             for name in _LINES_OF_RAY:
                 logging.getLogger(name).setLevel(logging.WARNING)
             _probe(self.address)
-            self._client: JobSubmissionClient = JobSubmissionClient(self.address)
+            self._client = JobSubmissionClient(self.address)
         _check_version(self.address, self._client._server_ray_version)
 
     def page(self, job_id: str) -> str:
@@ -134,9 +131,10 @@ class JobServer:
         Raises:
             ClusterError: if the cluster knows none.
         """
-        jobs = [job for job in self.jobs() if name in (job.id, job.name)]
+        every = self.jobs()
+        jobs = [job for job in every if name in (job.id, job.name)]
         if not jobs:
-            known = ", ".join(sorted({job.name for job in self.jobs()})) or "none"
+            known = ", ".join(sorted({job.name for job in every})) or "none"
             raise ClusterError(f"{self.address} knows no run {name}; it knows {known}; ddpm jobs list shows them")
         return max(jobs, key=lambda job: job.attempt)
 

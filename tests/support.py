@@ -4,10 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from components.data.shards import Manifest, dataset_digest, write_manifest, write_shard
+from components.storage import Location
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -57,3 +62,29 @@ def ddpm(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None, timeo
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def write_dataset(folder: Location, pieces: Sequence[np.ndarray], labels: Sequence[str | None]) -> Manifest:
+    """Writes pixels (N, C, H, W) as a dataset, one shard and one label for each piece, and returns its manifest."""
+    shards = [
+        write_shard(folder / f"shard-{number:05d}.parquet", piece, [label] * len(piece), [f"{number}/{row}" for row in range(len(piece))], "plan")
+        for number, (piece, label) in enumerate(zip(pieces, labels, strict=True))
+    ]
+    rows, (channels, size) = sum(map(len, pieces)), pieces[0].shape[1:3]
+    manifest = Manifest(
+        digest=dataset_digest(size, channels, shards),
+        plan="plan",
+        source="test",
+        image_size=size,
+        channels=channels,
+        num_rows=rows,
+        num_listed=rows,
+        num_quarantined=0,
+        num_ignored=0,
+        ignored={},
+        quarantined={},
+        labels={},
+        shards=tuple(shards),
+    )
+    write_manifest(folder, manifest)
+    return manifest

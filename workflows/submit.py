@@ -41,21 +41,21 @@ def submit(config: RunConfig, name: str, *, address: str, packages: Packages, pa
     check_paths(config)
     variables = _variables(pass_env)
     server = JobServer(address)
-    job_id = _running(server, config, name)
+    latest = server.latest(name)
+    job_id = _running(latest, config, name)
     if job_id is None:
         _check_room(server, config)
-        job_id = _send(server, config, name, variables, packages)
+        job_id = _send(server, config, name, 1 if latest is None else latest.attempt + 1, variables, packages)
     _say_where(server, job_id, name, variables)
     return follow_job(server, job_id, name) if follow else 0
 
 
-def _running(server: JobServer, config: RunConfig, name: str) -> str | None:
+def _running(latest: Job | None, config: RunConfig, name: str) -> str | None:
     """Returns the job of this run that is in progress, None if there is none.
 
     Raises:
         ConfigError: if it has other settings.
     """
-    latest = server.latest(name)
     if latest is None or not latest.is_running:
         return None
     if latest.config_digest != config_digest(config):
@@ -93,9 +93,7 @@ def _check_room(server: JobServer, config: RunConfig) -> None:
         typer.echo(f"  the job will wait up to {cluster.wait_s} s: {error}")
 
 
-def _send(server: JobServer, config: RunConfig, name: str, variables: Mapping[str, str], packages: Packages) -> str:
-    latest = server.latest(name)
-    attempt = 1 if latest is None else latest.attempt + 1
+def _send(server: JobServer, config: RunConfig, name: str, attempt: int, variables: Mapping[str, str], packages: Packages) -> str:
     tree = config.model_dump(mode="json")
     tree["cluster"]["address"] = "auto"
     extra = {CONFIG_FILE: yaml.safe_dump(tree, sort_keys=False), COMMIT_FILE: git_commit() + "\n"}

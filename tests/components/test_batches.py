@@ -3,11 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import write_dataset
 
 from components.data.batches import Batch, BatchPlan
 from components.data.order import RowOrder
 from components.data.reader import RowReader
-from components.data.shards import Manifest, dataset_digest, iterate_pixels, write_manifest, write_shard
+from components.data.shards import Manifest, iterate_pixels
 from components.storage import Location
 
 
@@ -15,27 +16,7 @@ from components.storage import Location
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Location, Manifest, np.ndarray]:
     folder = Location.of(tmp_path_factory.mktemp("dataset"))
     pixels = np.random.default_rng(0).integers(0, 256, (107, 3, 8, 8), dtype=np.uint8)
-    pieces = np.split(pixels, [40, 41, 90])
-    shards = [
-        write_shard(folder / f"shard-{number:05d}.parquet", piece, [str(number)] * len(piece), [f"{number}/{row}" for row in range(len(piece))], "plan")
-        for number, piece in enumerate(pieces)
-    ]
-    manifest = Manifest(
-        digest=dataset_digest(8, 3, shards),
-        plan="plan",
-        source="test",
-        image_size=8,
-        channels=3,
-        num_rows=107,
-        num_listed=107,
-        num_quarantined=0,
-        num_ignored=0,
-        ignored={},
-        quarantined={},
-        labels={},
-        shards=tuple(shards),
-    )
-    write_manifest(folder, manifest)
+    manifest = write_dataset(folder, np.split(pixels, [40, 41, 90]), ["0", "1", "2", "3"])
     return folder, manifest, pixels
 
 

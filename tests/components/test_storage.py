@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray_nodes
-from support import ROOT
+from support import ROOT, write_dataset
 
 from components.data.copies import Copies
 from components.data.reader import RowReader
-from components.data.shards import Manifest, check_whole, dataset_digest, read_manifest, read_shard, write_manifest, write_shard
+from components.data.shards import Manifest, check_whole, read_manifest, read_shard
 from components.errors import DataError
 from components.storage import Location
 
@@ -85,23 +85,7 @@ def test_addresses_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch
 
 def make_dataset(folder: Location) -> tuple[Manifest, np.ndarray]:
     pixels = np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
-    shards = [write_shard(folder / f"shard-{n:05d}.parquet", pixels[20 * n : 20 * n + 20], [None] * 20, [f"{n}/{r}" for r in range(20)], "p") for n in range(3)]
-    manifest = Manifest(
-        digest=dataset_digest(8, 1, shards),
-        plan="p",
-        source="test",
-        image_size=8,
-        channels=1,
-        num_rows=60,
-        num_listed=60,
-        num_quarantined=0,
-        num_ignored=0,
-        ignored={},
-        quarantined={},
-        labels={},
-        shards=tuple(shards),
-    )
-    write_manifest(folder, manifest)
+    manifest = write_dataset(folder, np.split(pixels, 3), [None] * 3)
     return manifest, pixels
 
 
