@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pyarrow import NativeFile
     from pyarrow.fs import FileInfo, FileSystem
 
 _REMOTE = "s3://"
@@ -77,16 +78,28 @@ class Location:
         with self._system.open_input_file(self._key) as file:
             return file.read()
 
+    def open(self) -> "NativeFile":
+        """Returns a file to read any part of, without the rest. Raises like `read_bytes`."""
+        if not self.is_local:
+            return self._system.open_input_file(self._key)
+        import pyarrow as pa
+
+        return pa.memory_map(os.fsencode(self.uri))
+
     def read_text(self) -> str:
         """Returns the content of a UTF-8 file; raises like `read_bytes`."""
         return self.read_bytes().decode("utf-8")
 
-    def write_bytes(self, content: bytes) -> None:
-        """Writes a file atomically, its folder made if need be. Raises OSError if it cannot be written."""
+    def write_bytes(self, content: bytes | memoryview, *, staging: "Location | None" = None) -> None:
+        """Writes a file atomically, its folder made if need be. Raises OSError if it cannot be written.
+
+        Args:
+            staging: folder on the same file system for the file while it is written; its own folder by default.
+        """
         if self.is_local:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.staged() as staging:
-                staging.write_bytes(content)
+            with self.staged(staging) as path:
+                path.write_bytes(content)
             return
         with self._system.open_output_stream(self._key) as file:
             file.write(content)
@@ -96,9 +109,13 @@ class Location:
         self.write_bytes(text.encode("utf-8"))
 
     @contextlib.contextmanager
-    def staged(self) -> Iterator[Path]:
-        """Gives a block a local file to write, which becomes this file, flushed to disk, when the block ends well."""
-        folder = self.path.parent if self.is_local else Path(tempfile.gettempdir())
+    def staged(self, within: "Location | None" = None) -> Iterator[Path]:
+        """Gives a block a local file to write, which becomes this file, flushed to disk, when the block ends well.
+
+        Args:
+            within: folder for the file until then; by default its own, or this machine's temporary folder for a file on S3.
+        """
+        folder = (within or self.parent).path if self.is_local else Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
         staging = folder / f".{self.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{_TEMPORARY}"
         try:

@@ -28,9 +28,15 @@ class ShardSet(Receipt):
     """Digest of the rows."""
     source: str
     num_rows: int
+    num_train: int
+    """Rows to train on; the others are held out."""
     num_listed: int
     num_quarantined: int
     num_ignored: int
+    num_opened: int
+    """Files that were opened, because they were new or changed."""
+    num_decoded: int
+    """Files that were decoded."""
     quarantined: dict[str, int]
     """Quarantined images by reason."""
     num_labels: int

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster.connect import connect
 from cluster.lookout import waiting_aloud
 from cluster.placement import Placement, place
-from components.data.shards import Manifest, iterate_pixels, read_manifest
+from components.data.copies import Copies
+from components.data.reader import RowReader
+from components.data.shards import Manifest, read_manifest
 from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
@@ -32,6 +34,8 @@ GRID_IMAGES, GRID_COLUMNS = 60, 12
 ANIMATION_IMAGES, ANIMATION_COLUMNS, ANIMATION_FRAMES = 16, 8, 40
 PART_BATCHES = 4
 MIN_CLASSES = 2
+CLASSIFIER_ROWS = 100_000
+REFERENCE_CACHE_BYTES = 128 << 20
 
 
 class EvaluateConfig(BaseModel):
@@ -166,27 +170,23 @@ def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -
 
 
 def make_classifier(dataset: str, folder: str, threads: int) -> None:
-    """Trains the classifier of a dataset, up to 100,000 of its labelled rows, and moves it into place."""
+    """Trains the classifier of a dataset, up to CLASSIFIER_ROWS of its labelled rows, and moves it into place."""
     import torch
 
-    from components.data.shards import read_shard
+    from components.data.shards import read_rows
     from components.metrics.classifier import RECORD, train_classifier
 
     torch.set_num_threads(threads)
     source = Location.of(dataset)
     manifest = read_manifest(source)
     numbers = {name: number for number, name in enumerate(manifest.label_names)}
-    pixels: list[np.ndarray] = []
-    classes: list[np.ndarray] = []
-    for shard in manifest.shards:
-        values, labels, _, _ = read_shard(source / shard.name)
-        labelled = np.asarray([label is not None for label in labels])
-        pixels.append(values[labelled])
-        classes.append(np.asarray([numbers[label] for label in labels if label is not None], np.int64))
-        if sum(map(len, pixels)) >= 100_000:
-            break
+    rows = read_rows(source, manifest, ["label", "split"])
+    labels = [label for label, split in zip(rows["label"].to_pylist(), rows["split"].to_pylist(), strict=True) if split == "train"]
+    labelled = np.flatnonzero([label is not None for label in labels])
+    labelled = labelled[:: -(-len(labelled) // CLASSIFIER_ROWS)]  # spread over all labels, by which rows are sorted
+    classes = np.asarray([numbers[labels[row]] for row in labelled], np.int64)
     with tempfile.TemporaryDirectory(prefix="ddpm-classifier-") as staging:
-        train_classifier(np.concatenate(pixels), np.concatenate(classes), Path(staging) / "made")
+        train_classifier(RowReader(source, manifest).pixels(labelled), classes, Path(staging) / "made")
         Location.of(folder).upload(Path(staging) / "made", last=RECORD)
 
 
@@ -205,10 +205,11 @@ def _reference(team: Team, which: int, dataset: Location, manifest: Manifest, co
     if cached.is_file():
         with np.load(io.BytesIO(cached.read_bytes()), allow_pickle=False) as saved:
             return FeatureStats(saved["shift"], int(saved["count"]), saved["first"], saved["second"])
-    shift = team.first("mean_of_first", which, next(iterate_pixels(dataset, manifest, 256)))
-    work = ((which, pixels, shift) for pixels in iterate_pixels(dataset, manifest, 512))
+    reader = RowReader(dataset, manifest, cache_bytes=REFERENCE_CACHE_BYTES, copies=Copies.of(context.cluster.cache, context.cluster.cache_bytes))
+    shift = team.first("mean_of_first", which, next(reader.batches(256)))
+    work = ((which, pixels, shift) for pixels in reader.batches(512))
     stats = None
-    with context.reporter.progress(f"reference {name}", manifest.num_rows, "images") as advance:
+    with context.reporter.progress(f"reference {name}", len(reader), "images") as advance:
         for part in team.map("measure_one", work):
             stats = part if stats is None else stats.merge(part)
             advance(part.count)

@@ -1,137 +1,358 @@
-"""Images in, parquet shards out: Ray Data maps over a plan with one row per output shard."""
+"""Images in, a dataset out: only new and changed files are opened; Ray Data maps over chunks of files, then over shards to write."""
 
 import hashlib
 import json
+import os
 import re
 import tempfile
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.connect import connect
-from components.data.images import CHANNELS, decode, to_pixels_array, to_square
+from components.data.chunks import RESULT_SCHEMA, Packing, Task, cut, decode_chunk, pack, packings, read_results, write_todo
+from components.data.images import PIXELS_VERSION, PixelRecipe
+from components.data.ledger import DUPLICATE, LEDGER_SCHEMA, NOTHING_KNOWN, Recalled, placed, recall, rows_digest, settle, splits_of, to_pack
+from components.data.listing import Listing, printable
 from components.data.shards import (
-    BadFile,
+    DIGEST_LENGTH,
+    QUARANTINE,
+    QUARANTINE_SCHEMA,
+    ROWS_SCHEMA,
+    SHARDS,
     Manifest,
     Shard,
     check_whole,
-    dataset_digest,
-    describe_shard,
+    parquet_bytes,
     read_manifest,
     read_quarantine,
-    read_shard,
+    read_table,
     write_manifest,
     write_quarantine,
-    write_shard,
+    write_rows,
 )
-from components.data.sources import DataConfig, Item, Listing, Source, open_source, printable
+from components.data.sources import DataConfig, Source, source_to_json
+from components.data.sources import list_source as look_at
 from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
+from pipeline.lease import HeldError, held
 
 MIN_ROWS = 2
-VERSION = "pixels v1: EXIF turned, on white, centre crop, bicubic antialiased"
+STATE = "state.json"
+MOST_BLOCKS = 4096
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """All that one task needs to make one shard; it travels to the worker."""
+class Listed:
+    """A source as it is now.
+
+    Attributes:
+        plan: digest of the files, and of what becomes of them.
+    """
 
     source: Source
-    config: DataConfig
-    folder: str
+    listing: Listing
     plan: str
-    anew: bool = False
 
 
-def plan_digest(config: DataConfig, listing: Listing) -> str:
-    """Returns the digest of all that decides a dataset's rows: the files, and what becomes of their pixels."""
-    decisive = [VERSION, listing.digest(), config.image_size, config.mode, config.shard_bytes]
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+class State(BaseModel):
+    """What the last run over a source left: the ledger, the shards it speaks of, and the dataset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: str = ""
+    version: str = ""
+    ledger: str = ""
+    shards: tuple[Shard, ...] = ()
 
 
-def list_source(config: DataConfig, storage: Location) -> tuple[Source, Listing, str]:
-    """Returns the source, its listing, and the digest of the plan made of both.
+def list_source(config: DataConfig, storage: Location) -> Listed:
+    """Returns a source with its listing.
 
     Raises:
         DataError: if the source cannot be read or is empty.
     """
     if storage.is_local and Path(config.source).is_dir() and storage.path.is_relative_to(Path(config.source).absolute().resolve()):
         raise DataError(f"data.source={config.source} holds the storage root {storage}, whose pictures are no data; set cluster.storage to a folder outside it")
-    source = open_source(config, str(storage / "downloads") if storage.is_local else str(Path(tempfile.gettempdir()) / "ddpm-downloads"))
-    listing = source.listing()
-    return source, listing, plan_digest(config, listing)
+    downloads = str(storage / "downloads") if storage.is_local else str(Path(tempfile.gettempdir()) / "ddpm-downloads")
+    source, listing = look_at(config, downloads)
+    return Listed(
+        source, listing, _digest(_definition(config), listing.digest(), listing.ignored, config.holdout_fraction, config.duplicates, config.shard_bytes)
+    )
 
 
-def preprocess(config: DataConfig, listed: tuple[Source, Listing, str], *, context: StageContext, anew: bool = False) -> ShardSet:
+def preprocess(config: DataConfig, listed: Listed, *, context: StageContext, anew: bool = False) -> ShardSet:
     """Turns a source into a dataset below `datasets/` and returns its receipt.
 
     Args:
-        anew: make every shard again, each replaced in one move, so that whoever reads the dataset goes on undisturbed.
+        anew: open every file again. What others read stays as it is.
 
     Raises:
-        DataError: if more than `data.max_bad_fraction` of the images are bad.
+        DataError: if more than `data.max_bad_fraction` of the files are bad.
     """
-    source, listing, plan = listed
-    folder = dataset_folder(context.storage, plan)
-    manifest = None if anew else _finished(folder)
-    if manifest is None:
-        manifest = _build(ShardTask(source, config, str(folder), plan, anew), listing, context)
-    elif manifest.num_quarantined > config.max_bad_fraction * manifest.num_listed:
-        raise DataError(_too_many_bad(config, read_quarantine(folder), manifest.num_listed, folder))
-    return _receipt(folder, manifest, context.inputs)
+    folder = context.storage / "datasets" / _digest(source_to_json(listed.source), _definition(config), config.shard_bytes)
+    with _alone(folder, context):
+        version = "" if anew else _finished(folder, listed.plan)
+        counts = _Counts(0, 0)
+        if not version:
+            version, counts = _Making(config, listed, folder, context, anew).run()
+    manifest = read_manifest(folder / version)
+    _check_bad(config, manifest, folder / version)
+    return _receipt(folder / version, manifest, counts, context.inputs)
 
 
-def _finished(folder: Location) -> Manifest | None:
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode("utf-8", "surrogateescape")).hexdigest()[:DIGEST_LENGTH]
+
+
+def _recipe(config: DataConfig) -> PixelRecipe:
+    return PixelRecipe.model_validate(config.model_dump(include=set(PixelRecipe.model_fields)))
+
+
+def _definition(config: DataConfig) -> str:
+    return json.dumps([PIXELS_VERSION, _recipe(config).model_dump(mode="json")])
+
+
+@contextmanager
+def _alone(folder: Location, context: StageContext) -> Iterator[None]:
+    """Lets one process at a time work on a source's datasets; the others wait, and find done what it did."""
     try:
-        manifest = read_manifest(folder)
-        check_whole(folder, manifest)
+        with held(folder / ".lock", wait=False):
+            yield
+        return
+    except HeldError as error:
+        holder = str(error)
+    with context.reporter.waiting(f"{holder} makes a dataset of this source; waiting for it"), held(folder / ".lock", wait=True):
+        yield
+
+
+def _state(folder: Location) -> State:
+    try:
+        return State.model_validate_json((folder / STATE).read_text())
+    except (OSError, ValidationError):
+        return State()
+
+
+def _finished(folder: Location, plan: str) -> str:
+    """Returns the dataset of a source that has not changed, if it is whole."""
+    state = _state(folder)
+    return state.version if state.plan == plan and state.version and _is_whole(folder / state.version) else ""
+
+
+def _is_whole(folder: Location) -> bool:
+    try:
+        check_whole(folder, read_manifest(folder))
     except DataError:
-        return None
-    return manifest
+        return False
+    return True
 
 
-def _build(task: ShardTask, listing: Listing, context: StageContext) -> Manifest:
-    config, folder, plan = task.config, Location.of(task.folder), task.plan
-    shards, bad = _run_tasks(task, _cut(listing.items, config), context)
-    write_quarantine(folder, bad)
-    if len(bad) > config.max_bad_fraction * len(listing.items) or not shards:
-        raise DataError(_too_many_bad(config, bad, len(listing.items), folder))
-    manifest = _describe(config, listing, plan, shards, bad)
-    if manifest.num_rows < MIN_ROWS:
-        raise DataError(f"data.source={config.source} gives {manifest.num_rows} usable image; name a source of at least {MIN_ROWS}")
-    write_manifest(folder, manifest)
-    return manifest
+@dataclass(frozen=True)
+class _Counts:
+    """Files that were opened, and those of them that were decoded."""
+
+    opened: int
+    decoded: int
 
 
-def _cut(items: list[Item], config: DataConfig) -> list[list[Item]]:
-    rows = max(1, config.shard_bytes // (CHANNELS[config.mode] * config.image_size**2))
-    return [items[first : first + rows] for first in range(0, len(items), rows)]
+class _Making:
+    """The making of one dataset. Killed at any point and begun again it goes on with the chunks that are done, and ends with the same files."""
 
+    def __init__(self, config: DataConfig, listed: Listed, folder: Location, context: StageContext, anew: bool) -> None:
+        self.config, self.listed, self.folder, self.context = config, listed, folder, context
+        self.listing = listed.listing.table
+        self.state = State() if anew else _state(folder)
+        there = (folder / SHARDS).files()
+        self.shards = {shard.name: shard for shard in self.state.shards if there.get(shard.name) == shard.bytes}
+        self.ledger = self._read_ledger()
+        self.work = folder / "work" / _digest(listed.plan, self.state.ledger)
+        self.task = Task(listed.source, _recipe(config), str(folder), str(self.work))
 
-def _run_tasks(task: ShardTask, pieces: list[list[Item]], context: StageContext) -> tuple[list[Shard], list[BadFile]]:
-    connect(context.cluster)
-    import ray.data
+    def run(self) -> tuple[str, _Counts]:
+        """Does the work; returns the dataset's name, and what it took."""
+        keep = self.config.duplicates == "keep"
+        recalled = recall(self.listing, self.ledger, self.shards, keep_duplicates=keep)
+        outcomes = self._decode(recalled)
+        unchanged = outcomes["same"].to_numpy(zero_copy_only=False)
+        settled = settle(self.listing, self.ledger, recalled, outcomes, unchanged, keep_duplicates=keep)
+        held_out = splits_of(settled, self.config.holdout_fraction)
+        settled = self._pack(settled, held_out)
+        version = self._conclude(settled, held_out)
+        decoded = len(outcomes) - int(unchanged.sum()) - outcomes["sha256"].null_count
+        return version, _Counts(len(outcomes), decoded)
 
-    results: dict[int, str] = {}
-    with context.reporter.progress("preprocess", sum(map(len, pieces)), "images") as advance:
-        plan = [{"shard": number, "items": json.dumps(items)} for number, items in enumerate(pieces)]
-        options: dict[str, Any] = {"label_selector": context.cluster.preprocess_labels} if context.cluster.preprocess_labels else {}
-        made = ray.data.from_items(plan, override_num_blocks=len(plan)).map(partial(make_shard, task=task), num_cpus=1, **options)
+    def _read_ledger(self) -> pa.Table:
+        if not self.state.ledger:
+            return NOTHING_KNOWN
         try:
-            for row in made.iter_rows():
-                results[row["shard"]] = row["result"]
-                advance(len(pieces[row["shard"]]))
+            return read_table(self.folder / self.state.ledger).cast(LEDGER_SCHEMA)
+        except (OSError, ValueError, pa.ArrowException):
+            return NOTHING_KNOWN
+
+    def _decode(self, recalled: Recalled) -> pa.Table:
+        """Opens the files that must be; returns what became of each (RESULT_SCHEMA)."""
+        todo = int(recalled.todo.sum())
+        if not todo:
+            return RESULT_SCHEMA.empty_table()
+        if todo < len(self.listing):
+            self.context.reporter.line(f"  {len(self.listing) - todo} of {len(self.listing)} files are as they were; {todo} to open")
+        sizes = self.listing["size"].to_numpy()[recalled.todo]
+        chunks = cut(sizes, self.task.recipe)
+        write_todo(self.work, self.listing, self.ledger, recalled, chunks)
+        results: dict[int, pa.Table] = {}
+        with self.context.reporter.progress("preprocess", todo, "files") as advance:
+            for row in self._map([{"chunk": number} for number in range(len(chunks))], partial(_decode_row, task=self.task)):
+                results[row["chunk"]] = read_results(row["results"])
+                advance(len(results[row["chunk"]]))
+        return pa.concat_tables([results[number] for number in range(len(chunks))])
+
+    def _pack(self, settled: pa.Table, held_out: np.ndarray) -> pa.Table:
+        """Writes the shards that are not there yet; returns the ledger with every row's place in a shard."""
+        rows_per_shard = max(1, self.config.shard_bytes // self.task.recipe.row_bytes)
+        groups = to_pack(settled, held_out, {shard.name: shard.rows for shard in self.shards.values()}, rows_per_shard)
+        if not groups:
+            return settled
+        work = [_packing_row(number, packing) for number, packing in enumerate(packings(settled, groups))]
+        names = [""] * len(groups)
+        with self.context.reporter.progress("shards", len(groups), "shards") as advance:
+            for row in self._map(work, partial(_pack_row, task=self.task)):
+                shard = Shard.model_validate_json(row["shard"])
+                names[row["group"]] = shard.name
+                self.shards[shard.name] = shard
+                advance(1)
+        return placed(settled, groups, names)
+
+    def _map(self, rows: list[dict[str, Any]], function: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Has Ray Data do rows of work on the cluster, and yields what each returned, in any order."""
+        cluster = self.context.cluster
+        connect(cluster)
+        import ray.data
+
+        options: dict[str, Any] = {"label_selector": cluster.preprocess_labels} if cluster.preprocess_labels else {}
+        try:
+            yield from ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS)).map(function, num_cpus=1, **options).iter_rows()
         except ray.exceptions.RayTaskError as error:
             raise _data_error(error) or error from error
-    outcomes = [json.loads(results[number]) for number in range(len(pieces))]
-    shards = [Shard.model_validate(outcome["shard"]) for outcome in outcomes if outcome["shard"]]
-    return shards, [BadFile.model_validate(line) for outcome in outcomes for line in outcome["bad"]]
+
+    def _conclude(self, settled: pa.Table, held_out: np.ndarray) -> str:
+        """Writes the dataset, then what the next run starts from; returns the dataset's name."""
+        bad = _quarantine(settled)
+        live = settled["reason"].is_null().to_numpy()
+        rows = settled.filter(pa.array(live))
+        digest = rows_digest(_definition(self.config), rows, held_out[live])[:DIGEST_LENGTH]
+        version = f"{digest}-{_digest(bad.to_pylist(), self.listed.listing.ignored, self.config.source)[:8]}"
+        used = set(rows["file"].unique().to_pylist())
+        self.shards = {name: shard for name, shard in self.shards.items() if name in used}
+        write_quarantine(self.folder / version, bad)
+        problem = self._problem(len(rows), bad, self.folder / version)
+        if not problem and not _is_whole(self.folder / version):
+            self._write_version(self.folder / version, digest, rows, held_out[live], bad)
+        self._remember(settled, "" if problem else version)
+        if problem:
+            raise DataError(problem)
+        return version
+
+    def _problem(self, num_rows: int, bad: pa.Table, folder: Location) -> str:
+        if _num_bad(bad["reason"].to_pylist()) > self.config.max_bad_fraction * len(self.listing) or not num_rows:
+            return _too_many_bad(self.config, bad.to_pylist(), len(self.listing), folder)
+        if num_rows < MIN_ROWS:
+            return f"data.source={self.config.source} gives {num_rows} usable image; name a source of at least {MIN_ROWS}"
+        return ""
+
+    def _write_version(self, folder: Location, digest: str, rows: pa.Table, held_out: np.ndarray, bad: pa.Table) -> None:
+        shards, table = _rows_table(rows, held_out, self.shards)
+        rows_file, rows_sha256 = write_rows(folder, table)
+        ignored, labels = dict(self.listed.listing.ignored), _count(table["label"])
+        sizes = table["bytes"].to_numpy()
+        manifest = Manifest(
+            digest=digest,
+            source=self.config.source,
+            definition=PIXELS_VERSION,
+            recipe=self.task.recipe,
+            num_listed=len(self.listing),
+            num_rows=len(rows),
+            num_quarantined=len(bad),
+            quarantined=_count(bad["reason"]),
+            num_ignored=sum(ignored.values()),
+            ignored=ignored,
+            splits={"train": int((~held_out).sum()), "holdout": int(held_out.sum())},
+            labels=labels,
+            source_bytes=int(sizes[sizes > 0].sum()),
+            rows_file=rows_file,
+            rows_sha256=rows_sha256,
+            shards=shards,
+        )
+        write_manifest(folder, manifest)
+
+    def _remember(self, settled: pa.Table, version: str) -> None:
+        content = parquet_bytes(settled)
+        ledger = f"ledger-{hashlib.sha256(content).hexdigest()[:DIGEST_LENGTH]}.parquet"
+        (self.folder / ledger).write_bytes(content)
+        state = State(plan=self.listed.plan, version=version, ledger=ledger, shards=tuple(self.shards[name] for name in sorted(self.shards)))
+        (self.folder / STATE).write_text(state.model_dump_json() + "\n")
+        for name in self.folder.files():
+            if name.startswith("ledger-") and name != ledger:
+                (self.folder / name).remove()
+        (self.folder / "work").remove_tree()
+
+
+def _decode_row(row: dict[str, Any], task: Task) -> dict[str, Any]:
+    return {"chunk": row["chunk"], "results": decode_chunk(int(row["chunk"]), task)}
+
+
+def _packing_row(number: int, packing: Packing) -> dict[str, Any]:
+    return {"group": number, **asdict(packing), "codes": packing.codes.tobytes(), "places": packing.places.tobytes()}
+
+
+def _pack_row(row: dict[str, Any], task: Task) -> dict[str, Any]:
+    packing = Packing(row["split"], list(row["files"]), np.frombuffer(row["codes"], np.int32), np.frombuffer(row["places"], np.int32))
+    return {"group": row["group"], "shard": pack(packing, task).model_dump_json()}
+
+
+def _rows_table(rows: pa.Table, held_out: np.ndarray, shards: dict[str, Shard]) -> tuple[tuple[Shard, ...], pa.Table]:
+    """Returns the shards in the order of their first rows, and the list of rows (ROWS_SCHEMA)."""
+    files = rows["file"].combine_chunks().dictionary_encode()
+    columns = [
+        _printable(rows["path"]),
+        rows["label"],
+        pa.DictionaryArray.from_arrays(pa.array(held_out.astype(np.int8)), pa.array(["train", "holdout"])).cast(pa.string()),
+        rows["size"],
+        rows["sha256"],
+        files.indices,
+        rows["row"],
+    ]
+    return tuple(shards[name] for name in files.dictionary.to_pylist()), pa.table(columns, schema=ROWS_SCHEMA)
+
+
+def _printable(paths: pa.ChunkedArray) -> pa.Array:
+    column = paths.combine_chunks()
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array([printable(os.fsdecode(path)) for path in column.to_pylist()], pa.string())
+
+
+def _quarantine(settled: pa.Table) -> pa.Table:
+    bad = settled.filter(settled["reason"].is_valid())
+    return pa.table([_printable(bad["path"]), bad["reason"], bad["detail"], bad["size"]], schema=QUARANTINE_SCHEMA)
+
+
+def _count(column: pa.ChunkedArray) -> dict[str, int]:
+    return dict(sorted((str(entry["values"]), int(entry["counts"])) for entry in column.drop_null().value_counts().to_pylist()))
+
+
+def _num_bad(reasons: Sequence[str]) -> int:
+    """Counts what is wrong with a source: a file that is there twice is not."""
+    return sum(reason != DUPLICATE for reason in reasons)
 
 
 def _data_error(error: BaseException | None) -> DataError | None:
@@ -140,86 +361,34 @@ def _data_error(error: BaseException | None) -> DataError | None:
     return DataError(found[-1]) if found else None
 
 
-def make_shard(row: dict[str, Any], task: ShardTask) -> dict[str, Any]:
-    """Makes one shard, or finds it made by an earlier run of the same plan; returns its entry and its bad files as JSON."""
-    path = Location.of(task.folder) / f"shard-{row['shard']:05d}.parquet"
-    items = [Item(*values) for values in json.loads(row["items"])]
-    shard, bad = (None if task.anew else _reuse(path, items, task)) or _make(path, items, task)
-    outcome = {"shard": shard.model_dump() if shard else None, "bad": [line.model_dump() for line in bad]}
-    return {"shard": row["shard"], "result": json.dumps(outcome)}
+def _check_bad(config: DataConfig, manifest: Manifest, folder: Location) -> None:
+    bad = manifest.num_quarantined - manifest.quarantined.get(DUPLICATE, 0)
+    if bad > config.max_bad_fraction * manifest.num_listed:
+        raise DataError(_too_many_bad(config, [line.model_dump() for line in read_quarantine(folder)], manifest.num_listed, folder))
 
 
-def _reuse(path: Location, items: list[Item], task: ShardTask) -> tuple[Shard, list[BadFile]] | None:
-    """Returns a shard that is already there whole, if none of its files was bad (else the bad ones must be named again)."""
-    if not path.is_file():
-        return None
-    try:
-        pixels, labels, sources, plan = read_shard(path)
-    except DataError:
-        return None
-    if plan != task.plan or sources != [printable(item.path) for item in items]:
-        return None
-    return describe_shard(path, pixels, labels, sources), []
-
-
-def _make(path: Location, items: list[Item], task: ShardTask) -> tuple[Shard | None, list[BadFile]]:
-    size, mode = task.config.image_size, task.config.mode
-    task.source.open()
-    pixels = np.empty((len(items), CHANNELS[mode], size, size), np.uint8)
-    kept: list[Item] = []
-    bad: list[BadFile] = []
-    for item in items:
-        try:
-            pixels[len(kept)] = to_pixels_array(to_square(decode(task.source.fetch(item.path), mode), size))
-            kept.append(item)
-        except DataError as error:
-            bad.append(BadFile(path=printable(item.path), reason=error.reason, detail=str(error), bytes=item.size))
-    if not kept:
-        return None, bad
-    labels = [None if item.label is None else printable(item.label) for item in kept]
-    return write_shard(path, pixels[: len(kept)], labels, [printable(item.path) for item in kept], task.plan), bad
-
-
-def _too_many_bad(config: DataConfig, bad: list[BadFile], listed: int, folder: Location) -> str:
-    first = bad[0]
+def _too_many_bad(config: DataConfig, lines: list[dict[str, Any]], listed: int, folder: Location) -> str:
+    bad = [line for line in lines if line["reason"] != DUPLICATE]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in _count(pa.chunked_array([[line["reason"] for line in bad]], pa.string())).items())
     return (
-        f"data.max_bad_fraction={config.max_bad_fraction} is exceeded: {len(bad)} of {listed} images are bad, the first {first.path} "
-        f"({first.reason}: {first.detail}); all are listed in {folder / 'quarantine.parquet'}; mend the images or allow more"
+        f"data.max_bad_fraction={config.max_bad_fraction} is exceeded: {len(bad)} of {listed} files are bad ({reasons}), the first {bad[0]['path']} "
+        f"({bad[0]['reason']}: {bad[0]['detail']}); all are listed in {folder / QUARANTINE}; mend the images or allow more"
     )
 
 
-def _describe(config: DataConfig, listing: Listing, plan: str, shards: list[Shard], bad: list[BadFile]) -> Manifest:
-    labels: Counter[str] = Counter()
-    for shard in shards:
-        labels.update({name: count for name, count in shard.labels.items() if name})
-    channels = CHANNELS[config.mode]
-    return Manifest(
-        digest=dataset_digest(config.image_size, channels, shards),
-        plan=plan,
-        source=config.source,
-        image_size=config.image_size,
-        channels=channels,
-        num_rows=sum(shard.rows for shard in shards),
-        num_listed=len(listing.items),
-        num_quarantined=len(bad),
-        num_ignored=sum(listing.ignored.values()),
-        ignored=dict(listing.ignored),
-        quarantined=dict(sorted(Counter(line.reason for line in bad).items())),
-        labels=dict(sorted(labels.items())),
-        shards=tuple(shards),
-    )
-
-
-def _receipt(folder: Location, manifest: Manifest, inputs: str) -> ShardSet:
+def _receipt(folder: Location, manifest: Manifest, counts: _Counts, inputs: str) -> ShardSet:
     return ShardSet(
         inputs=inputs,
         path=str(folder),
         digest=manifest.digest,
         source=manifest.source,
         num_rows=manifest.num_rows,
+        num_train=manifest.num_train,
         num_listed=manifest.num_listed,
         num_quarantined=manifest.num_quarantined,
         num_ignored=manifest.num_ignored,
+        num_opened=counts.opened,
+        num_decoded=counts.decoded,
         quarantined=manifest.quarantined,
         num_labels=len(manifest.labels),
         num_shards=len(manifest.shards),
@@ -230,10 +399,5 @@ def _receipt(folder: Location, manifest: Manifest, inputs: str) -> ShardSet:
 
 def is_intact(receipt: ShardSet) -> bool:
     """Tells whether the dataset that a receipt describes is still there, whole and unchanged in digest."""
-    manifest = _finished(Location.of(receipt.path))
-    return manifest is not None and manifest.digest == receipt.digest
-
-
-def dataset_folder(storage: Location, plan: str) -> Location:
-    """Returns where the dataset of a plan lies."""
-    return storage / "datasets" / plan
+    folder = Location.of(receipt.path)
+    return _is_whole(folder) and read_manifest(folder).digest == receipt.digest

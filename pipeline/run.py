@@ -11,7 +11,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.connect import disconnect
-from components.data.sources import Listing, Source
 from components.storage import Location
 from pipeline import evaluate as evaluate_stage
 from pipeline import preprocess as preprocess_stage
@@ -55,6 +54,7 @@ class Pipeline:
     reporter: Reporter
     storage: Location
     reports: dict[StageName, StageReport]
+    listed: preprocess_stage.Listed | None = None
 
     def context(self, stage: StageName, inputs: str) -> StageContext:
         """Returns where a stage with these inputs writes and runs."""
@@ -116,7 +116,7 @@ def run(
     storage = check_storage(config.cluster.storage)
     pipeline = Pipeline(config, name, start_from, reporter or Reporter(), storage, {})
     with one_process(storage / "runs" / name, name):
-        listed = preprocess_stage.list_source(config.data, storage)
+        pipeline.listed = preprocess_stage.list_source(config.data, storage)
         evaluate_stage.check_weights(config.evaluate)
         tracking = connect(storage) if until != "preprocess" else None
         (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -125,14 +125,14 @@ def run(
                 needed = {"data.source": config.data.source, "data.root": config.data.root, "evaluate.inception_weights": config.evaluate.inception_weights}
                 cluster = check_cluster(config.cluster, needed, storage, pipeline.reporter)
                 pipeline.config = config.model_copy(update={"cluster": cluster})
-            _run_stages(pipeline, listed, tracking, until)
+            _run_stages(pipeline, tracking, until)
         finally:
             disconnect()
     return pipeline.reports
 
 
-def _run_stages(pipeline: Pipeline, listed: tuple[Source, Listing, str], tracking: Tracking | None, until: StageName) -> None:
-    shards = _preprocess(pipeline, listed)
+def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName) -> None:
+    shards = _preprocess(pipeline)
     if until == "preprocess" or tracking is None:
         return
     if until in ("evaluate", "register"):
@@ -147,13 +147,14 @@ def _run_stages(pipeline: Pipeline, listed: tuple[Source, Listing, str], trackin
             _register(pipeline, shards, model, evaluation, tracked)
 
 
-def _preprocess(pipeline: Pipeline, listed: tuple[Source, Listing, str]) -> ShardSet:
-    config = pipeline.config.data
-
+def _preprocess(pipeline: Pipeline) -> ShardSet:
+    config, listed = pipeline.config.data, pipeline.listed
+    assert listed is not None
+    pipeline.listed = None  # with millions of files it is large, and only this stage needs it
     return pipeline.stage(
         "preprocess",
         ShardSet,
-        digest_of(listed[2], config.max_bad_fraction),
+        digest_of(listed.plan, config.max_bad_fraction),
         preprocess_stage.is_intact,
         lambda context: preprocess_stage.preprocess(config, listed, context=context, anew=pipeline.forced("preprocess")),
         lambda context: None,

@@ -223,7 +223,7 @@ def train_loop(config: dict[str, Any]) -> str:
     if world > 1:
         trainer.network = prepare_model(trainer.unet, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
     order = plan_order(
-        num_rows=manifest.num_rows,
+        num_rows=manifest.num_train,
         row_bytes=manifest.row_bytes,
         global_batch_size=plan.train.global_batch_size,
         lanes=plan.train.lanes,

@@ -1,5 +1,6 @@
 """What several tests share: the command as a person runs it, and settings that make every stage tiny."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from components.data.shards import Manifest, dataset_digest, write_manifest, write_shard
+from components.data.images import PixelRecipe
+from components.data.shards import ROWS_SCHEMA, SHARDS, Manifest, Shard, shard_table, write_manifest, write_rows, write_shard
 from components.storage import Location
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,25 +69,39 @@ def ddpm(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None, timeo
 
 def write_dataset(folder: Location, pieces: Sequence[np.ndarray], labels: Sequence[str | None]) -> Manifest:
     """Writes pixels (N, C, H, W) as a dataset, one shard and one label for each piece, and returns its manifest."""
-    shards = [
-        write_shard(folder / f"shard-{number:05d}.parquet", piece, [label] * len(piece), [f"{number}/{row}" for row in range(len(piece))], "plan")
-        for number, (piece, label) in enumerate(zip(pieces, labels, strict=True))
-    ]
-    rows, (channels, size) = sum(map(len, pieces)), pieces[0].shape[1:3]
-    manifest = Manifest(
-        digest=dataset_digest(size, channels, shards),
-        plan="plan",
-        source="test",
-        image_size=size,
-        channels=channels,
-        num_rows=rows,
-        num_listed=rows,
-        num_quarantined=0,
-        num_ignored=0,
-        ignored={},
-        quarantined={},
-        labels={},
-        shards=tuple(shards),
-    )
+    channels, size = pieces[0].shape[1:3]
+    recipe = PixelRecipe(image_size=size, mode="RGB" if channels == 3 else "L")
+    shards, rows = [], []
+    for number, (piece, label) in enumerate(zip(pieces, labels, strict=True)):
+        names = [f"{number}/{row}" for row in range(len(piece))]
+        table = shard_table(recipe, piece, pa.array([label] * len(piece), pa.string()), pa.array(names))
+        shards.append(write_shard(folder.parent / SHARDS, table, recipe, "train"))
+        content = [hashlib.sha256(row.tobytes()).digest() for row in piece]
+        rows.append(pa.table([names, [label] * len(piece), ["train"] * len(piece), [-1] * len(piece), content, [number] * len(piece), range(len(piece))],
+                             schema=ROWS_SCHEMA))  # fmt: skip
+    rows_file, rows_sha256 = write_rows(folder, pa.concat_tables(rows))
+    manifest = a_manifest(recipe, sum(map(len, pieces)), rows_file=rows_file, rows_sha256=rows_sha256, shards=tuple(shards))
     write_manifest(folder, manifest)
     return manifest
+
+
+def a_manifest(recipe: PixelRecipe, num_rows: int, *, rows_file: str, rows_sha256: str, shards: tuple[Shard, ...]) -> Manifest:
+    """Returns the manifest of a dataset of which only the shards matter."""
+    return Manifest(
+        digest=hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16],
+        source="test",
+        definition="test",
+        recipe=recipe,
+        num_listed=num_rows,
+        num_rows=num_rows,
+        num_quarantined=0,
+        quarantined={},
+        num_ignored=0,
+        ignored={},
+        splits={"train": num_rows},
+        labels={},
+        source_bytes=0,
+        rows_file=rows_file,
+        rows_sha256=rows_sha256,
+        shards=shards,
+    )

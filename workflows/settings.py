@@ -41,13 +41,13 @@ def _check_address(name: str, address: str, secrets_go: str) -> None:
 
 
 def paths_of(settings: Mapping[str, str | None], source: str, builtin: Mapping[str, object]) -> dict[str, str]:
-    """Returns the settings that name files, by key; a source that is built in names none.
+    """Returns the settings that name files, by key; a source that is built in or on S3 names none.
 
     Raises:
-        ConfigError: if one is on S3, which only the storage root may be.
+        ConfigError: if another is on S3, which only the storage root may be.
     """
     paths = {key: path for key, path in settings.items() if path is not None}
-    if source != "digits" and source not in builtin:
+    if source != "digits" and source not in builtin and not source.startswith("s3://"):
         paths["data.source"] = source
     for key, path in paths.items():
         if "://" in path and key != "cluster.storage":

@@ -30,7 +30,9 @@ def _result(report: StageReport) -> str:
     receipt = report.receipt
     if isinstance(receipt, ShardSet):
         bad = f", {receipt.num_quarantined} quarantined" if receipt.num_quarantined else ""
-        return f"{receipt.num_rows} images in {receipt.num_shards} shards{bad}, dataset {receipt.digest}"
+        held_out = f", {receipt.num_rows - receipt.num_train} of them held out" if receipt.num_rows > receipt.num_train else ""
+        known = f", {receipt.num_listed - receipt.num_opened} known before" if receipt.num_opened and receipt.num_opened < receipt.num_listed else ""
+        return f"{receipt.num_rows} images{held_out} in {receipt.num_shards} shards{bad}{known}, dataset {receipt.digest}"
     if isinstance(receipt, TrainedModel):
         return f"{receipt.steps} steps, loss {receipt.loss:.4g}, {receipt.images_per_second:.0f} images/s, {receipt.num_workers} workers, {receipt.precision}"
     if isinstance(receipt, Evaluation):

@@ -43,10 +43,9 @@ class Copies:
         if file.is_local:
             return open_file(file.path)
         for _ in range(_ATTEMPTS):
-            path = self._fetch(file, sha256)
             # Another process may remove the copy before it is open; once open, removal does not matter.
             with suppress(FileNotFoundError):
-                return open_file(path)
+                return open_file(self._fetch(file, sha256))
         raise DataError(f"copies in {self.folder} vanish as fast as they are made; set cluster.cache_bytes higher")
 
     def _fetch(self, file: Location, sha256: str) -> Path:

@@ -1,13 +1,15 @@
-"""Rows by number from a folder of shards, in bounded memory."""
+"""Rows of a dataset by number, in bounded memory."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from ..storage import Location
 from .copies import Copies
-from .shards import Manifest, column_pixels
+from .shards import Manifest, Split, column_pixels, shard_location
 
 CACHE_BYTES = 3 << 29
 OPEN_FILES = 128
@@ -19,17 +21,20 @@ class RowReader:
     The row order of `order.py` touches at most 1 GiB at a time, so that each row group is read about once per epoch.
 
     Args:
+        split: the part of the dataset whose rows are numbered from 0 on, in the order of the list of rows.
         copies: where shards that are not on a file system are copied to; a temporary folder by default.
     """
 
-    def __init__(self, folder: Location, manifest: Manifest, cache_bytes: int = CACHE_BYTES, copies: Copies | None = None) -> None:
-        self._shape = (manifest.channels, manifest.image_size, manifest.image_size)
+    def __init__(self, folder: Location, manifest: Manifest, split: Split = "train", cache_bytes: int = CACHE_BYTES, copies: Copies | None = None) -> None:
         self._folder, self._manifest = folder, manifest
-        self._ends = np.cumsum([shard.rows for shard in manifest.shards])
         self._copies = copies or Copies.of()
+        self._shards, self._places = self._copies.use(folder / manifest.rows_file, manifest.rows_sha256, lambda path: _places(path, split))
         self._files: OrderedDict[int, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._cache_bytes, self._held_bytes = cache_bytes, 0
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """Returns pixels (len(rows), C, H, W) uint8 in the order asked for.
@@ -37,15 +42,19 @@ class RowReader:
         Raises:
             IndexError: if a row number is outside the dataset.
         """
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < int(self._ends[-1]):
-            raise IndexError(f"rows {int(rows.min())}..{int(rows.max())} are outside a dataset of {int(self._ends[-1])} rows")
-        out = np.empty((len(rows), *self._shape), np.uint8)
-        shards = np.searchsorted(self._ends, rows, side="right")
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise IndexError(f"rows {int(rows.min())}..{int(rows.max())} are outside a dataset of {len(self)} rows")
+        out = np.empty((len(rows), *self._manifest.shape), np.uint8)
+        shards = self._shards[rows]
         for shard in np.unique(shards):
             mine = np.flatnonzero(shards == shard)
-            begin = int(self._ends[shard - 1]) if shard else 0
-            self._gather(int(shard), rows[mine] - begin, mine, out)
+            self._gather(int(shard), self._places[rows[mine]], mine, out)
         return out
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """Yields all pixels in their order, at most batch_size rows at a time, (B, C, H, W) uint8."""
+        for first in range(0, len(self), batch_size):
+            yield self.pixels(np.arange(first, min(first + batch_size, len(self))))
 
     def _gather(self, shard: int, rows: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
         group_ends = self._open(shard)[1]
@@ -58,7 +67,8 @@ class RowReader:
     def _open(self, shard: int) -> tuple[pq.ParquetFile, np.ndarray]:
         if shard not in self._files:
             entry = self._manifest.shards[shard]
-            file = self._copies.use(self._folder / entry.name, entry.sha256, lambda path: pq.ParquetFile(path, memory_map=True))
+            location = shard_location(self._folder, entry.name)
+            file = self._copies.use(location, entry.sha256, lambda path: pq.ParquetFile(path, memory_map=True))
             counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             self._files[shard] = (file, np.cumsum(counts))
             if len(self._files) > OPEN_FILES:
@@ -70,7 +80,7 @@ class RowReader:
         key = (shard, group)
         if key not in self._groups:
             table = self._open(shard)[0].read_row_group(group, columns=["pixels"], use_threads=False)
-            self._groups[key] = column_pixels(table.column("pixels"), self._shape)
+            self._groups[key] = column_pixels(table.column("pixels"), self._manifest.shape)
             self._held_bytes += self._groups[key].nbytes
             self._evict()
         self._groups.move_to_end(key)
@@ -79,3 +89,9 @@ class RowReader:
     def _evict(self) -> None:
         while self._held_bytes > self._cache_bytes and len(self._groups) > 1:
             self._held_bytes -= self._groups.popitem(last=False)[1].nbytes
+
+
+def _places(rows_file: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Returns shard and place in it of every row of a split."""
+    table = pq.read_table(rows_file, columns=["shard", "row"], filters=[("split", "=", split)], use_threads=False)
+    return table.column("shard").to_numpy(), table.column("row").to_numpy()

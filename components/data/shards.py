@@ -1,27 +1,46 @@
 """The parquet contract: what a shard holds, the manifest that makes shards a dataset, and the digest that names it.
 
-datasets/DIGEST/
-shard-00000.parquet ...   pixels (fixed_size_binary of C*H*W bytes), label, source
-quarantine.parquet        path, reason, detail, bytes of every file left out
-manifest.json             counts and checksums, written last: without it there is no dataset
+datasets/SOURCE/                one source under one definition of pixels
+    shards/CONTENT.parquet      pixels (fixed_size_binary of C*H*W bytes), label, source; never changed, shared by versions
+    VERSION/                    a dataset: VERSION begins with its digest
+        rows-SHA.parquet        every row in its order: source, label, split, content, and where its pixels are
+        quarantine.parquet      path, reason, detail, bytes of every file left out
+        manifest.json           counts and checksums, written last: without it there is no dataset
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from ..errors import DataError
 from ..storage import Location
+from .images import PixelRecipe
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.parquet"
+SHARDS = "shards"
 ROW_GROUP_BYTES = 4 << 20
+DIGEST_LENGTH = 16
 QUARANTINE_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string()), ("detail", pa.string()), ("bytes", pa.int64())])
+ROWS_SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("label", pa.string()),
+        ("split", pa.string()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.binary(32)),
+        ("shard", pa.int32()),
+        ("row", pa.int32()),
+    ]
+)
+Split = Literal["train", "holdout"]
 
 
 class _Record(BaseModel):
@@ -43,44 +62,78 @@ class Shard(_Record):
     """One file of a dataset."""
 
     name: str
+    split: Split
     rows: int
     bytes: int
     sha256: str
     """Checksum of the file."""
-    content_sha256: str
-    """Checksum of its rows: pixels, labels and sources, however the file encodes them."""
-    labels: dict[str, int]
-    """Rows of each label; rows without a label count under the empty name."""
 
 
 class Manifest(_Record):
     """What a dataset holds."""
 
     digest: str
-    """Names the rows: equal digests mean equal pixels, labels and sources in equal order."""
-    plan: str
-    """Digest of the listing and settings that the shards were made from."""
+    """Names the rows: equal digests mean equal pixels, labels, sources and splits in equal order."""
     source: str
-    image_size: int
-    channels: int
-    num_rows: int
+    definition: str
+    """Which definition of pixels was followed."""
+    recipe: PixelRecipe
+    """What became of the pixels."""
     num_listed: int
-    """Images that the source listed: rows plus quarantined."""
+    """Files that the source listed: rows plus quarantined."""
+    num_rows: int
     num_quarantined: int
+    quarantined: dict[str, int]
+    """Quarantined files by reason."""
     num_ignored: int
     """Files of the source that are no images by their name, and were not opened."""
     ignored: dict[str, int]
     """Ignored files by suffix."""
-    quarantined: dict[str, int]
-    """Quarantined files by reason."""
+    splits: dict[Split, int]
+    """Rows of each part."""
     labels: dict[str, int]
     """Rows of each label, empty where the source has none."""
+    source_bytes: int
+    """Encoded bytes of the rows' files, as far as they are known."""
+    rows_file: str
+    """The list of rows."""
+    rows_sha256: str
     shards: tuple[Shard, ...]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        sums = {"num_listed": self.num_rows + self.num_quarantined, "num_quarantined": sum(self.quarantined.values()), "num_rows": sum(self.splits.values())}
+        for name, expected in {**sums, "num_ignored": sum(self.ignored.values())}.items():
+            if getattr(self, name) != expected:
+                raise ValueError(f"{name}={getattr(self, name)} does not add up: its parts are {expected}")
+        if sum(shard.rows for shard in self.shards) != self.num_rows:
+            raise ValueError(f"num_rows={self.num_rows} does not add up: the shards hold {sum(shard.rows for shard in self.shards)}")
+        return self
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, pixels."""
+        return self.recipe.image_size
+
+    @property
+    def channels(self) -> int:
+        """3 for RGB, 1 for grey."""
+        return self.recipe.channels
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every row."""
+        return self.channels, self.image_size, self.image_size
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row's pixels."""
-        return self.channels * self.image_size**2
+        return self.recipe.row_bytes
+
+    @property
+    def num_train(self) -> int:
+        """Rows to train on."""
+        return self.splits.get("train", 0)
 
     @property
     def label_names(self) -> list[str]:
@@ -88,63 +141,53 @@ class Manifest(_Record):
         return sorted(self.labels)
 
 
-def shard_schema(channels: int, image_size: int, plan: str) -> pa.Schema:
+def shard_location(folder: Location, name: str) -> Location:
+    """Returns where a shard of the dataset in a folder lies."""
+    return folder.parent / SHARDS / name
+
+
+def shard_schema(recipe: PixelRecipe) -> pa.Schema:
     """Returns the schema of a shard; the shape of a row stands in its metadata."""
-    metadata = {"ddpm.shape": json.dumps([channels, image_size, image_size]), "ddpm.plan": plan}
-    fields = [("pixels", pa.binary(channels * image_size**2)), ("label", pa.string()), ("source", pa.string())]
-    return pa.schema(fields, metadata=metadata)
+    metadata = {"ddpm.shape": json.dumps([recipe.channels, recipe.image_size, recipe.image_size])}
+    return pa.schema([("pixels", pa.binary(recipe.row_bytes)), ("label", pa.string()), ("source", pa.string())], metadata=metadata)
 
 
-def write_shard(path: Location, pixels: np.ndarray, labels: Sequence[str | None], sources: Sequence[str], plan: str) -> Shard:
-    """Writes rows to a parquet file, atomically.
+def shard_table(recipe: PixelRecipe, pixels: np.ndarray, labels: pa.Array, sources: pa.Array) -> pa.Table:
+    """Returns rows as a shard holds them.
 
     Args:
         pixels: (N, C, H, W) uint8.
+        labels: strings, null without one.
+        sources: strings.
     """
-    count, channels, image_size, _ = pixels.shape
-    schema = shard_schema(channels, image_size, plan)
-    width = channels * image_size**2
-    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), count, [None, pa.py_buffer(np.ascontiguousarray(pixels))])
-    table = pa.table([column, pa.array(labels, pa.string()), pa.array(sources, pa.string())], schema=schema)
-    write_table(path, table, row_group_size=max(1, ROW_GROUP_BYTES // width))
-    return describe_shard(path, pixels, labels, sources)
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(recipe.row_bytes), len(pixels), [None, pa.py_buffer(np.ascontiguousarray(pixels))])
+    return pa.table([column, labels, sources], schema=shard_schema(recipe))
 
 
-def write_table(path: Location, table: pa.Table, row_group_size: int | None = None) -> None:
-    """Writes a parquet file atomically."""
-    with path.staged() as staging:
-        pq.write_table(table, staging, compression="none", use_dictionary=["label"], row_group_size=row_group_size, write_statistics=False)
+def write_shard(shards: Location, table: pa.Table, recipe: PixelRecipe, split: Split, staging: Location | None = None) -> Shard:
+    """Writes rows to the folder of shards, atomically, under a name made of their content.
+
+    Args:
+        table: of `shard_table`.
+        staging: folder for the file while it is written.
+    """
+    content = pixels_bytes(table, max(1, ROW_GROUP_BYTES // recipe.row_bytes))
+    sha256 = hashlib.sha256(content).hexdigest()
+    name = f"{sha256[:32]}.parquet"
+    (shards / name).write_bytes(content, staging=staging)
+    return Shard(name=name, split=split, rows=table.num_rows, bytes=len(content), sha256=sha256)
 
 
-def describe_shard(path: Location, pixels: np.ndarray, labels: Sequence[str | None], sources: Sequence[str]) -> Shard:
-    """Returns the manifest's entry for a shard that was just written or read back."""
-    raw = path.read_bytes()
-    content = hashlib.sha256(np.ascontiguousarray(pixels).data)
-    content.update(json.dumps([list(labels), list(sources)], ensure_ascii=False).encode())
-    names, counts = np.unique([label or "" for label in labels], return_counts=True)
-    return Shard(
-        name=path.name,
-        rows=len(labels),
-        bytes=len(raw),
-        sha256=hashlib.sha256(raw).hexdigest(),
-        content_sha256=content.hexdigest(),
-        labels={str(name): int(count) for name, count in zip(names, counts, strict=True)},
-    )
-
-
-def read_shard(path: Location) -> tuple[np.ndarray, list[str | None], list[str], str]:
-    """Reads a whole shard: pixels (N, C, H, W) uint8, labels, sources, plan.
+def read_shard(path: Location, columns: Sequence[str] = ("pixels", "label", "source")) -> pa.Table:
+    """Reads a whole shard.
 
     Raises:
         DataError: if the file is no shard.
     """
     try:
-        table = pq.read_table(path.path, memory_map=True) if path.is_local else pq.read_table(pa.BufferReader(path.read_bytes()))
-        metadata = table.schema.metadata
-        channels, height, width = json.loads(metadata[b"ddpm.shape"])
-        pixels = column_pixels(table.column("pixels"), (channels, height, width))
-        return pixels, table.column("label").to_pylist(), table.column("source").to_pylist(), metadata[b"ddpm.plan"].decode()
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        source = path.path if path.is_local else pa.BufferReader(path.read_bytes())
+        return pq.ParquetFile(source, memory_map=path.is_local).read(columns=list(columns), use_threads=False)
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a readable shard ({error}); delete it and run preprocess again") from error
 
 
@@ -158,20 +201,58 @@ def column_pixels(column: pa.ChunkedArray, shape: tuple[int, int, int]) -> np.nd
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, *shape), np.uint8), *parts])
 
 
-def dataset_digest(image_size: int, channels: int, shards: Sequence[Shard]) -> str:
-    """Returns the digest of a dataset's rows: 16 hexadecimal digits."""
-    parts = [f"{channels}x{image_size}x{image_size}", *(f"{shard.rows}:{shard.content_sha256}" for shard in shards)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Returns a table without pixels as the bytes of a parquet file, equal for equal tables."""
+    sink = io.BytesIO()
+    pq.write_table(table.combine_chunks(), sink, compression="zstd", row_group_size=1 << 18, write_statistics=False)
+    return sink.getvalue()
 
 
-def write_quarantine(folder: Location, bad: Sequence[BadFile]) -> None:
-    """Writes the list of files that were left out, atomically; an empty list writes an empty table."""
-    write_table(folder / QUARANTINE, pa.Table.from_pylist([line.model_dump() for line in bad], schema=QUARANTINE_SCHEMA))
+def pixels_bytes(table: pa.Table, row_group_size: int) -> memoryview:
+    """Returns rows with pixels as the bytes of a parquet file, equal for equal rows."""
+    sink = io.BytesIO()
+    pq.write_table(table.combine_chunks(), sink, compression="none", use_dictionary=["label"], row_group_size=row_group_size, write_statistics=False)
+    return sink.getbuffer()
+
+
+def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads a whole parquet file. Raises OSError or ArrowException if that fails."""
+    return pq.ParquetFile(pa.BufferReader(file.read_bytes())).read(columns=None if columns is None else list(columns))
+
+
+def write_rows(folder: Location, rows: pa.Table) -> tuple[str, str]:
+    """Writes the list of a dataset's rows (ROWS_SCHEMA), atomically; returns the file's name and its SHA-256."""
+    content = parquet_bytes(rows.cast(ROWS_SCHEMA))
+    sha256 = hashlib.sha256(content).hexdigest()
+    name = f"rows-{sha256[:DIGEST_LENGTH]}.parquet"
+    (folder / name).write_bytes(content)
+    return name, sha256
+
+
+def read_rows(folder: Location, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads the list of a dataset's rows, in their order.
+
+    Raises:
+        DataError: if it is not there or not the one that the manifest names.
+    """
+    file = folder / manifest.rows_file
+    try:
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != manifest.rows_sha256:
+            raise DataError(f"{file} does not match the checksum in {MANIFEST}; delete the dataset and run preprocess again")
+        return pq.ParquetFile(pa.BufferReader(content)).read(columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file} cannot be read ({error}); delete the dataset and run preprocess again") from error
+
+
+def write_quarantine(folder: Location, bad: pa.Table) -> None:
+    """Writes the list of files that were left out (QUARANTINE_SCHEMA), atomically."""
+    (folder / QUARANTINE).write_bytes(parquet_bytes(bad.cast(QUARANTINE_SCHEMA)))
 
 
 def read_quarantine(folder: Location) -> list[BadFile]:
     """Returns the files that were left out of a dataset."""
-    return [BadFile.model_validate(line) for line in pq.read_table(pa.BufferReader((folder / QUARANTINE).read_bytes())).to_pylist()]
+    return [BadFile.model_validate(line) for line in read_table(folder / QUARANTINE).to_pylist()]
 
 
 def write_manifest(folder: Location, manifest: Manifest) -> None:
@@ -197,15 +278,20 @@ def check_whole(folder: Location, manifest: Manifest) -> None:
     Raises:
         DataError: naming the first that is not.
     """
-    found = folder.files()
+    if not (folder / manifest.rows_file).is_file():
+        raise DataError(f"{folder / manifest.rows_file} is missing; run preprocess again")
+    found = (folder.parent / SHARDS).files()
     for shard in manifest.shards:
         if found.get(shard.name) != shard.bytes:
-            raise DataError(f"{folder / shard.name} is missing or not {shard.bytes} bytes as {MANIFEST} says; delete the dataset and run preprocess again")
+            path = shard_location(folder, shard.name)
+            raise DataError(f"{path} is missing or not {shard.bytes} bytes as {MANIFEST} says; run preprocess again")
 
 
-def iterate_pixels(folder: Location, manifest: Manifest, batch_size: int) -> Iterator[np.ndarray]:
-    """Yields all pixels in row order, at most batch_size rows at a time, (B, C, H, W) uint8; no batch spans two shards."""
-    for shard in manifest.shards:
-        pixels = read_shard(folder / shard.name)[0]
-        for first in range(0, len(pixels), batch_size):
-            yield pixels[first : first + batch_size]
+def datasets(storage: Location) -> Iterator[tuple[Location, Manifest]]:
+    """Yields every dataset below a storage root with its manifest, in the order of their folders."""
+    root = storage / "datasets"
+    for source in root.folders():
+        for version in (root / source).folders():
+            folder = root / source / version
+            if (folder / MANIFEST).is_file():
+                yield folder, read_manifest(folder)

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from support import write_dataset
 from components.data.batches import Batch, BatchPlan
 from components.data.order import RowOrder
 from components.data.reader import RowReader
-from components.data.shards import Manifest, iterate_pixels
+from components.data.shards import Manifest
 from components.storage import Location
 
 
@@ -29,7 +30,7 @@ def test_rows_by_number_are_the_rows_that_were_written(dataset: tuple[Location, 
     rows = np.random.default_rng(1).permutation(107)
     assert np.array_equal(RowReader(folder, manifest).pixels(rows), pixels[rows])
     assert np.array_equal(RowReader(folder, manifest, cache_bytes=1).pixels(rows), pixels[rows])
-    assert np.array_equal(np.concatenate(list(iterate_pixels(folder, manifest, 7))), pixels)
+    assert np.array_equal(np.concatenate(list(RowReader(folder, manifest).batches(7))), pixels)
 
 
 def test_a_row_outside_the_dataset_is_refused(dataset: tuple[Location, Manifest, np.ndarray]):
@@ -56,7 +57,10 @@ def test_the_thread_that_reads_ahead_gives_the_same_batches(dataset: tuple[Locat
 
 
 def test_an_error_of_the_reading_thread_reaches_the_caller(dataset: tuple[Location, Manifest, np.ndarray], tmp_path: Path):
-    reader = RowReader(Location.of(tmp_path), dataset[1])
+    folder, manifest, _ = dataset
+    (tmp_path / "set").mkdir()
+    shutil.copy(folder.path / manifest.rows_file, tmp_path / "set")
+    reader = RowReader(Location.of(tmp_path / "set"), manifest)
     with pytest.raises(FileNotFoundError):
         next(plan().batches(reader, range(2), range(4)))
 

@@ -14,7 +14,7 @@ from support import ROOT, write_dataset
 
 from components.data.copies import Copies
 from components.data.reader import RowReader
-from components.data.shards import Manifest, check_whole, read_manifest, read_shard
+from components.data.shards import Manifest, check_whole, column_pixels, read_manifest, read_shard, shard_location
 from components.errors import DataError
 from components.storage import Location
 
@@ -94,11 +94,11 @@ def test_a_dataset_is_the_same_wherever_it_lies(root: Location, tmp_path: Path):
     assert manifest.digest == make_dataset(Location.of(tmp_path / "other"))[0].digest
     assert read_manifest(root / "set") == manifest
     check_whole(root / "set", manifest)
-    assert np.array_equal(read_shard(root / "set" / manifest.shards[1].name)[0], pixels[20:40])
+    assert np.array_equal(column_pixels(read_shard(shard_location(root / "set", manifest.shards[1].name))["pixels"], manifest.shape), pixels[20:40])
     rows = np.random.default_rng(1).permutation(60)
     assert np.array_equal(RowReader(root / "set", manifest, copies=Copies(tmp_path / "copies", 1 << 20)).pixels(rows), pixels[rows])
-    (root / "set" / manifest.shards[1].name).remove()
-    with pytest.raises(DataError, match=r"shard-00001\.parquet is missing"):
+    shard_location(root / "set", manifest.shards[1].name).remove()
+    with pytest.raises(DataError, match=rf"{manifest.shards[1].name} is missing"):
         check_whole(root / "set", manifest)
 
 
@@ -109,7 +109,7 @@ def test_copies_stay_within_their_limit_and_the_longest_unused_go_first(root: Lo
     copies = Copies(tmp_path / "copies", 2 * manifest.shards[0].bytes + 100)
     for shard in (0, 1, 0, 2):
         entry = manifest.shards[shard]
-        copies.use(root / "set" / entry.name, entry.sha256, Path.read_bytes)
+        copies.use(shard_location(root / "set", entry.name), entry.sha256, Path.read_bytes)
         os.utime(tmp_path / "copies" / entry.sha256, (shard + 1e9 + (shard == 0) * 5, shard + 1e9 + (shard == 0) * 5))
     held = {path.name for path in (tmp_path / "copies").iterdir() if not path.name.endswith(".lock")}
     assert held == {manifest.shards[0].sha256, manifest.shards[2].sha256}
@@ -120,9 +120,10 @@ def test_a_copy_that_is_not_what_the_manifest_says_is_refused(root: Location, tm
     if root.is_local:
         pytest.skip("files on disk are not copied")
     manifest, _ = make_dataset(root / "set")
-    (root / "set" / "shard-00000.parquet").write_bytes(b"other")
-    with pytest.raises(DataError, match=r"shard-00000\.parquet does not match the checksum"):
-        Copies(tmp_path / "copies", 1 << 20).use(root / "set" / "shard-00000.parquet", manifest.shards[0].sha256, Path.read_bytes)
+    shard = shard_location(root / "set", manifest.shards[0].name)
+    shard.write_bytes(b"other")
+    with pytest.raises(DataError, match=rf"{shard.name} does not match the checksum"):
+        Copies(tmp_path / "copies", 1 << 20).use(shard, manifest.shards[0].sha256, Path.read_bytes)
     assert not [path for path in (tmp_path / "copies").iterdir() if not path.name.endswith(".lock")]
 
 
@@ -140,7 +141,7 @@ def test_processes_of_a_node_share_copies_even_where_the_limit_is_far_too_small(
     if root.is_local:
         pytest.skip("files on disk are not copied")
     manifest, _ = make_dataset(root / "set")
-    work = json.dumps([(str(root / "set" / shard.name), shard.sha256) for shard in manifest.shards] * 10)
+    work = json.dumps([(str(shard_location(root / "set", shard.name)), shard.sha256) for shard in manifest.shards] * 10)
     command = [sys.executable, "-c", USE, str(tmp_path / "copies"), work]
     with contextlib.ExitStack() as stack:
         users = [stack.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)) for _ in range(3)]

@@ -223,7 +223,7 @@ def test_what_the_cluster_does_not_have_is_said_within_ten_seconds_with_what_it_
         (["data.source=my/photos"], {}, "", "data.source=my/photos is relative to this machine's folder"),
         (["cluster.storage=s3://key:secret@bucket/x"], {}, "", "put them into the AWS_"),
         ([], {"MLFLOW_TRACKING_URI": "file:///mlruns"}, "", "MLFLOW_TRACKING_URI=file:///mlruns is on this machine only"),
-        (["data.source=s3://bucket/photos"], {}, "", "data.source=s3://bucket/photos is not read from there"),
+        (["data.root=s3://bucket/sets"], {}, "", "data.root=s3://bucket/sets is not read from there"),
         (["cluster.storage=s3://my bucket/x"], {}, "", "this is no bucket"),
         ([], {"MLFLOW_TRACKING_URI": "http://user:planted@host"}, "", "MLFLOW_TRACKING_URI holds a user, password or option"),
     ],

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import a_manifest
 
 from components.data.batches import Batch
-from components.data.shards import Manifest
+from components.data.images import PixelRecipe
 from components.diffusion.schedule import DiffusionConfig
 from components.model.checkpoint import write_checkpoint
 from components.model.unet import UNetConfig
@@ -14,21 +15,7 @@ from components.storage import Location
 from pipeline.train import TrainConfig, TrainPlan
 from pipeline.train_loop import Trainer, make_trainer, resolve_precision
 
-MANIFEST = Manifest(
-    digest="d",
-    plan="p",
-    source="s",
-    image_size=8,
-    channels=1,
-    num_rows=9,
-    num_listed=9,
-    num_quarantined=0,
-    num_ignored=0,
-    ignored={},
-    quarantined={},
-    labels={},
-    shards=(),
-)
+MANIFEST = a_manifest(PixelRecipe(image_size=8, mode="L"), 0, rows_file="", rows_sha256="", shards=())
 CPU = torch.device("cpu")
 
 

@@ -98,9 +98,9 @@ def test_a_folder_where_every_image_is_bad_ends_with_its_names(run: Run, tmp_pat
         (tmp_path / "bad" / f"{number}.jpg").write_bytes(b"")
     code, _, err = run("run", "digits", f"data.source={tmp_path / 'bad'}")
     assert code == 2
-    assert "3 of 3 images are bad, the first 0.jpg (not_an_image" in err
+    assert "3 of 3 files are bad (3 not_an_image), the first 0.jpg (not_an_image: the file is empty)" in err
     assert list(tmp_path.glob("storage/datasets/*/quarantine.parquet"))
-    assert not list(tmp_path.glob("storage/datasets/*/manifest.json"))
+    assert not list(tmp_path.glob("storage/datasets/*/*/manifest.json"))
 
 
 def test_a_namesake_of_a_package_is_refused(tmp_path: Path):

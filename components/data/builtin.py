@@ -1,0 +1,111 @@
+"""Datasets with a name: those that torchvision knows, and the digits that scikit-learn ships."""
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from .listing import Item, Listing, ListingBuilder
+
+TORCHVISION = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "celeba": "CelebA"}
+
+
+@dataclass(frozen=True)
+class TorchvisionSource:
+    """The training part of a dataset that torchvision knows; it checks its files' MD5 sums before it opens them."""
+
+    name: str
+    root: str
+
+    @property
+    def is_remote(self) -> bool:
+        return False
+
+    def listing(self) -> Listing:
+        return _numbered(f"{self.name}#%07d", _torchvision_labels(self.name, self.root), -1)
+
+    def open(self) -> None:
+        _torchvision(self.name, self.root)
+
+    def fetch(self, path: str) -> np.ndarray:
+        image = _torchvision(self.name, self.root)[int(path.rpartition("#")[2])][0]
+        return np.asarray(image)
+
+
+@dataclass(frozen=True)
+class DigitsSource:
+    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships (UCI Optical Recognition of Handwritten Digits, test part)."""
+
+    @property
+    def is_remote(self) -> bool:
+        return False
+
+    def listing(self) -> Listing:
+        return _numbered("digits#%04d", [str(target) for target in _digits()[1]], 64)
+
+    def open(self) -> None:
+        _digits()
+
+    def fetch(self, path: str) -> np.ndarray:
+        return _digits()[0][int(path.rpartition("#")[2])]
+
+
+def _numbered(form: str, labels: Sequence[str | None], size: int) -> Listing:
+    builder = ListingBuilder()
+    for row, label in enumerate(labels):
+        builder.add(Item(form % row, label, size, ""))
+    return builder.build({})
+
+
+@lru_cache(maxsize=1)
+def _torchvision(name: str, root: str) -> Any:
+    import torchvision
+
+    options: dict[str, Any] = {"split": "train"} if name == "celeba" else {"train": True}
+    factory = getattr(torchvision.datasets, TORCHVISION[name])
+    try:
+        with _alone(root):
+            try:
+                return factory(root, download=False, **options)
+            except RuntimeError:
+                return factory(root, download=True, **options)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"data.source={name} is not under data.root={root}, and could not be downloaded ({error}); "
+            f"put torchvision's {TORCHVISION[name]} files there, or name a folder of images"
+        ) from error
+
+
+@contextmanager
+def _alone(root: str) -> Iterator[None]:
+    """Keeps the processes of a machine from unpacking the same download at once; a folder that cannot be written holds one already."""
+    try:
+        os.makedirs(root, exist_ok=True)
+        lock = open(os.path.join(root, ".lock"), "w")  # noqa: SIM115
+    except OSError:
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _torchvision_labels(name: str, root: str) -> list[str | None]:
+    dataset = _torchvision(name, root)
+    if name == "celeba":
+        return [None] * len(dataset)
+    return [dataset.classes[int(target)] for target in dataset.targets]
+
+
+@lru_cache(maxsize=1)
+def _digits() -> tuple[np.ndarray, list[int]]:
+    from sklearn.datasets import load_digits
+
+    values, targets = load_digits(return_X_y=True)
+    return (np.asarray(values).reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8), np.asarray(targets).tolist()

@@ -1,0 +1,358 @@
+"""Decoding in a process of its own, so that an image that kills its decoder takes no other with it.
+
+The two processes share memory: a record and the pixels of each image. The child notes which image it begins; when it dies, the parent knows whose
+fault it was, tries that image once more, and after a second death leaves it out with the reason `crashed`.
+"""
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ..errors import DataError
+from .images import PixelRecipe, decode, prepare_process
+from .listing import Item
+from .sources import Source, source_from_json, source_to_json
+
+BYTES_PER_PIXEL, SPARE_BYTES = 24, 256 << 20
+FILE_S, POLL_S = 300.0, 5.0
+READ_AHEAD, READ_AHEAD_BYTES, UNKNOWN_BYTES = 16, 64 << 20, 1 << 20
+ATTEMPTS = 2
+_WAITING, _BEGUN, _ROW, _BAD, _SAME = range(5)
+_DETAIL = 400
+_RECORD = np.dtype([("state", "u1"), ("sha256", "V32"), ("pixels", "V16"), ("reason", "S24"), ("detail", f"S{_DETAIL}")])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one file.
+
+    Attributes:
+        sha256: of its content, None where it could not be read.
+        pixels_hash: of its pixels (BLAKE2b, 16 bytes), None where there are none.
+        reason: why it is no row; None where it is one, or where its content is the one that was known.
+        is_same: whether its content is the one that was known, so that it was not decoded.
+    """
+
+    sha256: bytes | None
+    pixels_hash: bytes | None
+    reason: str | None
+    detail: str | None
+    is_same: bool
+
+
+def memory_limit(recipe: PixelRecipe) -> int:
+    """Returns how many bytes a decoder may take on top of what it has when it starts."""
+    return BYTES_PER_PIXEL * recipe.max_pixels + SPARE_BYTES
+
+
+class Decoder:
+    """A child process that fetches and decodes images; it starts with the first of them and ends with this process.
+
+    Args:
+        capacity: most images of one call.
+    """
+
+    def __init__(self, source: Source, recipe: PixelRecipe, capacity: int) -> None:
+        self._task = json.dumps({"source": source_to_json(source), "recipe": recipe.model_dump(mode="json"), "capacity": capacity})
+        self._file = _shared_file(capacity * (_RECORD.itemsize + recipe.row_bytes))
+        self._records, self._pixels = _map(self._file.fileno(), recipe, capacity)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._reports = -1
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the decoder
+
+    def decode(self, items: Sequence[Item], known: Sequence[bytes | None]) -> tuple[list[Outcome], np.ndarray]:
+        """Decodes images; returns one outcome for each, and the pixels (N, C, H, W) uint8, of use where there is no reason, until the next call.
+
+        Args:
+            known: content (SHA-256) that need not be decoded, None where any content must be.
+
+        Raises:
+            DataError: if the source itself is not there.
+            RuntimeError: if the child fails otherwise than by dying on an image.
+        """
+        self._records[: len(items)] = np.zeros(1, _RECORD)
+        deaths: Counter[int] = Counter()
+        first = 0
+        while first < len(items):
+            cause = self._run(items, known, first)
+            if cause is None:
+                break
+            first = self._blame(cause, deaths, len(items))
+        return [_outcome(record) for record in self._records[: len(items)]], self._pixels[: len(items)]
+
+    def close(self) -> None:
+        """Ends the child; the decoder is of no use any more."""
+        self._stop()
+        self._file.close()
+        self._errors.close()
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            os.close(self._reports)
+            if self._child.stdin is not None:
+                with contextlib.suppress(OSError):
+                    self._child.stdin.close()
+            self._child = None
+
+    def _run(self, items: Sequence[Item], known: Sequence[bytes | None], first: int) -> str | None:
+        """Has the child do the images from one on; returns None when they are done, else what ended it."""
+        child = self._started()
+        request = {"first": first, "items": items, "known": [None if one is None else one.hex() for one in known]}
+        try:
+            assert child.stdin is not None
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.flush()
+            answer = self._answer(len(items))
+        except BrokenPipeError:
+            answer = b""
+        if answer.startswith(b"{"):
+            failure = json.loads(answer)
+            if failure:
+                raise DataError(failure["message"], failure["reason"])
+            return None
+        return self._end(answer.decode())
+
+    def _answer(self, count: int) -> bytes:
+        """Waits for the child's line; returns b"" when it died and the reason when it was stuck on one image for too long."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._reports, selectors.EVENT_READ)
+            seen, since, line = -1, time.monotonic(), b""
+            while not line.endswith(b"\n"):
+                if selector.select(timeout=POLL_S):
+                    part = os.read(self._reports, 1 << 16)
+                    if not part:
+                        return b""
+                    line += part
+                    continue
+                done = int(np.count_nonzero(self._records["state"][:count] > _BEGUN))
+                if done != seen:
+                    seen, since = done, time.monotonic()
+                elif time.monotonic() - since > FILE_S:
+                    return f"was not done after {FILE_S:.0f} seconds".encode()
+        return line
+
+    def _end(self, reason: str) -> str:
+        """Ends a child that died or must; returns what is to be said of the image it was at."""
+        child = self._child
+        assert child is not None
+        if reason:
+            child.kill()
+        code = child.wait()
+        self._stop()
+        if reason:
+            return reason
+        if code >= 0:
+            self._errors.seek(0)
+            raise RuntimeError(f"the decoder ended with exit code {code}: {self._errors.read()[-4000:].decode(errors='replace')}")
+        return f"ended its decoder by signal {-code} ({signal.Signals(-code).name})"
+
+    def _blame(self, cause: str, deaths: Counter[int], count: int) -> int:
+        """Returns where to go on after the child's death."""
+        begun = np.flatnonzero(self._records["state"][:count] == _BEGUN)
+        if not len(begun):
+            deaths[-1] += 1
+            if deaths[-1] > ATTEMPTS:
+                raise RuntimeError(f"the decoder dies before it begins: {cause}")
+            left = np.flatnonzero(self._records["state"][:count] == _WAITING)
+            return int(left[0]) if len(left) else count
+        at = int(begun[0])
+        deaths[at] += 1
+        if deaths[at] < ATTEMPTS:
+            self._records[at] = np.zeros(1, _RECORD)[0]
+            return at
+        record = self._records[at : at + 1]
+        record["state"], record["reason"], record["detail"] = _BAD, b"crashed", f"{cause}, {ATTEMPTS} times".encode()
+        return at + 1
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        if self._child is not None:
+            return self._child
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._reports, reports = os.pipe()
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(self._file.fileno()), str(reports)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            pass_fds=(self._file.fileno(), reports),
+            env=environment,
+        )
+        os.close(reports)
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write(self._task.encode() + b"\n")
+        return self._child
+
+
+def _outcome(record: np.void) -> Outcome:
+    state, sha256 = int(record["state"]), record["sha256"].tobytes()
+    has_content = sha256 != bytes(32)
+    return Outcome(
+        sha256 if has_content else None,
+        record["pixels"].tobytes() if state == _ROW else None,
+        record["reason"].decode() if state == _BAD else None,
+        record["detail"].decode("utf-8", "replace") if state == _BAD else None,
+        state == _SAME,
+    )
+
+
+def _shared_file(size: int) -> IO[bytes]:
+    """Returns a file without a name, in memory where the system has such."""
+    file = os.fdopen(os.memfd_create("ddpm-decoder"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()  # noqa: SIM115
+    file.truncate(size)
+    return file
+
+
+def _map(file: int, recipe: PixelRecipe, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the records (N,) and pixels (N, C, H, W) uint8 that lie in a file."""
+    memory = mmap.mmap(file, capacity * (_RECORD.itemsize + recipe.row_bytes))
+    records = np.frombuffer(memory, _RECORD, capacity)
+    shape = (capacity, recipe.channels, recipe.image_size, recipe.image_size)
+    return records, np.frombuffer(memory, np.uint8, capacity * recipe.row_bytes, capacity * _RECORD.itemsize).reshape(shape)
+
+
+class _Child:
+    """The other side of a Decoder."""
+
+    def __init__(self, memory: int, reports: int) -> None:
+        task = json.loads(sys.stdin.buffer.readline())
+        self._source = source_from_json(task["source"])
+        self._recipe = PixelRecipe.model_validate(task["recipe"])
+        self._records, self._pixels = _map(memory, self._recipe, task["capacity"])
+        self._reports = reports
+        self._is_open = False
+        prepare_process()
+        _limit_memory(memory_limit(self._recipe))
+
+    def serve(self) -> None:
+        """Answers each request with a line: an empty object, or why the source is not there."""
+        for line in sys.stdin.buffer:
+            request = json.loads(line)
+            try:
+                if not self._is_open:
+                    self._source.open()
+                    self._is_open = True
+                self._do([Item(*item) for item in request["items"]], request["known"], request["first"])
+                answer = {}
+            except DataError as error:
+                answer = {"message": str(error), "reason": error.reason}
+            os.write(self._reports, json.dumps(answer).encode() + b"\n")
+
+    def _do(self, items: list[Item], known: list[str | None], first: int) -> None:
+        with _contents(self._source, items[first:], memory_limit(self._recipe) // 3) as contents:
+            for index in range(first, len(items)):
+                self._records["state"][index] = _BEGUN
+                try:
+                    state = self._one(index, next(contents), known[index])
+                except DataError as error:
+                    state = self._note(index, error.reason, str(error))
+                except MemoryError:
+                    state = self._note(index, "too_large", f"needs more than {memory_limit(self._recipe) >> 20} MiB of memory to decode")
+                self._records["state"][index] = state
+
+    def _one(self, index: int, content: "bytes | np.ndarray | DataError", known: str | None) -> int:
+        if isinstance(content, DataError):
+            raise content
+        sha256 = _content_hash(content)
+        self._records["sha256"][index] = np.void(sha256)
+        if known is not None and sha256.hex() == known:
+            return _SAME
+        self._pixels[index] = decode(content, self._recipe)
+        self._records["pixels"][index] = np.void(hashlib.blake2b(self._pixels[index].data, digest_size=16).digest())
+        return _ROW
+
+    def _note(self, index: int, reason: str, detail: str) -> int:
+        self._records["reason"][index] = reason.encode()
+        self._records["detail"][index] = detail.encode("utf-8", "backslashreplace")[:_DETAIL]
+        return _BAD
+
+
+def _content_hash(content: bytes | np.ndarray) -> bytes:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).digest()
+    return hashlib.sha256(repr(content.shape).encode() + np.ascontiguousarray(content).tobytes()).digest()
+
+
+@contextlib.contextmanager
+def _contents(source: Source, items: list[Item], most_bytes: int) -> "Iterator[Iterator[bytes | np.ndarray | DataError]]":
+    """Gives a block the contents of files in turn; from a remote source several are fetched ahead, within a bound of memory."""
+    if not source.is_remote:
+        yield (_fetch(source, item, most_bytes) for item in items)
+        return
+    with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="fetch") as pool:
+        yield _fetched_ahead(pool, source, items, most_bytes)
+
+
+def _fetched_ahead(pool: ThreadPoolExecutor, source: Source, items: list[Item], most_bytes: int) -> "Iterator[bytes | np.ndarray | DataError]":
+    waiting: deque[tuple[int, Future[bytes | np.ndarray | DataError]]] = deque()
+    held, left = 0, iter(items)
+    item = next(left, None)
+    while item is not None or waiting:
+        while item is not None and (not waiting or (held + _weight(item) <= READ_AHEAD_BYTES and len(waiting) < 2 * READ_AHEAD)):
+            waiting.append((_weight(item), pool.submit(_fetch, source, item, most_bytes)))
+            held += _weight(item)
+            item = next(left, None)
+        weight, content = waiting.popleft()
+        held -= weight
+        yield content.result()
+
+
+def _weight(item: Item) -> int:
+    return item.size if item.size >= 0 else UNKNOWN_BYTES
+
+
+def _fetch(source: Source, item: Item, most_bytes: int) -> "bytes | np.ndarray | DataError":
+    if item.size > most_bytes:
+        return DataError(f"the file has {item.size} bytes; above {most_bytes} it is not read, as data.max_pixels says", "too_large")
+    try:
+        return source.fetch(item.path)
+    except DataError as error:
+        return error
+
+
+def _limit_memory(limit: int) -> None:
+    """Keeps this process from taking more memory than a limit on top of what it has."""
+    try:
+        import resource
+
+        held = next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+        resource.setrlimit(resource.RLIMIT_DATA, (held + limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    except (ImportError, OSError, ValueError, StopIteration):
+        return  # no such limit on this system
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(0)
+
+
+def main() -> None:
+    """Runs the child: the numbers of the shared memory and of the pipe for reports are its arguments."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="watch", daemon=True).start()
+    _Child(int(sys.argv[1]), int(sys.argv[2])).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Parquet files with images, on disk and on a real S3 server."""
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from servers import S3Server
+
+from components.data.listing import items_of
+from components.data.sources import DataConfig, list_source
+from components.errors import DataError
+from components.storage import Location
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.fixture(params=["disk", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Location:
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    return Location.of(tmp_path / "root") if request.param == "disk" else Location.of(f"s3://{s3.bucket}/{tmp_path.name}")
+
+
+def encoded(row: int) -> bytes:
+    return b"image %d" % row
+
+
+def write(file: Location, columns: dict[str, Sequence[object] | pa.Array], metadata: dict[str, str] | None = None) -> None:
+    with file.staged() as staging:
+        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), staging, row_group_size=2)
+
+
+def images(rows: range) -> pa.Array:
+    return pa.array([{"bytes": encoded(row), "path": f"{row}.png"} for row in rows], IMAGE)
+
+
+def labels_of(root: Location, column: str = "label") -> list[str | None]:
+    return [item.label for item in items_of(list_source(DataConfig(source=str(root), label_column=column))[1].table)]
+
+
+@pytest.mark.parametrize("column", ["image", "img"])
+def test_a_hub_export_is_read_with_its_class_names(root: Location, column: str):
+    names = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["ant", "bee"], "_type": "ClassLabel"}}}})}
+    write(root / "deep" / "train-1.parquet", {column: images(range(5, 8)), "label": [0, 7, None]}, names)
+    write(root / "deep" / "train-0.parquet", {column: images(range(5)), "label": [row % 2 for row in range(5)]}, names)
+    (root / "README.md").write_text("x")
+    source, listing = list_source(DataConfig(source=str(root)))
+    source.open()
+    found = list(items_of(listing.table))
+    assert [item.path for item in found][:2] == ["deep/train-0.parquet#000000000", "deep/train-0.parquet#000000001"]
+    assert [item.label for item in found] == ["ant", "bee", "ant", "bee", "ant", "ant", "7", None]
+    assert [source.fetch(item.path) for item in found] == [encoded(row) for row in range(8)]
+    assert listing.ignored == {".md": 1}
+
+
+def test_rows_are_fetched_by_many_threads_in_any_order(root: Location):
+    write(root / "a.parquet", {"image": images(range(40))})
+    source, listing = list_source(DataConfig(source=str(root)))
+    paths = [item.path for item in items_of(listing.table)] * 3
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.fetch, reversed(paths))) == [encoded(row) for row in range(39, -1, -1)] * 3
+
+
+def test_rows_are_listed_in_the_order_of_their_file(root: Location):
+    write(root / "a.parquet", {"image": images(range(1001)), "label": [str(row) for row in range(1001)]})
+    assert labels_of(root) == [str(row) for row in range(1001)]
+
+
+def test_a_rewritten_file_changes_the_listing(root: Location):
+    digests = set()
+    for first in (0, 1):
+        write(root / "a.parquet", {"image": images(range(first, first + 3))})
+        digests.add(list_source(DataConfig(source=str(root)))[1].digest())
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["", "x", None], [None, "x", None]),
+        ([1.5, None, 2.0], ["1.5", None, "2.0"]),
+        ([b"a", b"", b"\xff"], ["a", None, r"\xff"]),
+        ([[1, 2], None, []], ["[1, 2]", None, "[]"]),
+        (pa.array(["x", None, "x"]).dictionary_encode(), ["x", None, "x"]),
+        (pa.nulls(3), [None] * 3),
+    ],
+)
+def test_labels_of_any_type_become_text(root: Location, values: Sequence[object], expected: list[str | None]):
+    write(root / "a.parquet", {"image": images(range(3)), "kind": values})
+    assert labels_of(root, "kind") == expected
+    assert labels_of(root) == [None] * 3
+
+
+def test_plain_bytes_are_read_where_the_column_is_named(root: Location):
+    write(root / "a.parquet", {"jpg": [encoded(0), encoded(1)], "other": [b"x", b"y"]})
+    with pytest.raises(DataError, match=r"a\.parquet has 0 columns of type struct<bytes, path>.*set data\.image_column"):
+        list_source(DataConfig(source=str(root)))
+    with pytest.raises(DataError, match=r"data\.image_column=png is no image column of a\.parquet"):
+        list_source(DataConfig(source=str(root), image_column="png"))
+    source, listing = list_source(DataConfig(source=str(root), image_column="jpg"))
+    assert [source.fetch(item.path) for item in items_of(listing.table)] == [encoded(0), encoded(1)]
+
+
+def test_a_parquet_file_that_is_none_is_named(root: Location):
+    (root / "bad.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match=r"bad\.parquet is not a readable parquet file"):
+        list_source(DataConfig(source=str(root)))
+
+
+def test_a_fifo_never_blocks_and_a_name_of_no_encoding_is_read(tmp_path: Path):
+    name = b"caf\xe9.parquet"
+    write(Location.of(tmp_path / "a.parquet"), {"image": images(range(2))})
+    os.rename(tmp_path / "a.parquet", os.path.join(os.fsencode(tmp_path), name))
+    source, listing = list_source(DataConfig(source=str(tmp_path)))
+    assert [source.fetch(item.path) for item in items_of(listing.table)] == [encoded(0), encoded(1)]
+    os.mkfifo(tmp_path / "fifo.parquet")
+    with pytest.raises(DataError, match=r"fifo\.parquet is not a readable parquet file \(it is no regular file"):
+        list_source(DataConfig(source=str(tmp_path)))
+
+
+def test_files_without_rows_are_named(root: Location):
+    write(root / "a.parquet", {"image": images(range(0)), "label": pa.array([], pa.string())})
+    with pytest.raises(DataError, match="holds parquet files without rows"):
+        list_source(DataConfig(source=str(root)))
+
+
+def test_a_row_without_bytes_or_file_is_unreadable(root: Location):
+    write(root / "a.parquet", {"image": pa.array([None, {"bytes": None, "path": "x"}], IMAGE)})
+    source, listing = list_source(DataConfig(source=str(root)))
+    expected = ["the row has no image bytes"] * 2 + ["FileNotFoundError: No such file or directory", "the folder could not be listed"]
+    for path, detail in zip([*(item.path for item in items_of(listing.table)), "gone.parquet#000000000", "folder"], expected, strict=True):
+        with pytest.raises(DataError, match=f"^{detail}$"):
+            source.fetch(path)
+
+
+def test_images_and_parquet_with_images_are_not_mixed_in_silence(root: Location):
+    write(root / "rows" / "a.parquet", {"image": images(range(2))})
+    for name in ("x.png", "y.png", "z.png"):
+        (root / "files" / name).write_text("x")
+    with pytest.raises(DataError, match=r"holds 3 image files and 1 parquet files with images; name the subfolder of one kind"):
+        list_source(DataConfig(source=str(root)))
+    assert len(list_source(DataConfig(source=str(root / "rows")))[1]) == 2
+    _, listing = list_source(DataConfig(source=str(root), image_column="image"))
+    assert (len(listing), listing.ignored) == (2, {"image file beside parquet": 3})
+
+
+def test_parquet_without_images_beside_images_is_counted(root: Location):
+    write(root / "labels.parquet", {"name": ["x.png"], "label": [1]})
+    (root / "broken.parquet").write_text("x")
+    (root / "x.png").write_text("x")
+    _, listing = list_source(DataConfig(source=str(root)))
+    assert [item.path for item in items_of(listing.table)] == ["x.png"]
+    assert listing.ignored == {".parquet": 2}
+
+
+def test_parquet_on_s3_is_listed_as_on_disk(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch):
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    for number in range(20):
+        write(Location.of(tmp_path / f"{number}.parquet"), {"image": images(range(number, number + 3)), "label": [number] * 3})
+    remote = Location.of(f"s3://{s3.bucket}/{tmp_path.name}-rows")
+    remote.upload(tmp_path)
+    here, there = (list_source(DataConfig(source=str(place)))[1].table for place in (tmp_path, remote))
+    assert here.drop(["stamp"]).equals(there.drop(["stamp"]))
+    assert set(here["stamp"].to_pylist()) == {f"{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in tmp_path.iterdir()}
