@@ -1,14 +1,22 @@
-"""Grids, animations and curves."""
+"""Grids, contact sheets, animations and curves."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from .data.images import to_image
 
 GRID_GAP = 1
+CELL, CELL_GAP, MARGIN = 112, 8, 24
+MOST_ENLARGED = 8
+"""Larger squares for single pixels make an image harder to recognise."""
+NAME_WIDTH, LEAST_WIDTH = 180, 560
+TITLE_SIZE, TEXT_SIZE = 22, 15
+INK, PALE_INK, OUTLINE = (32, 33, 36), (110, 114, 120), (206, 208, 212)
 
 
 def grid(pixels: np.ndarray, columns: int, width: int = 800) -> Image.Image:
@@ -28,6 +36,73 @@ def grid(pixels: np.ndarray, columns: int, width: int = 800) -> Image.Image:
     picture = to_image(canvas)
     factor = max(1, width // picture.width)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One line of a contact sheet.
+
+    Attributes:
+        name: stands before the images, `note` below it in a paler ink.
+        pixels: (N, C, H, W) uint8, C of 1 or 3.
+    """
+
+    name: str
+    note: str
+    pixels: np.ndarray
+
+
+def contact_sheet(strips: Sequence[Strip], title: str, caption: str) -> Image.Image:
+    """Returns lines of images with their names on white, below a title; small images are scaled up by a whole factor, large ones down.
+
+    Args:
+        strips: of images of one size.
+    """
+    size = strips[0].pixels.shape[-1]
+    cell = size * min(MOST_ENLARGED, CELL // size) if size <= CELL else CELL
+    header = _header_width(strips)
+    columns = max(len(strip.pixels) for strip in strips)
+    top = MARGIN + TITLE_SIZE + TEXT_SIZE + 3 * CELL_GAP
+    width = max(LEAST_WIDTH, 2 * MARGIN + header + columns * (cell + CELL_GAP) - CELL_GAP)
+    sheet = Image.new("RGB", (width, top + len(strips) * (cell + CELL_GAP) - CELL_GAP + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    _write(draw, (MARGIN, MARGIN - 4), title, TITLE_SIZE, INK, width - 2 * MARGIN)
+    _write(draw, (MARGIN, MARGIN + TITLE_SIZE + CELL_GAP - 2), caption, TEXT_SIZE, PALE_INK, width - 2 * MARGIN)
+    for line, strip in enumerate(strips):
+        y = top + line * (cell + CELL_GAP)
+        _write(draw, (MARGIN, y + cell // 2 - TEXT_SIZE - 3), strip.name, TEXT_SIZE, INK, NAME_WIDTH)
+        _write(draw, (MARGIN, y + cell // 2 + 3), strip.note, TEXT_SIZE - 2, PALE_INK, NAME_WIDTH)
+        for column, image in enumerate(strip.pixels):
+            x = MARGIN + header + column * (cell + CELL_GAP)
+            draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline=OUTLINE)
+            sheet.paste(_scaled(to_image(image), cell), (x, y))
+    return sheet
+
+
+def _header_width(strips: Sequence[Strip]) -> int:
+    widest = max(max(_font(TEXT_SIZE).getlength(strip.name), _font(TEXT_SIZE - 2).getlength(strip.note)) for strip in strips)
+    return min(NAME_WIDTH, round(widest)) + 3 * CELL_GAP if widest else 0
+
+
+def _scaled(image: Image.Image, cell: int) -> Image.Image:
+    return image.resize((cell, cell), Image.Resampling.NEAREST if image.width <= cell else Image.Resampling.LANCZOS)
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, ink: tuple[int, int, int], width: int) -> None:
+    """Writes one line of text, its middle left out where it is too wide."""
+    font, keep, short = _font(size), min(len(text), width), text
+    while keep and font.getlength(short) > width:
+        keep -= 1
+        short = f"{text[: -(-keep // 2)]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - keep // 2 :]}"
+    draw.text(place, short, fill=ink, font=font)
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Returns the typeface that comes with Matplotlib, which has the letters of most alphabets."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], milliseconds: int = 80, hold: int = 1500) -> None:

@@ -140,6 +140,13 @@ class Location:
         info = self._info()
         return info.size if info.is_file else -1
 
+    def modified(self) -> float:
+        """Returns when a file was last written, seconds since 1970; 0 where there is no file."""
+        if self.is_local:
+            return self.path.stat().st_mtime if self.path.is_file() else 0.0
+        written = self._info().mtime
+        return written.timestamp() if written else 0.0
+
     def files(self) -> dict[str, int]:
         """Returns the files that lie directly in a folder, name -> bytes, sorted by name; none where there is no folder."""
         if self.is_local:

@@ -1,16 +1,21 @@
 """The four stages in a row. A stage whose receipt already matches its inputs is not run again."""
 
+import json
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.connect import disconnect
+from components.data.copies import Copies
+from components.data.shards import read_manifest
+from components.data.summary import dataset_sheet, quarantine_by_reason
 from components.storage import Location
 from pipeline import evaluate as evaluate_stage
 from pipeline import preprocess as preprocess_stage
@@ -27,6 +32,7 @@ from pipeline.ready import check_cluster
 from pipeline.tracking import Tracking, connect, git_commit, public_uri
 
 RUN_FILE = "mlflow_run.json"
+DATASET_FOLDER, DATASET_FILES = "dataset", ("contact.png", "quarantine.json")
 
 
 class StageReport(BaseModel):
@@ -220,6 +226,19 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
     )
 
 
+def _profile(shards: ShardSet) -> dict[str, object]:
+    """Returns what a run's page says of its dataset, a line for each."""
+    return {
+        "rows": shards.num_rows,
+        "held_out": shards.num_rows - shards.num_train,
+        "labels": shards.num_labels,
+        "quarantined": shards.quarantined or 0,
+        "ignored_files": shards.num_ignored,
+        "image": f"{shards.channels}x{shards.image_size}x{shards.image_size} uint8",
+        "source": shards.source,
+    }
+
+
 class _RunAddress(BaseModel):
     uri: str
     run_id: str
@@ -268,8 +287,24 @@ class TrackedRun:
         config, shards = self._pipeline.config, self._shards
         tags = {"config.digest": config_digest(config), "dataset.digest": shards.digest, "git.commit": git_commit(), "ddpm.folder": str(self._context.folder)}
         self.tracking.describe_run(run_id, flatten(config), tags)
-        profile = {"rows": shards.num_rows, "quarantined": shards.num_quarantined, "image": f"{shards.channels}x{shards.image_size}x{shards.image_size}"}
-        self.tracking.log_dataset(run_id, name=Path(shards.source).name or "images", digest=shards.digest, source=shards.path, profile=str(profile))
+        self.tracking.log_dataset(
+            run_id, name=Location(shards.source).name or "images", digest=shards.digest, folder=Location.of(shards.path), profile=_profile(shards)
+        )
+        self._show_dataset(run_id)
+
+    def _show_dataset(self, run_id: str) -> None:
+        """Logs what the dataset looks like and what was left out of it, unless the run has that from a call before."""
+        if self.tracking.has_files(run_id, DATASET_FOLDER, DATASET_FILES):
+            return
+        dataset, cluster = Location.of(self._shards.path), self._pipeline.config.cluster
+        manifest = read_manifest(dataset)
+        sheet = dataset_sheet(dataset, manifest, Copies.of(cluster.cache, cluster.cache_bytes))
+        reasons = {reason: asdict(found) for reason, found in quarantine_by_reason(dataset, manifest).items()}
+        with tempfile.TemporaryDirectory(prefix="ddpm-dataset-") as folder:
+            picture, lines = (Path(folder) / name for name in DATASET_FILES)
+            sheet.save(picture)
+            lines.write_text(json.dumps(reasons, indent=2) + "\n", encoding="utf-8")
+            self.tracking.log_files(run_id, Location.of(folder), DATASET_FOLDER)
 
     def __enter__(self) -> "TrackedRun":
         return self

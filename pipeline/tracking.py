@@ -1,9 +1,10 @@
 """MLflow runs: one for each trained model, written by one process, addressed by its id."""
 
+import json
 import logging
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,16 +95,36 @@ class Tracking:
                 self.client.log_batch(run_id, params=fresh[first : first + 90])
             self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
-    def log_dataset(self, run_id: str, *, name: str, digest: str, source: str, profile: str) -> None:
-        """Names the dataset that a run trains on, once."""
+    def log_dataset(self, run_id: str, *, name: str, digest: str, folder: Location, profile: Mapping[str, object]) -> None:
+        """Names the dataset that a run trains on, once.
+
+        Args:
+            profile: what there is of what, for the run's page.
+        """
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.types import ColSpec, DataType, Schema
 
         with translated(self.uri):
             inputs = self.client.get_run(run_id).inputs
             known = [entry.dataset.digest for entry in inputs.dataset_inputs] if inputs else []
-            if digest not in known:
-                dataset = Dataset(name=name, digest=digest, source_type="local", source=source, schema=None, profile=profile)
-                self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+            if digest in known:
+                return
+            columns = Schema([ColSpec(DataType.binary, "pixels"), ColSpec(DataType.string, "label", required=False), ColSpec(DataType.string, "source")])
+            dataset = Dataset(
+                name=name,
+                digest=digest,
+                source_type="local" if folder.is_local else "s3",
+                source=json.dumps({"uri": str(folder)}),  # as MLflow's own sources of these types are written, and its page reads them
+                schema=json.dumps({"mlflow_colspec": columns.to_dict()}),
+                profile=json.dumps(profile),
+            )
+            self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def has_files(self, run_id: str, artifact_path: str, names: Collection[str]) -> bool:
+        """Tells whether a run's artifacts hold all of some files of a folder."""
+        with translated(self.uri):
+            there = {file.path for file in self.client.list_artifacts(run_id, artifact_path)}
+        return {f"{artifact_path}/{name}" for name in names} <= there
 
     def log_metrics(self, run_id: str, lines: Sequence[MetricsAt]) -> None:
         """Logs (timestamp in ms, step, values) lines. Sending a line twice leaves it there once.

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,19 @@ import numpy as np
 import pyarrow as pa
 
 from components.data.images import PixelRecipe
-from components.data.shards import ROWS_SCHEMA, SHARDS, Manifest, Shard, shard_table, write_manifest, write_rows, write_shard
+from components.data.shards import (
+    QUARANTINE_SCHEMA,
+    ROWS_SCHEMA,
+    SHARDS,
+    Manifest,
+    Shard,
+    Split,
+    shard_table,
+    write_manifest,
+    write_quarantine,
+    write_rows,
+    write_shard,
+)
 from components.storage import Location
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +96,60 @@ def write_dataset(folder: Location, pieces: Sequence[np.ndarray], labels: Sequen
     manifest = a_manifest(recipe, sum(map(len, pieces)), rows_file=rows_file, rows_sha256=rows_sha256, shards=tuple(shards))
     write_manifest(folder, manifest)
     return manifest
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file of a source, by what it becomes: a row, or with a reason a line of the quarantine list."""
+
+    path: str
+    content: str = ""
+    label: str | None = None
+    split: Split = "train"
+    reason: str = ""
+
+    @property
+    def sha256(self) -> bytes:
+        return hashlib.sha256((self.content or self.path).encode()).digest()
+
+    def pixels(self, recipe: PixelRecipe) -> np.ndarray:
+        """Returns (C, H, W) values that depend on the content alone."""
+        shape = (recipe.channels, recipe.image_size, recipe.image_size)
+        return np.random.default_rng(list(self.sha256)).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_listed(folder: Location, files: Sequence[ListedFile], recipe: PixelRecipe | None = None, **fields: Any) -> Manifest:
+    """Writes a dataset of files, whose images are noise, and returns its manifest.
+
+    Args:
+        fields: of the manifest, such as `source`.
+    """
+    recipe = recipe or PixelRecipe(image_size=8, mode="L")
+    rows, bad = [file for file in files if not file.reason], [file for file in files if file.reason]
+    splits: tuple[Split, ...] = ("train", "holdout")
+    parts = [(split, [file for file in rows if file.split == split]) for split in splits]
+    shards = [write_shard(folder.parent / SHARDS, _shard_table(part, recipe), recipe, split) for split, part in parts if part]
+    places = {id(file): (number, row) for number, part in enumerate([part for _, part in parts if part]) for row, file in enumerate(part)}
+    lines = [(file.path, file.label, file.split, 100, file.sha256, *places[id(file)]) for file in rows]
+    rows_file, rows_sha256 = write_rows(folder, pa.table(list(zip(*lines, strict=True)), schema=ROWS_SCHEMA))
+    write_quarantine(folder, pa.Table.from_pylist([{"path": file.path, "reason": file.reason, "detail": "", "bytes": 1} for file in bad], QUARANTINE_SCHEMA))
+    base = a_manifest(recipe, len(rows), rows_file=rows_file, rows_sha256=rows_sha256, shards=tuple(shards))
+    counts = {
+        "num_listed": len(files),
+        "num_quarantined": len(bad),
+        "quarantined": Counter(file.reason for file in bad),
+        "splits": {split: len(part) for split, part in parts},
+        "labels": Counter(file.label for file in rows if file.label is not None),
+        "digest": hashlib.sha256(repr((recipe, [line[:5] for line in lines])).encode()).hexdigest()[:16],
+    }
+    manifest = Manifest.model_validate(base.model_dump() | counts | fields)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _shard_table(files: Sequence[ListedFile], recipe: PixelRecipe) -> pa.Table:
+    labels, paths = pa.array([file.label for file in files], pa.string()), pa.array([file.path for file in files])
+    return shard_table(recipe, np.stack([file.pixels(recipe) for file in files]), labels, paths)
 
 
 def a_manifest(recipe: PixelRecipe, num_rows: int, *, rows_file: str, rows_sha256: str, shards: tuple[Shard, ...]) -> Manifest:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from workflows.data import data_app
+
 if TYPE_CHECKING:
     from pipeline.artifacts import StageName
     from pipeline.config import RunConfig
@@ -38,6 +40,7 @@ jobs_app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(jobs_app, rich_help_panel="Cluster")
+app.add_typer(data_app, rich_help_panel="Look")
 
 JobName = Annotated[str, typer.Argument(metavar="NAME", help="The run's name, or a job's id.")]
 Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name (digits, cifar10, cifar10-small, celeba64) or the path of a YAML file.")]

@@ -57,7 +57,8 @@ def recall(listing: pa.Table, ledger: pa.Table, shards: Collection[str], *, keep
     """
     found = pc.call_function("index_in", [listing["path"]], pc.SetLookupOptions(ledger["path"].combine_chunks()))
     at = found.fill_null(-1).to_numpy().astype(np.int64)
-    old = ledger.take(pa.array(np.maximum(at, 0))) if len(ledger) else _nulls(len(listing))
+    compared = ["label", "size", "stamp", "sha256", "reason", "file"]
+    old = ledger.select(compared).take(pa.array(np.maximum(at, 0))) if len(ledger) else _nulls(len(listing))
     is_known = (at >= 0) & _equal(listing["label"], old["label"]) & ~_equal_to(old["reason"], UNREADABLE)
     is_same = is_known & (_equal(listing["size"], old["size"]) & _equal(listing["stamp"], old["stamp"]) & ~_equal_to(listing["stamp"], UNSEEN))
     is_duplicate = _equal_to(old["reason"], DUPLICATE)

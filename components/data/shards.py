@@ -11,7 +11,7 @@ datasets/SOURCE/                one source under one definition of pixels
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import numpy as np
@@ -285,13 +285,3 @@ def check_whole(folder: Location, manifest: Manifest) -> None:
         if found.get(shard.name) != shard.bytes:
             path = shard_location(folder, shard.name)
             raise DataError(f"{path} is missing or not {shard.bytes} bytes as {MANIFEST} says; run preprocess again")
-
-
-def datasets(storage: Location) -> Iterator[tuple[Location, Manifest]]:
-    """Yields every dataset below a storage root with its manifest, in the order of their folders."""
-    root = storage / "datasets"
-    for source in root.folders():
-        for version in (root / source).folders():
-            folder = root / source / version
-            if (folder / MANIFEST).is_file():
-                yield folder, read_manifest(folder)

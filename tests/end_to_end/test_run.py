@@ -23,6 +23,8 @@ import pytest
 from PIL import Image
 from support import ROOT, TINY
 
+from components.data.shards import read_manifest
+from components.data.summary import dataset_sheet
 from components.storage import Location
 from pipeline.notebook import read_metrics
 
@@ -160,6 +162,22 @@ def test_the_run_page_has_each_step_once_the_settings_and_the_pictures(client: A
     assert run.inputs.dataset_inputs[0].dataset.digest == first["preprocess"]["digest"]
     assert {file.path for file in client.list_artifacts(run_id, "evaluate")} >= {"evaluate/grid.png", "evaluate/denoising.gif", "evaluate/loss.png"}
     assert any("samples+step+0+" in file.path for file in client.list_artifacts(run_id, "images"))
+
+
+def test_the_run_page_tells_and_shows_its_dataset(client: Any, first: dict[str, Any]):
+    import mlflow
+
+    run_id, shards = first["register"]["mlflow_run_id"], first["preprocess"]
+    (entry,) = client.get_run(run_id).inputs.dataset_inputs
+    assert mlflow.data.get_source(entry.dataset).load() == shards["path"]
+    profile = json.loads(entry.dataset.profile)
+    assert (profile["rows"], profile["labels"], profile["image"], profile["source"]) == (1797, 10, "1x8x8 uint8", "digits")
+    assert [column["name"] for column in json.loads(entry.dataset.schema)["mlflow_colspec"]] == ["pixels", "label", "source"]
+    folder = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://")) / "dataset"
+    assert json.loads((folder / "quarantine.json").read_text()) == {}
+    dataset = Location.of(shards["path"])
+    with Image.open(folder / "contact.png") as sheet:
+        assert np.array_equal(np.asarray(sheet), np.asarray(dataset_sheet(dataset, read_manifest(dataset))))
 
 
 def test_the_version_carries_its_number_its_origin_and_a_picture(client: Any, first: dict[str, Any]):

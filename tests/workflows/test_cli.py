@@ -9,25 +9,7 @@ import pytest
 from PIL import Image
 from support import ROOT
 
-from workflows.cli import main
-
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Returns a function that calls the command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ddpm", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capfd.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():
@@ -36,7 +18,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("run", "preprocess", "train", "evaluate", "register", "config", "sample", "models", "ui"):
+    for name in ("run", "preprocess", "train", "evaluate", "register", "config", "sample", "models", "data", "ui"):
         assert f" {name} " in done.stdout
 
 
@@ -99,7 +81,7 @@ def test_a_folder_where_every_image_is_bad_ends_with_its_names(run: Run, tmp_pat
     code, _, err = run("run", "digits", f"data.source={tmp_path / 'bad'}")
     assert code == 2
     assert "3 of 3 files are bad (3 not_an_image), the first 0.jpg (not_an_image: the file is empty)" in err
-    assert list(tmp_path.glob("storage/datasets/*/quarantine.parquet"))
+    assert list(tmp_path.glob("storage/datasets/*/*/quarantine.parquet"))
     assert not list(tmp_path.glob("storage/datasets/*/*/manifest.json"))
 
 
