@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.config import ClusterConfig
-from components.data.sources import DataConfig
 from components.diffusion.schedule import DiffusionConfig
+from components.ingest.sources import DataConfig
 from components.model.unet import UNetConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluate import EvaluateConfig

@@ -17,10 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.connect import connect
-from components.data.chunks import RESULT_SCHEMA, Packing, Task, cut, decode_chunk, pack, packings, read_results, write_todo
 from components.data.images import PIXELS_VERSION, PixelRecipe
-from components.data.ledger import DUPLICATE, LEDGER_SCHEMA, NOTHING_KNOWN, Recalled, placed, recall, rows_digest, settle, splits_of, to_pack
-from components.data.listing import Listing, printable
 from components.data.shards import (
     DIGEST_LENGTH,
     QUARANTINE,
@@ -38,9 +35,12 @@ from components.data.shards import (
     write_quarantine,
     write_rows,
 )
-from components.data.sources import DataConfig, Source, source_to_json
-from components.data.sources import list_source as look_at
 from components.errors import DataError
+from components.ingest.chunks import RESULT_SCHEMA, Packing, Task, cut, decode_chunk, pack, packings, read_results, write_todo
+from components.ingest.ledger import DUPLICATE, LEDGER_SCHEMA, NOTHING_KNOWN, Recalled, placed, recall, rows_digest, settle, splits_of, to_pack
+from components.ingest.listing import Listing, printable
+from components.ingest.sources import DataConfig, Source, source_to_json
+from components.ingest.sources import list_source as look_at
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext

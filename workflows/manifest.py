@@ -11,7 +11,7 @@ import yaml
 from cluster.manifests import CODE_NAME, RAYCRONJOB_NOTES, code_map, code_name, cronjob, kubernetes_name, raycluster, raycronjob, rayjob, to_yaml
 from cluster.package import pack
 from cluster.pods import DEFAULT_IMAGE, Job
-from components.data.sources import TORCHVISION
+from components.ingest.sources import TORCHVISION
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
 from pipeline.tracking import git_commit

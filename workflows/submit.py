@@ -16,7 +16,7 @@ from cluster.connect import quiet
 from cluster.jobs import Job, JobServer
 from cluster.placement import plan
 from cluster.tree import COMMIT_FILE, stage_tree
-from components.data.sources import TORCHVISION
+from components.ingest.sources import TORCHVISION
 from pipeline.config import RunConfig, config_digest
 from pipeline.errors import ConfigError
 from pipeline.tracking import git_commit, ui_link

@@ -1,1 +1,1 @@
-"""Image collections in, parquet shards out, and which rows each training step reads."""
+"""What a dataset is: pixels, shards, rows in their order, and which of them each training step reads."""

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from components.data import decoder as decoder_module
-from components.data.decoder import Decoder, memory_limit
-from components.data.folders import FolderSource
 from components.data.images import PixelRecipe, decode
-from components.data.listing import Item
 from components.errors import DataError
+from components.ingest import decoder as decoder_module
+from components.ingest.decoder import Decoder, memory_limit
+from components.ingest.folders import FolderSource
+from components.ingest.listing import Item
 
 RECIPE = PixelRecipe(image_size=8, max_pixels=4_000_000)
 # Looks for marks in what is decoded, and dies of them as a decoder with a fault would.
@@ -148,10 +148,10 @@ def test_a_source_that_is_not_there_is_no_fault_of_its_images(folder: Path, tmp_
 
 PARENT = """
 import sys, time
-from components.data.decoder import Decoder
-from components.data.folders import FolderSource
+from components.ingest.decoder import Decoder
+from components.ingest.folders import FolderSource
 from components.data.images import PixelRecipe
-from components.data.listing import Item
+from components.ingest.listing import Item
 decoder = Decoder(FolderSource(sys.argv[1]), PixelRecipe(), 8)
 decoder.decode([Item("0.png", None, 1, "")], [None])
 print(decoder._child.pid, flush=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from servers import S3Server
 
-from components.data import folders
-from components.data.folders import FolderSource
-from components.data.listing import UNSEEN, Item, Listing, items_of
-from components.data.sources import DataConfig, list_source
 from components.errors import DataError
+from components.ingest import folders
+from components.ingest.folders import FolderSource
+from components.ingest.listing import UNSEEN, Item, Listing, items_of
+from components.ingest.sources import DataConfig, list_source
 from components.storage import Location
 
 

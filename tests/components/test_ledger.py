@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.data.ledger import (
+from components.ingest.ledger import (
     DUPLICATE,
     LEDGER_SCHEMA,
     NOTHING_KNOWN,
@@ -21,7 +21,7 @@ from components.data.ledger import (
     splits_of,
     to_pack,
 )
-from components.data.listing import UNSEEN, Item, Listing, ListingBuilder
+from components.ingest.listing import UNSEEN, Item, Listing, ListingBuilder
 
 BAD = "bad"  # a content that does not decode
 GONE = "gone"  # a file that is there but cannot be read

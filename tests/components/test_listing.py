@@ -4,8 +4,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pytest
 
-from components.data import listing
-from components.data.listing import LISTING_SCHEMA, Item, Listing, ListingBuilder, items_of, printable
+from components.ingest import listing
+from components.ingest.listing import LISTING_SCHEMA, Item, Listing, ListingBuilder, items_of, printable
 
 
 def build(items: Sequence[Item], ignored: dict[str, int] | None = None) -> Listing:

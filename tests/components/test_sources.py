@@ -8,12 +8,12 @@ import pytest
 from pydantic import ValidationError
 from support import ROOT
 
-from components.data.builtin import DigitsSource, TorchvisionSource
-from components.data.folders import FolderSource
-from components.data.listing import items_of
-from components.data.sources import DataConfig, Source, list_source, source_from_json, source_to_json
-from components.data.tables import ParquetSource
 from components.errors import DataError
+from components.ingest.builtin import DigitsSource, TorchvisionSource
+from components.ingest.folders import FolderSource
+from components.ingest.listing import items_of
+from components.ingest.sources import DataConfig, Source, list_source, source_from_json, source_to_json
+from components.ingest.tables import ParquetSource
 
 SOURCES: list[Source] = [
     FolderSource("/caf\udce9/photos"),
@@ -28,7 +28,7 @@ SOURCES: list[Source] = [
 def test_sources_travel_as_text_to_another_process():
     texts = [source_to_json(source) for source in SOURCES]
     assert [source_from_json(text) for text in texts] == SOURCES
-    script = "import sys; from components.data.sources import *; print(*(source_to_json(source_from_json(text)) for text in sys.argv[1:]), sep='\\n')"
+    script = "import sys; from components.ingest.sources import *; print(*(source_to_json(source_from_json(text)) for text in sys.argv[1:]), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", script, *texts], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines() == texts
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from servers import S3Server
 
-from components.data.listing import items_of
-from components.data.sources import DataConfig, list_source
 from components.errors import DataError
+from components.ingest.listing import items_of
+from components.ingest.sources import DataConfig, list_source
 from components.storage import Location
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

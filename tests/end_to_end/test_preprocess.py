@@ -118,11 +118,11 @@ def workers_of(pid: int) -> Iterator[psutil.Process]:
             line = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if "components.data.decoder" in line or "ray::Map(_decode_row)" in line:
+        if "components.ingest.decoder" in line or "ray::Map(_decode_row)" in line:
             yield process
 
 
-@pytest.mark.parametrize("victim", ["components.data.decoder", "ray::Map(_decode_row)"])
+@pytest.mark.parametrize("victim", ["components.ingest.decoder", "ray::Map(_decode_row)"])
 def test_a_worker_that_is_killed_loses_no_file(photographs: Path, undisturbed: tuple[dict[str, bytes], Any, float], tmp_path: Path, victim: str):
     with subprocess.Popen(ddpm_command("preprocess", *settings(photographs, tmp_path)), cwd=tmp_path, stdout=subprocess.DEVNULL) as run:
         killed = 0

@@ -1,6 +1,6 @@
 import pytest
 
-from components.data.sources import TORCHVISION
+from components.ingest.sources import TORCHVISION
 from pipeline.errors import ConfigError
 from workflows.settings import paths_of
 

@@ -25,8 +25,8 @@ from typing import IO
 
 import numpy as np
 
+from ..data.images import PixelRecipe, decode, prepare_process
 from ..errors import DataError
-from .images import PixelRecipe, decode, prepare_process
 from .listing import Item
 from .sources import Source, source_from_json, source_to_json
 

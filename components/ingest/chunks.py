@@ -15,12 +15,12 @@ from functools import lru_cache
 import numpy as np
 import pyarrow as pa
 
+from ..data.images import PixelRecipe
+from ..data.shards import SHARDS, Shard, Split, pixels_bytes, read_shard, shard_table, write_shard
 from ..storage import Location
 from .decoder import Decoder, Outcome
-from .images import PixelRecipe
 from .ledger import OUTCOME_SCHEMA, Group, Recalled
 from .listing import LISTING_SCHEMA, items_of, printable
-from .shards import SHARDS, Shard, Split, pixels_bytes, read_shard, shard_table, write_shard
 from .sources import Source
 
 CHUNK_FILES, CHUNK_BYTES, CHUNK_PIXEL_BYTES = 1024, 16 << 20, 32 << 20

@@ -12,11 +12,11 @@ from typing import Literal, Protocol
 import numpy as np
 from pydantic import Field, field_validator
 
+from ..data.images import PixelRecipe
 from ..errors import DataError
 from ..storage import Location
 from .builtin import TORCHVISION, DigitsSource, TorchvisionSource
 from .folders import FolderSource, Found, walk
-from .images import PixelRecipe
 from .listing import Listing
 from .tables import ParquetSource, holds_images
 

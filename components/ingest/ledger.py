@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..data.shards import Split
 from .listing import LISTING_SCHEMA, UNSEEN, printable
-from .shards import Split
 
 DUPLICATE = "duplicate"
 UNREADABLE = "unreadable"
