@@ -39,7 +39,7 @@ from components.errors import DataError
 from components.ingest.chunks import RESULT_SCHEMA, Packing, Task, cut, decode_chunk, pack, packings, read_results, write_todo
 from components.ingest.ledger import DUPLICATE, LEDGER_SCHEMA, NOTHING_KNOWN, Recalled, placed, recall, rows_digest, settle, splits_of, to_pack
 from components.ingest.listing import Listing, printable
-from components.ingest.sources import DataConfig, Source, source_to_json
+from components.ingest.sources import DataConfig, Source, address_of, source_to_json
 from components.ingest.sources import list_source as look_at
 from components.storage import Location
 from pipeline.artifacts import ShardSet
@@ -56,9 +56,11 @@ class Listed:
     """A source as it is now.
 
     Attributes:
+        address: what `data.source` names, wherever the command is run.
         plan: digest of the files, and of what becomes of them.
     """
 
+    address: str
     source: Source
     listing: Listing
     plan: str
@@ -85,9 +87,8 @@ def list_source(config: DataConfig, storage: Location) -> Listed:
         raise DataError(f"data.source={config.source} holds the storage root {storage}, whose pictures are no data; set cluster.storage to a folder outside it")
     downloads = str(storage / "downloads") if storage.is_local else str(Path(tempfile.gettempdir()) / "ddpm-downloads")
     source, listing = look_at(config, downloads)
-    return Listed(
-        source, listing, _digest(_definition(config), listing.digest(), listing.ignored, config.holdout_fraction, config.duplicates, config.shard_bytes)
-    )
+    plan = _digest(_definition(config), listing.digest(), listing.ignored, config.holdout_fraction, config.duplicates, config.shard_bytes)
+    return Listed(address_of(config.source), source, listing, plan)
 
 
 def preprocess(config: DataConfig, listed: Listed, *, context: StageContext, anew: bool = False) -> ShardSet:
@@ -209,6 +210,7 @@ class _Making:
         chunks = cut(sizes, self.task.recipe)
         write_todo(self.work, self.listing, self.ledger, recalled, chunks)
         results: dict[int, pa.Table] = {}
+        connect(self.context.cluster)
         with self.context.reporter.progress("preprocess", todo, "files") as advance:
             for row in self._map([{"chunk": number} for number in range(len(chunks))], partial(_decode_row, task=self.task)):
                 results[row["chunk"]] = read_results(row["results"])
@@ -223,6 +225,7 @@ class _Making:
             return settled
         work = [_packing_row(number, packing) for number, packing in enumerate(packings(settled, groups))]
         names = [""] * len(groups)
+        connect(self.context.cluster)
         with self.context.reporter.progress("shards", len(groups), "shards") as advance:
             for row in self._map(work, partial(_pack_row, task=self.task)):
                 shard = Shard.model_validate_json(row["shard"])
@@ -233,11 +236,10 @@ class _Making:
 
     def _map(self, rows: list[dict[str, Any]], function: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Has Ray Data do rows of work on the cluster, and yields what each returned, in any order."""
-        cluster = self.context.cluster
-        connect(cluster)
         import ray.data
 
-        options: dict[str, Any] = {"label_selector": cluster.preprocess_labels} if cluster.preprocess_labels else {}
+        labels = self.context.cluster.preprocess_labels
+        options: dict[str, Any] = {"label_selector": labels} if labels else {}
         try:
             yield from ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS)).map(function, num_cpus=1, **options).iter_rows()
         except ray.exceptions.RayTaskError as error:
@@ -249,7 +251,7 @@ class _Making:
         live = settled["reason"].is_null().to_numpy()
         rows = settled.filter(pa.array(live))
         digest = rows_digest(_definition(self.config), rows, held_out[live])[:DIGEST_LENGTH]
-        version = f"{digest}-{_digest(bad.to_pylist(), self.listed.listing.ignored, self.config.source)[:8]}"
+        version = f"{digest}-{_digest(bad.to_pylist(), self.listed.listing.ignored, self.listed.address)[:8]}"
         used = set(rows["file"].unique().to_pylist())
         self.shards = {name: shard for name, shard in self.shards.items() if name in used}
         write_quarantine(self.folder / version, bad)
@@ -275,7 +277,7 @@ class _Making:
         sizes = table["bytes"].to_numpy()
         manifest = Manifest(
             digest=digest,
-            source=self.config.source,
+            source=self.listed.address,
             definition=PIXELS_VERSION,
             recipe=self.task.recipe,
             num_listed=len(self.listing),

@@ -86,6 +86,11 @@ _CLASSES: dict[str, type[FolderSource | ParquetSource | TorchvisionSource | Digi
 }
 
 
+def address_of(source: str) -> str:
+    """Returns what `data.source` names, as it means the same from any folder."""
+    return source if source == "digits" or source in TORCHVISION else str(Location.of(source))
+
+
 def source_to_json(source: Source) -> str:
     """Returns a source as text, for another process."""
     if not isinstance(source, tuple(_CLASSES.values())):

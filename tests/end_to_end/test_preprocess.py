@@ -22,7 +22,7 @@ from servers import S3Server
 from support import Finished, ddpm_command
 
 from components.data.reader import RowReader
-from components.data.shards import read_manifest
+from components.data.shards import column_pixels, read_manifest, shard_location
 from components.storage import Location
 
 Command = Callable[..., Finished]
@@ -81,8 +81,18 @@ def test_the_counts_add_up_and_every_row_is_there(undisturbed: tuple[dict[str, b
     assert all(shard.bytes < 400_000 for shard in manifest.shards)
     lines = pq.read_table(folder.path / "quarantine.parquet").to_pylist()
     assert [(line["path"], line["reason"]) for line in lines] == [("label 2/twice.png", "duplicate"), ("label 3/text.png", "not_an_image")]
-    rows = sum(len(RowReader(folder, manifest, split)) for split in manifest.splits)
-    assert rows == sum(pq.read_table(folder.parent.path / "shards" / shard.name).num_rows for shard in manifest.shards) == 800
+    shards = [pq.read_table(shard_location(folder, shard.name).path) for shard in manifest.shards]
+    assert sum(len(RowReader(folder, manifest, split)) for split in manifest.splits) == sum(shard.num_rows for shard in shards) == 800
+    assert str(shards[0].schema.field("pixels").type) == "fixed_size_binary[3072]"
+    for split in manifest.splits:
+        mine = [shard for shard, entry in zip(shards, manifest.shards, strict=True) if entry.split == split]
+        sources = [source for shard in mine for source in shard["source"].to_pylist()]
+        assert sources == sorted(sources)
+        pixels = np.concatenate([column_pixels(shard["pixels"], manifest.shape) for shard in mine])
+        assert np.array_equal(np.concatenate(list(RowReader(folder, manifest, split).batches(100))), pixels)
+        with Image.open(Path(manifest.source) / sources[0]) as image:
+            small = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
+        assert np.array_equal(pixels[0], small.transpose(2, 0, 1))
 
 
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
@@ -209,7 +219,9 @@ def test_a_hostile_corpus_has_exact_counts_and_reasons(tmp_path: Path, command: 
     assert os.path.exists(receipt["path"])
 
 
-def test_source_and_storage_on_s3_give_the_same_dataset(s3: S3Server, tmp_path: Path, command: Command):
+def test_source_and_storage_on_s3_give_the_same_dataset(s3: S3Server, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch):
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
     source = tmp_path / "source"
     write_small(source, range(300))
     (source / "3" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
@@ -218,14 +230,14 @@ def test_source_and_storage_on_s3_give_the_same_dataset(s3: S3Server, tmp_path: 
     bucket = Location.of(f"s3://{s3.bucket}/preprocess")
     (bucket / "images").upload(source)
     remote = [f"data.source={bucket / 'images'}", f"cluster.storage={bucket / 'storage'}", *arguments]
-    done = command("preprocess", "cifar10-small", *remote, "--json", cwd=tmp_path, env=s3.env)
+    done = command("preprocess", "cifar10-small", *remote, "--json", cwd=tmp_path)
     assert done.code == 0, done.stderr
     receipt = done.json["preprocess"]
     assert (receipt["digest"], receipt["num_rows"], receipt["quarantined"]) == (local["digest"], 300, {"truncated": 1})
 
     (bucket / "images" / "3" / "000003.jpg").write_bytes((source / "4" / "000004.jpg").read_bytes())
     (bucket / "images" / "5" / "000005.jpg").remove()
-    done = command("preprocess", "cifar10-small", *remote, "--json", cwd=tmp_path, env=s3.env)
+    done = command("preprocess", "cifar10-small", *remote, "--json", cwd=tmp_path)
     assert done.code == 0, done.stderr
     receipt = done.json["preprocess"]
     assert (receipt["num_opened"], receipt["num_rows"], receipt["quarantined"]) == (1, 298, {"duplicate": 1, "truncated": 1})
