@@ -47,7 +47,7 @@ from pipeline.context import StageContext
 from pipeline.lease import HeldError, held
 
 MIN_ROWS = 2
-STATE = "state.json"
+STATE, WORK = "state.json", "work"
 MOST_BLOCKS = 4096
 
 
@@ -106,6 +106,8 @@ def preprocess(config: DataConfig, listed: Listed, *, context: StageContext, ane
         counts = _Counts(0, 0)
         if not version:
             version, counts = _Making(config, listed, folder, context, anew).run()
+        else:
+            _sweep(folder)
     manifest = read_manifest(folder / version)
     _check_bad(config, manifest, folder / version)
     return _receipt(folder / version, manifest, counts, context.inputs)
@@ -149,6 +151,15 @@ def _finished(folder: Location, plan: str) -> str:
     return state.version if state.plan == plan and state.version and _is_whole(folder / state.version) else ""
 
 
+def _sweep(folder: Location) -> None:
+    """Removes what only a run in progress needs, even where one was killed before it could."""
+    (folder / WORK).remove_tree()
+    ledger = _state(folder).ledger
+    for name in folder.files():
+        if name.startswith("ledger-") and name != ledger:
+            (folder / name).remove()
+
+
 def _is_whole(folder: Location) -> bool:
     try:
         check_whole(folder, read_manifest(folder))
@@ -175,7 +186,7 @@ class _Making:
         there = (folder / SHARDS).files()
         self.shards = {shard.name: shard for shard in self.state.shards if there.get(shard.name) == shard.bytes}
         self.ledger = self._read_ledger()
-        self.work = folder / "work" / _digest(listed.plan, self.state.ledger)
+        self.work = folder / WORK / _digest(listed.plan, self.state.ledger)
         self.task = Task(listed.source, _recipe(config), str(folder), str(self.work))
 
     def run(self) -> tuple[str, _Counts]:
@@ -301,10 +312,7 @@ class _Making:
         (self.folder / ledger).write_bytes(content)
         state = State(plan=self.listed.plan, version=version, ledger=ledger, shards=tuple(self.shards[name] for name in sorted(self.shards)))
         (self.folder / STATE).write_text(state.model_dump_json() + "\n")
-        for name in self.folder.files():
-            if name.startswith("ledger-") and name != ledger:
-                (self.folder / name).remove()
-        (self.folder / "work").remove_tree()
+        _sweep(self.folder)
 
 
 def _decode_row(row: dict[str, Any], task: Task) -> dict[str, Any]:
