@@ -104,9 +104,9 @@ class Location:
         with self._system.open_output_stream(self._key) as file:
             file.write(content)
 
-    def write_text(self, text: str) -> None:
-        """Writes a UTF-8 file atomically; raises like `write_bytes`."""
-        self.write_bytes(text.encode("utf-8"))
+    def write_text(self, text: str, *, staging: "Location | None" = None) -> None:
+        """Writes a UTF-8 file atomically; takes and raises what `write_bytes` does."""
+        self.write_bytes(text.encode("utf-8"), staging=staging)
 
     @contextlib.contextmanager
     def staged(self, within: "Location | None" = None) -> Iterator[Path]:

@@ -7,12 +7,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.interrupt import interruptible
 from components.storage import Location
+from pipeline.context import Reporter
 from pipeline.errors import ConfigError
 
 RENEW_S, EXPIRE_S, SETTLE_S = 5.0, 30.0, 3.0
@@ -49,6 +50,22 @@ def held(file: Location, *, wait: bool) -> Iterator[None]:
         HeldError: naming the process that is in the block.
     """
     with _locked(file, wait) if file.is_local else _leased(file, wait):
+        yield
+
+
+@contextmanager
+def alone(file: Location, reporter: Reporter, does: str) -> Iterator[None]:
+    """Keeps all other processes from the same block; says for whom it waits, if it has to.
+
+    Args:
+        does: what the other process does.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(file, wait=False))
+        except HeldError as error:
+            with reporter.waiting(f"{error} {does}; waiting for it"):
+                stack.enter_context(held(file, wait=True))
         yield
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.connect import connect
@@ -36,7 +36,7 @@ from components.data.shards import (
     write_rows,
 )
 from components.errors import DataError
-from components.ingest.chunks import RESULT_SCHEMA, Packing, Task, cut, decode_chunk, pack, packings, read_results, write_todo
+from components.ingest.chunks import RESULT_SCHEMA, TODO, Packing, Task, cut, decode_chunk, pack, packings, read_results, to_do
 from components.ingest.ledger import DUPLICATE, LEDGER_SCHEMA, NOTHING_KNOWN, Recalled, placed, recall, rows_digest, settle, splits_of, to_pack
 from components.ingest.listing import Listing, printable
 from components.ingest.sources import DataConfig, Source, address_of, source_to_json
@@ -44,11 +44,12 @@ from components.ingest.sources import list_source as look_at
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
-from pipeline.lease import HeldError, held
+from pipeline.lease import alone
 
 MIN_ROWS = 2
 STATE, WORK = "state.json", "work"
-MOST_BLOCKS = 4096
+MOST_BLOCKS, MOST_CHUNKS = 4096, 16
+NO_PROGRESS_S = 6 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,12 @@ class Listed:
 
     Attributes:
         address: what `data.source` names, wherever the command is run.
-        plan: digest of the files, and of what becomes of them.
+        identity: the address, and what of it is read.
+        plan: digest of the source, its files, and of what becomes of them.
     """
 
     address: str
+    identity: str
     source: Source
     listing: Listing
     plan: str
@@ -83,12 +86,15 @@ def list_source(config: DataConfig, storage: Location) -> Listed:
     Raises:
         DataError: if the source cannot be read or is empty.
     """
-    if storage.is_local and Path(config.source).is_dir() and storage.path.is_relative_to(Path(config.source).absolute().resolve()):
+    folder = Path(config.source).expanduser()
+    if storage.is_local and folder.is_dir() and storage.path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"data.source={config.source} holds the storage root {storage}, whose pictures are no data; set cluster.storage to a folder outside it")
     downloads = str(storage / "downloads") if storage.is_local else str(Path(tempfile.gettempdir()) / "ddpm-downloads")
     source, listing = look_at(config, downloads)
-    plan = _digest(_definition(config), listing.digest(), listing.ignored, config.holdout_fraction, config.duplicates, config.shard_bytes)
-    return Listed(address_of(config.source), source, listing, plan)
+    address = address_of(config.source)
+    identity = source_to_json(source) if "/" in address else address  # where a built-in dataset was downloaded to is no part of it
+    plan = _digest(identity, _definition(config), listing.digest(), listing.ignored, config.holdout_fraction, config.duplicates, config.shard_bytes)
+    return Listed(address, identity, source, listing, plan)
 
 
 def preprocess(config: DataConfig, listed: Listed, *, context: StageContext, anew: bool = False) -> ShardSet:
@@ -100,8 +106,8 @@ def preprocess(config: DataConfig, listed: Listed, *, context: StageContext, ane
     Raises:
         DataError: if more than `data.max_bad_fraction` of the files are bad.
     """
-    folder = context.storage / "datasets" / _digest(source_to_json(listed.source), _definition(config), config.shard_bytes)
-    with _alone(folder, context):
+    folder = context.storage / "datasets" / _digest(listed.identity, _definition(config), config.shard_bytes)
+    with alone(folder / ".lock", context.reporter, "makes a dataset of this source"):
         version = "" if anew else _finished(folder, listed.plan)
         counts = _Counts(0, 0)
         if not version:
@@ -123,19 +129,6 @@ def _recipe(config: DataConfig) -> PixelRecipe:
 
 def _definition(config: DataConfig) -> str:
     return json.dumps([PIXELS_VERSION, _recipe(config).model_dump(mode="json")])
-
-
-@contextmanager
-def _alone(folder: Location, context: StageContext) -> Iterator[None]:
-    """Lets one process at a time work on a source's datasets; the others wait, and find done what it did."""
-    try:
-        with held(folder / ".lock", wait=False):
-            yield
-        return
-    except HeldError as error:
-        holder = str(error)
-    with context.reporter.waiting(f"{holder} makes a dataset of this source; waiting for it"), held(folder / ".lock", wait=True):
-        yield
 
 
 def _state(folder: Location) -> State:
@@ -180,14 +173,14 @@ class _Making:
     """The making of one dataset. Killed at any point and begun again it goes on with the chunks that are done, and ends with the same files."""
 
     def __init__(self, config: DataConfig, listed: Listed, folder: Location, context: StageContext, anew: bool) -> None:
-        self.config, self.listed, self.folder, self.context = config, listed, folder, context
+        self.config, self.listed, self.folder, self.context, self.anew = config, listed, folder, context, anew
         self.listing = listed.listing.table
         self.state = State() if anew else _state(folder)
         there = (folder / SHARDS).files()
         self.shards = {shard.name: shard for shard in self.state.shards if there.get(shard.name) == shard.bytes}
         self.ledger = self._read_ledger()
-        self.work = folder / WORK / _digest(listed.plan, self.state.ledger)
-        self.task = Task(listed.source, _recipe(config), str(folder), str(self.work))
+        self.recipe = _recipe(config)
+        self.work = folder / WORK / "nothing to open"
 
     def run(self) -> tuple[str, _Counts]:
         """Does the work; returns the dataset's name, and what it took."""
@@ -207,7 +200,7 @@ class _Making:
             return NOTHING_KNOWN
         try:
             return read_table(self.folder / self.state.ledger).cast(LEDGER_SCHEMA)
-        except (OSError, ValueError, pa.ArrowException):
+        except (FileNotFoundError, pa.ArrowInvalid, pa.ArrowKeyError):
             return NOTHING_KNOWN
 
     def _decode(self, recalled: Recalled) -> pa.Table:
@@ -217,20 +210,23 @@ class _Making:
             return RESULT_SCHEMA.empty_table()
         if todo < len(self.listing):
             self.context.reporter.line(f"  {len(self.listing) - todo} of {len(self.listing)} files are as they were; {todo} to open")
-        sizes = self.listing["size"].to_numpy()[recalled.todo]
-        chunks = cut(sizes, self.task.recipe)
-        write_todo(self.work, self.listing, self.ledger, recalled, chunks)
+        chunks = cut(self.listing["size"].to_numpy()[recalled.todo], self.recipe)
+        content = to_do(self.listing, self.ledger, recalled, chunks)
+        # Chunks that are there already are of use only for the very same work.
+        self.work = self.folder / WORK / hashlib.sha256(content).hexdigest()[:DIGEST_LENGTH]
+        (self.work / TODO).write_bytes(content)
         results: dict[int, pa.Table] = {}
         connect(self.context.cluster)
         with self.context.reporter.progress("preprocess", todo, "files") as advance:
-            for row in self._map([{"chunk": number} for number in range(len(chunks))], partial(_decode_row, task=self.task)):
-                results[row["chunk"]] = read_results(row["results"])
-                advance(len(results[row["chunk"]]))
+            for row in self._map(_turns(len(chunks), self._workers()), partial(_decode_row, task=self._task())):
+                for number, content in enumerate(row["results"], row["first"]):
+                    results[number] = read_results(content)
+                    advance(len(results[number]))
         return pa.concat_tables([results[number] for number in range(len(chunks))])
 
     def _pack(self, settled: pa.Table, held_out: np.ndarray) -> pa.Table:
         """Writes the shards that are not there yet; returns the ledger with every row's place in a shard."""
-        rows_per_shard = max(1, self.config.shard_bytes // self.task.recipe.row_bytes)
+        rows_per_shard = max(1, self.config.shard_bytes // self.recipe.row_bytes)
         groups = to_pack(settled, held_out, {shard.name: shard.rows for shard in self.shards.values()}, rows_per_shard)
         if not groups:
             return settled
@@ -238,17 +234,27 @@ class _Making:
         names = [""] * len(groups)
         connect(self.context.cluster)
         with self.context.reporter.progress("shards", len(groups), "shards") as advance:
-            for row in self._map(work, partial(_pack_row, task=self.task)):
+            for row in self._map(work, partial(_pack_row, task=self._task())):
                 shard = Shard.model_validate_json(row["shard"])
                 names[row["group"]] = shard.name
                 self.shards[shard.name] = shard
                 advance(1)
         return placed(settled, groups, names)
 
+    def _workers(self) -> int:
+        import ray
+
+        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def _task(self) -> Task:
+        return Task(self.listed.source, self.recipe, str(self.folder), str(self.work))
+
     def _map(self, rows: list[dict[str, Any]], function: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Has Ray Data do rows of work on the cluster, and yields what each returned, in any order."""
         import ray.data
 
+        # A decoder gives up on a file that takes too long; a chunk of slow ones is no reason to end the run.
+        ray.data.DataContext.get_current().execution_no_progress_timeout_s = NO_PROGRESS_S
         labels = self.context.cluster.preprocess_labels
         options: dict[str, Any] = {"label_selector": labels} if labels else {}
         try:
@@ -263,34 +269,40 @@ class _Making:
         rows = settled.filter(pa.array(live))
         digest = rows_digest(_definition(self.config), rows, held_out[live])[:DIGEST_LENGTH]
         version = f"{digest}-{_digest(bad.to_pylist(), self.listed.listing.ignored, self.listed.address)[:8]}"
-        used = set(rows["file"].unique().to_pylist())
-        self.shards = {name: shard for name, shard in self.shards.items() if name in used}
-        write_quarantine(self.folder / version, bad)
-        problem = self._problem(len(rows), bad, self.folder / version)
-        if not problem and not _is_whole(self.folder / version):
+        names, first = _first_rows(rows)
+        parts = {name: "holdout" if held_out[live][row] else "train" for name, row in zip(names, first, strict=True)}
+        self.shards = {name: self.shards[name].model_copy(update={"split": part}) for name, part in parts.items()}
+        write_quarantine(self.folder / version, bad, self.work)
+        problem = self._problem(len(rows), int((~held_out[live]).sum()), bad, self.folder / version)
+        if not problem and (self.anew or not _is_whole(self.folder / version)):
             self._write_version(self.folder / version, digest, rows, held_out[live], bad)
         self._remember(settled, "" if problem else version)
         if problem:
             raise DataError(problem)
         return version
 
-    def _problem(self, num_rows: int, bad: pa.Table, folder: Location) -> str:
-        if _num_bad(bad["reason"].to_pylist()) > self.config.max_bad_fraction * len(self.listing) or not num_rows:
-            return _too_many_bad(self.config, bad.to_pylist(), len(self.listing), folder)
+    def _problem(self, num_rows: int, num_train: int, bad: pa.Table, folder: Location) -> str:
+        config = self.config
+        if _num_bad(bad["reason"].to_pylist()) > config.max_bad_fraction * len(self.listing):
+            return _too_many_bad(config, bad.to_pylist(), len(self.listing), folder)
         if num_rows < MIN_ROWS:
-            return f"data.source={self.config.source} gives {num_rows} usable image; name a source of at least {MIN_ROWS}"
+            images = "image" if num_rows == 1 else "images"
+            left_out = f" ({len(bad)} are quarantined, with their reasons in {folder / QUARANTINE})" if len(bad) else ""
+            return f"data.source={config.source} gives {num_rows} usable {images}{left_out}; name a source of at least {MIN_ROWS}"
+        if num_train < MIN_ROWS:
+            return f"data.holdout_fraction={config.holdout_fraction} leaves {num_train} of {num_rows} images to train on; hold fewer out"
         return ""
 
     def _write_version(self, folder: Location, digest: str, rows: pa.Table, held_out: np.ndarray, bad: pa.Table) -> None:
         shards, table = _rows_table(rows, held_out, self.shards)
-        rows_file, rows_sha256 = write_rows(folder, table)
+        rows_file, rows_sha256 = write_rows(folder, table, self.work)
         ignored, labels = dict(self.listed.listing.ignored), _count(table["label"])
         sizes = table["bytes"].to_numpy()
         manifest = Manifest(
             digest=digest,
             source=self.listed.address,
             definition=PIXELS_VERSION,
-            recipe=self.task.recipe,
+            recipe=self.recipe,
             num_listed=len(self.listing),
             num_rows=len(rows),
             num_quarantined=len(bad),
@@ -304,19 +316,32 @@ class _Making:
             rows_sha256=rows_sha256,
             shards=shards,
         )
-        write_manifest(folder, manifest)
+        write_manifest(folder, manifest, self.work)
 
     def _remember(self, settled: pa.Table, version: str) -> None:
         content = parquet_bytes(settled)
         ledger = f"ledger-{hashlib.sha256(content).hexdigest()[:DIGEST_LENGTH]}.parquet"
-        (self.folder / ledger).write_bytes(content)
+        (self.folder / ledger).write_bytes(content, staging=self.work)
         state = State(plan=self.listed.plan, version=version, ledger=ledger, shards=tuple(self.shards[name] for name in sorted(self.shards)))
-        (self.folder / STATE).write_text(state.model_dump_json() + "\n")
+        (self.folder / STATE).write_text(state.model_dump_json() + "\n", staging=self.work)
         _sweep(self.folder)
 
 
+def _turns(chunks: int, workers: int) -> list[dict[str, Any]]:
+    """Cuts the chunks into turns of a worker, ever smaller ones, so that all end together.
+
+    Between two turns a worker waits for the driver, for about as long as it takes for half a chunk.
+    """
+    turns, first = [], 0
+    while first < chunks:
+        last = first + max(1, min(MOST_CHUNKS, (chunks - first) // (2 * workers)))
+        turns.append({"first": first, "last": last})
+        first = last
+    return turns
+
+
 def _decode_row(row: dict[str, Any], task: Task) -> dict[str, Any]:
-    return {"chunk": row["chunk"], "results": decode_chunk(int(row["chunk"]), task)}
+    return {"first": row["first"], "results": [decode_chunk(number, task) for number in range(int(row["first"]), int(row["last"]))]}
 
 
 def _packing_row(number: int, packing: Packing) -> dict[str, Any]:
@@ -335,7 +360,7 @@ def _rows_table(rows: pa.Table, held_out: np.ndarray, shards: dict[str, Shard]) 
         _printable(rows["path"]),
         rows["label"],
         pa.DictionaryArray.from_arrays(pa.array(held_out.astype(np.int8)), pa.array(["train", "holdout"])).cast(pa.string()),
-        rows["size"],
+        _bytes(rows),
         rows["sha256"],
         files.indices,
         rows["row"],
@@ -353,7 +378,18 @@ def _printable(paths: pa.ChunkedArray) -> pa.Array:
 
 def _quarantine(settled: pa.Table) -> pa.Table:
     bad = settled.filter(settled["reason"].is_valid())
-    return pa.table([_printable(bad["path"]), bad["reason"], bad["detail"], bad["size"]], schema=QUARANTINE_SCHEMA)
+    return pa.table([_printable(bad["path"]), bad["reason"], bad["detail"], _bytes(bad)], schema=QUARANTINE_SCHEMA)
+
+
+def _bytes(lines: pa.Table) -> pa.ChunkedArray:
+    """Returns how many bytes each file had when it was read, else as it was listed."""
+    return pc.call_function("coalesce", [lines["bytes"], lines["size"]])
+
+
+def _first_rows(rows: pa.Table) -> tuple[list[str], np.ndarray]:
+    """Returns the shards that hold rows, in the order of their first ones, and where these are."""
+    files = rows["file"].combine_chunks().dictionary_encode()
+    return files.dictionary.to_pylist(), np.unique(files.indices.to_numpy(), return_index=True)[1]
 
 
 def _count(column: pa.ChunkedArray) -> dict[str, int]:

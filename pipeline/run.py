@@ -26,7 +26,7 @@ from pipeline.config import RunConfig, config_digest, digest_of, flatten
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
 from pipeline.follow import Delivery, forget_deliveries
-from pipeline.lease import HeldError, held
+from pipeline.lease import HeldError, alone, held
 from pipeline.notebook import read_metrics
 from pipeline.ready import check_cluster
 from pipeline.tracking import Tracking, connect, git_commit, public_uri
@@ -120,8 +120,9 @@ def run(
         ConfigError, DataError, ClusterError, RegistryError: before anything expensive starts where possible.
     """
     storage = check_storage(config.cluster.storage)
-    pipeline = Pipeline(config, name, start_from, reporter or Reporter(), storage, {})
-    with one_process(storage / "runs" / name, name):
+    reporter = reporter or Reporter()
+    pipeline = Pipeline(config, name, start_from, reporter, storage, {})
+    with one_process(storage / "runs" / name, name, reporter if until == "preprocess" else None):
         pipeline.listed = preprocess_stage.list_source(config.data, storage)
         evaluate_stage.check_weights(config.evaluate)
         tracking = connect(storage) if until != "preprocess" else None
@@ -337,12 +338,19 @@ def check_storage(storage: str) -> Location:
 
 
 @contextmanager
-def one_process(folder: Location, name: str) -> Iterator[None]:
+def one_process(folder: Location, name: str, waiting: Reporter | None = None) -> Iterator[None]:
     """Keeps two processes from working on the same run at once; the lock ends with the process that holds it.
 
+    Args:
+        waiting: wait for the other process, and say so here.
+
     Raises:
-        ConfigError: if another process holds it.
+        ConfigError: if another process holds it, and it is not to be waited for.
     """
+    if waiting is not None:
+        with alone(folder / ".lock", waiting, f"works on run {name}"):
+            yield
+        return
     try:
         with held(folder / ".lock", wait=False):
             yield

