@@ -1,6 +1,7 @@
 """Image files below a folder or an S3 prefix: one walk that finds them and names all that it passes over, and one way to read them."""
 
 import errno
+import heapq
 import os
 import re
 import socket
@@ -17,12 +18,12 @@ from ..errors import DataError
 from ..storage import Location
 from .listing import UNSEEN, Item, Listing, ListingBuilder, label_of, printable
 
-SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2"])
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .avifs .ppm .pgm .pbm .pnm .jp2 .j2k .j2c .jpc .jpf .jpx".split())
 # Images of formats that are not read: they are listed all the same, so that each gets its line in the quarantine.
-UNREAD_SUFFIXES = frozenset([".heic", ".heif", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".psd"])
+UNREAD_SUFFIXES = frozenset([".heic", ".heif", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".psd", ".pfm"])
 IMAGES = SUFFIXES | UNREAD_SUFFIXES
 PARQUET = ".parquet"
-LOOP = "linked folder, a loop"
+SEEN = "linked folder, seen already"
 NAMED_LIKE_AN_IMAGE = "folder named like an image"
 PASSING = re.compile(r"AWS Error (UNKNOWN|NETWORK|SLOW|THROTTL|INTERNAL|SERVICE_UNAVAIL|REQUEST_TIME)")
 PAGE_KEYS = 1000  # the most that S3 gives
@@ -93,7 +94,7 @@ class FolderSource:
             found.images.add(folder)
         if not len(found.images):
             other = f"{ignored.total()} other files" if ignored else "nothing"
-            raise DataError(f"data.source={self.root} holds no images but {other}; name a folder with {', '.join(sorted(SUFFIXES)[:6])} ... files")
+            raise DataError(f"data.source={self.root} holds no images but {other}; name a folder with .jpg, .png, .webp ... files")
         return found.images.build(ignored)
 
     def open(self) -> None:
@@ -172,17 +173,20 @@ def walk(root: Location) -> Found:
 
 
 def _walk_disk(root: str) -> Found:
-    found = Found()
-    folders: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    """Lists each folder once, as reached over the fewest links, and among those by the first path in the order of bytes."""
+    found, seen = Found(), set[tuple[int, int]]()
+    # What a folder leads to sorts behind it, so the first path that comes up for a folder is the one to take.
+    folders = [(0, b"", "")]
     while folders:
-        path, way = folders.pop()
+        links, _, path = heapq.heappop(folders)
         try:
             status = os.stat(os.path.join(root, path))
-            if (status.st_dev, status.st_ino) in way:
-                found.ignored[LOOP] += 1
+            if (status.st_dev, status.st_ino) in seen:
+                found.ignored[SEEN] += 1
                 continue
-            below = _scan(root, path, found)
-            folders += [(name, way | {(status.st_dev, status.st_ino)}) for name in below]
+            seen.add((status.st_dev, status.st_ino))
+            for name, is_link in _scan(root, path, found):
+                heapq.heappush(folders, (links + is_link, os.fsencode(name), name))
         except OSError as error:
             if not path:
                 raise DataError(f"data.source={root} cannot be listed ({error.strerror}); give read permission") from error
@@ -190,9 +194,9 @@ def _walk_disk(root: str) -> Found:
     return found
 
 
-def _scan(root: str, folder: str, found: Found) -> list[str]:
-    """Takes in the files of one folder, and returns its subfolders. Raises OSError if it cannot be listed."""
-    below: list[str] = []
+def _scan(root: str, folder: str, found: Found) -> list[tuple[str, bool]]:
+    """Takes in the files of one folder; returns its subfolders, and of each whether it is a link. Raises OSError if it cannot be listed."""
+    below: list[tuple[str, bool]] = []
     with os.scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
@@ -200,7 +204,7 @@ def _scan(root: str, folder: str, found: Found) -> list[str]:
                 hidden = entry.name.startswith(".")
                 found.ignored["hidden folder"] += hidden
                 found.ignored[NAMED_LIKE_AN_IMAGE] += not hidden and _suffix(entry.name) in IMAGES
-                below += [] if hidden else [path]
+                below += [] if hidden else [(path, entry.is_symlink())]
             elif found.wants(entry.name):
                 found.add(_look(entry, path))
     return below

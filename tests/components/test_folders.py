@@ -9,8 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from servers import S3Server
 
+from components.data.images import READERS
 from components.errors import DataError
 from components.ingest import folders
 from components.ingest.folders import FolderSource
@@ -235,9 +237,51 @@ def test_a_loop_of_links_ends_and_is_counted(tmp_path: Path):
     (tmp_path / "a" / "beside").symlink_to("../b")
     (tmp_path / "b" / "back").symlink_to("../a")
     listing = listed(tmp_path)
-    assert [item.path for item in items_of(listing.table)] == ["a/beside/x.png", "a/x.png", "b/back/x.png", "b/x.png"]
-    # Once as a, once as b/back: `up` and `itself`; and the way back from a/beside and from b/back/beside.
-    assert listing.ignored == {"linked folder, a loop": 6}
+    assert [item.path for item in items_of(listing.table)] == ["a/x.png", "b/x.png"]
+    assert listing.ignored == {"linked folder, seen already": 4}
+
+
+def test_folders_that_all_link_to_each_other_are_listed_once_each(tmp_path: Path):
+    names = [f"{number:02d}" for number in range(20)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_text(name)
+        for other in names:
+            (tmp_path / name / f"to {other}").symlink_to(f"../{other}")
+    listing = listed(tmp_path)
+    assert [item.path for item in items_of(listing.table)] == [f"{name}/x.png" for name in names]
+    assert listing.ignored == {"linked folder, seen already": 400}
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_folder_outside_is_listed_over_the_fewest_links_and_then_the_first_path(tmp_path: Path, backwards: bool):
+    for folder in ("out/deep/er", "root/z"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.png").write_text(folder)
+    links = {"a": "../out/deep", "b": "../out", "c": "../out/deep/er", "B": "z", "z/a": "../../out/deep/er"}
+    for name in sorted(links, reverse=backwards):
+        (tmp_path / "root" / name).symlink_to(links[name])
+    (tmp_path / "out" / "A").symlink_to("deep")
+    listing = listed(tmp_path / "root")
+    assert [item.path for item in items_of(listing.table)] == ["a/er/x.png", "z/x.png"]
+    # B is the real z; b/deep is a; A is a as well, over two links; c and z/a are a/er.
+    assert listing.ignored == {"linked folder, seen already": 5}
+
+
+def test_a_folder_below_a_link_comes_before_a_link_to_it(tmp_path: Path):
+    (tmp_path / "out" / "real").mkdir(parents=True)
+    (tmp_path / "out" / "real" / "x.png").write_text("x")
+    (tmp_path / "out" / "alias").symlink_to("real")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a").symlink_to("../out")
+    assert list(items(tmp_path / "root")) == ["a/real/x.png"]
+
+
+def test_every_suffix_that_pillow_gives_the_formats_that_are_read_is_listed(tmp_path: Path):
+    Image.init()
+    suffixes = {suffix for suffix, form in Image.EXTENSION.items() if form in READERS} | {".dib"}
+    write(Location.of(tmp_path), **{f"x{suffix}": suffix for suffix in suffixes})
+    assert len(items(tmp_path)) == len(suffixes) >= 20
 
 
 def dig(folder: Path, name: str, depth: int) -> None:
