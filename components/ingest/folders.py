@@ -18,7 +18,9 @@ from ..errors import DataError
 from ..storage import Location
 from .listing import UNSEEN, Item, Listing, ListingBuilder, label_of, printable
 
-SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .avifs .ppm .pgm .pbm .pnm .jp2 .j2k .j2c .jpc .jpf .jpx".split())
+JPEG_2000 = frozenset([".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"])
+NETPBM = frozenset([".ppm", ".pgm", ".pbm", ".pnm"])
+SUFFIXES = JPEG_2000 | NETPBM | {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".avifs"}
 # Images of formats that are not read: they are listed all the same, so that each gets its line in the quarantine.
 UNREAD_SUFFIXES = frozenset([".heic", ".heif", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".psd", ".pfm"])
 IMAGES = SUFFIXES | UNREAD_SUFFIXES

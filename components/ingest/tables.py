@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +21,10 @@ from .listing import LISTING_SCHEMA, UNSEEN, Item, Listing, ListingBuilder
 LOOKED_AT = 3
 LISTED_AT_ONCE = 16  # files on S3, for opening one is waiting
 LABEL_ROWS = 100_000
+GROUP_BYTES = 64 << 20  # of images; a row group above this is not read whole
+BATCH_BYTES, BATCH_ROWS = 4 << 20, 64
+ROWS_BEHIND = 32  # threads that fetch ahead ask for rows about in order, at most so far apart
+REMOTE_BUFFER = 8 << 20
 # Threads that fetch share what is open: a row group is read once, and a ParquetFile by one of them at a time.
 _READING = threading.RLock()
 
@@ -71,11 +75,14 @@ class ParquetSource:
         check_there(self.root)
 
     def fetch(self, path: str) -> bytes:
+        """Returns the bytes of a row's image. Raises DataError if there are none, MemoryError if memory does not hold them."""
         name, _, row = path.rpartition("#")
         if not (name and row.isdecimal()):
             raise DataError("the folder could not be listed", "unreadable")
         try:
             value = _value(str(Location(self.root) / name), self.image_column, int(row))
+        except MemoryError:  # which Arrow's own is, and an ArrowException too
+            raise
         except (OSError, ValueError, IndexError, pa.ArrowException) as error:
             raise DataError(why_unreadable(error), "unreadable") from error
         value = value["bytes"] if isinstance(value, dict) else value
@@ -150,9 +157,14 @@ def _holds_images(kind: pa.DataType, *, named: bool) -> bool:
 
 
 def _class_names(schema: pa.Schema, column: str) -> dict[int, str]:
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = metadata.get("info", {}).get("features", {}).get(column, {})
-    return dict(enumerate(feature.get("names", []))) if isinstance(feature, dict) else {}
+    """Returns the names that `datasets` left in a file's metadata, none where those are not as it writes them."""
+    try:
+        entry = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    for key in ("info", "features", column, "names"):
+        entry = entry.get(key) if isinstance(entry, dict) else None
+    return {number: name for number, name in enumerate(entry) if isinstance(name, str)} if isinstance(entry, list) else {}
 
 
 def _open(file: Location) -> pq.ParquetFile:
@@ -165,21 +177,67 @@ def _open_listed(root: Location, file: Item) -> pq.ParquetFile:
     return _open(root / file.path)
 
 
-@lru_cache(maxsize=4)
-def _opened(file: str, wanted: str | None) -> tuple[pq.ParquetFile, str, np.ndarray]:
-    parquet = _open(Location(file))
-    ends = np.cumsum([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)])
-    return parquet, image_column(parquet.schema_arrow, wanted, file), ends
+class _Rows:
+    """The images of one file, read forward: asking for an earlier row than those just read starts its row group anew."""
+
+    def __init__(self, file: Location, wanted: str | None) -> None:
+        self._parquet = _open(file)
+        self._column = image_column(self._parquet.schema_arrow, wanted, str(file))
+        groups = [self._parquet.metadata.row_group(group) for group in range(self._parquet.num_row_groups)]
+        self._firsts = np.cumsum([0, *(group.num_rows for group in groups)])
+        self._batch_rows = [_batch_rows(group, self._column) for group in groups]
+        if not file.is_local and any(rows < group.num_rows for rows, group in zip(self._batch_rows, groups, strict=True)):
+            # What is read ahead of its use is whole row groups.
+            self._parquet = patiently(lambda: pq.ParquetFile(file.open(), metadata=self._parquet.metadata, buffer_size=REMOTE_BUFFER))
+        self._rows_behind = 0 if file.is_local else ROWS_BEHIND
+        self._group, self._batches, self._end = -1, iter(()), 0
+        self._read: deque[tuple[int, pa.Array]] = deque()
+
+    def value(self, row: int) -> object:
+        """Returns one row's image. Raises what Arrow raises, and IndexError if there is no such row."""
+        if not 0 <= row < self._firsts[-1]:
+            raise IndexError(f"row {row} of {self._firsts[-1]}")
+        try:
+            group = int(np.searchsorted(self._firsts, row, side="right")) - 1
+            if group > self._group or not self._read or row < self._read[0][0]:
+                self._start(group)
+            while row >= self._end:
+                self._advance(row)
+        except BaseException:
+            self._group, self._batches = -1, iter(())
+            self._read.clear()
+            raise
+        first, values = next(batch for batch in reversed(self._read) if batch[0] <= row)
+        return values[row - first].as_py()
+
+    def _start(self, group: int) -> None:
+        if group != self._group + 1:
+            self._read.clear()
+        self._batches, self._group, self._end = iter(()), group, int(self._firsts[group])
+        self._batches = self._parquet.iter_batches(self._batch_rows[group], row_groups=[group], columns=[self._column], use_threads=False)
+
+    def _advance(self, row: int) -> None:
+        while self._read and self._read[0][0] + len(self._read[0][1]) + self._rows_behind <= row:
+            self._read.popleft()
+        values = patiently(lambda: next(self._batches)).column(0)
+        self._read.append((self._end, values))
+        self._end += len(values)
+        if self._end == self._firsts[self._group + 1]:
+            self._batches = iter(())  # its pages are of no more use
+
+
+def _batch_rows(group: pq.RowGroupMetaData, column: str) -> int:
+    """Returns how many rows of a row group to read at once."""
+    leaves = [group.column(index) for index in range(group.num_columns)]
+    size = sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] == column or leaf.path_in_schema == column)
+    return group.num_rows if size <= GROUP_BYTES else max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // size))
 
 
 @lru_cache(maxsize=2)
-def _group(file: str, wanted: str | None, group: int) -> pa.ChunkedArray:
-    parquet, column, _ = _opened(file, wanted)
-    return patiently(lambda: parquet.read_row_group(group, columns=[column])).column(0)
+def _rows(file: str, wanted: str | None) -> _Rows:
+    return _Rows(Location(file), wanted)
 
 
 def _value(file: str, wanted: str | None, row: int) -> object:
     with _READING:
-        ends = _opened(file, wanted)[2]
-        group = int(np.searchsorted(ends, row, side="right"))
-        return _group(file, wanted, group)[row - (int(ends[group - 1]) if group else 0)].as_py()
+        return _rows(file, wanted).value(row)
