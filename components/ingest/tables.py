@@ -4,7 +4,7 @@ import json
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -190,7 +190,8 @@ class _Rows:
             # What is read ahead of its use is whole row groups.
             self._parquet = patiently(lambda: pq.ParquetFile(file.open(), metadata=self._parquet.metadata, buffer_size=REMOTE_BUFFER))
         self._rows_behind = 0 if file.is_local else ROWS_BEHIND
-        self._group, self._batches, self._end = -1, iter(()), 0
+        self._group, self._end = -1, 0
+        self._batches: Iterator[pa.RecordBatch] = iter(())
         self._read: deque[tuple[int, pa.Array]] = deque()
 
     def value(self, row: int) -> object:
@@ -198,30 +199,42 @@ class _Rows:
         if not 0 <= row < self._firsts[-1]:
             raise IndexError(f"row {row} of {self._firsts[-1]}")
         try:
-            group = int(np.searchsorted(self._firsts, row, side="right")) - 1
-            if group > self._group or not self._read or row < self._read[0][0]:
-                self._start(group)
-            while row >= self._end:
-                self._advance(row)
+            held = self._held(row)
+            return (self._read_up_to(row) if held is None else held).as_py()
         except BaseException:
-            self._group, self._batches = -1, iter(())
+            self._group, self._batches, self._end = -1, iter(()), 0
             self._read.clear()
             raise
-        first, values = next(batch for batch in reversed(self._read) if batch[0] <= row)
-        return values[row - first].as_py()
+
+    def _held(self, row: int) -> "pa.Scalar | None":
+        return next((values[row - first] for first, values in self._read if 0 <= row - first < len(values)), None)
+
+    def _read_up_to(self, row: int) -> pa.Scalar:
+        group = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        if group != self._group or row < self._end:
+            self._start(group)
+        while row >= self._end:
+            self._advance(row)
+        first, values = self._read[-1]
+        return values[row - first]
 
     def _start(self, group: int) -> None:
         if group != self._group + 1:
             self._read.clear()
-        self._batches, self._group, self._end = iter(()), group, int(self._firsts[group])
+        elif self._firsts[group] - self._end <= self._rows_behind:
+            while self._end < self._firsts[group]:
+                self._advance(int(self._firsts[group]))
+        self._group, self._end = group, int(self._firsts[group])
         self._batches = self._parquet.iter_batches(self._batch_rows[group], row_groups=[group], columns=[self._column], use_threads=False)
 
     def _advance(self, row: int) -> None:
         while self._read and self._read[0][0] + len(self._read[0][1]) + self._rows_behind <= row:
             self._read.popleft()
-        values = patiently(lambda: next(self._batches)).column(0)
-        self._read.append((self._end, values))
-        self._end += len(values)
+        batch = next(self._batches, None)
+        if batch is None or not len(batch):
+            raise OSError("the file has fewer rows than it says")
+        self._read.append((self._end, batch.column(0)))
+        self._end += len(batch)
         if self._end == self._firsts[self._group + 1]:
             self._batches = iter(())  # its pages are of no more use
 
@@ -240,4 +253,4 @@ def _rows(file: str, wanted: str | None) -> _Rows:
 
 def _value(file: str, wanted: str | None, row: int) -> object:
     with _READING:
-        return _rows(file, wanted).value(row)
+        return patiently(lambda: _rows(file, wanted).value(row))

@@ -1,21 +1,42 @@
 """Parquet files with images, on disk and on a real S3 server."""
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+import random
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from servers import S3Server
 
 from components.errors import DataError
+from components.ingest import tables
 from components.ingest.listing import items_of
 from components.ingest.sources import DataConfig, list_source
+from components.ingest.tables import ParquetSource
 from components.storage import Location
 
+FETCH_WITHIN = """
+import hashlib, sys
+from components.ingest.decoder import _limit_memory
+from components.ingest.tables import ParquetSource
+folder, file, first, last, limit = sys.argv[1:]
+source = ParquetSource(folder, None, "label")
+_limit_memory(int(limit) << 20)
+for row in range(int(first), int(last)):
+    try:
+        print(hashlib.sha256(source.fetch(f"{file}#{row:09d}")).hexdigest())
+    except MemoryError:
+        print("MemoryError")
+"""
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -30,9 +51,9 @@ def encoded(row: int) -> bytes:
     return b"image %d" % row
 
 
-def write(file: Location, columns: dict[str, Sequence[object] | pa.Array], metadata: dict[str, str] | None = None) -> None:
+def write(file: Location, columns: dict[str, Sequence[object] | pa.Array], metadata: Mapping[str, str | bytes] | None = None, row_group_size: int = 2) -> None:
     with file.staged() as staging:
-        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), staging, row_group_size=2)
+        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), staging, row_group_size=row_group_size)
 
 
 def images(rows: range) -> pa.Array:
@@ -69,6 +90,60 @@ def test_rows_are_fetched_by_many_threads_in_any_order(root: Location):
 def test_rows_are_listed_in_the_order_of_their_file(root: Location):
     write(root / "a.parquet", {"image": images(range(1001)), "label": [str(row) for row in range(1001)]})
     assert labels_of(root) == [str(row) for row in range(1001)]
+
+
+def fetched_within(folder: Path, file: str, rows: range, limit: int) -> list[str]:
+    """Fetches rows in a process that may take so many MiB besides what it has."""
+    command = [sys.executable, "-c", FETCH_WITHIN, str(folder), file, str(rows.start), str(rows.stop), str(limit)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=200).stdout.split()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit of memory for a process is Linux's")
+def test_a_row_group_larger_than_memory_is_read_row_by_row(tmp_path: Path):
+    contents = [np.random.default_rng(row).bytes(1_000_000) for row in range(400)]
+    table = pa.table({"image": pa.array([{"bytes": content, "path": None} for content in contents], IMAGE)})
+    pq.write_table(table, tmp_path / "pages.parquet", row_group_size=400, use_dictionary=False, write_batch_size=4)
+    pq.write_table(table.slice(0, 200), tmp_path / "one page.parquet", row_group_size=400, use_dictionary=False, write_batch_size=400)
+    assert fetched_within(tmp_path, "pages.parquet", range(400), 150) == [hashlib.sha256(content).hexdigest() for content in contents]
+    assert fetched_within(tmp_path, "one page.parquet", range(197, 200), 150) == ["MemoryError"] * 3
+
+
+def test_rows_of_large_groups_are_the_same_in_any_order(root: Location, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tables, "GROUP_BYTES", 10)
+    monkeypatch.setattr(tables, "BATCH_BYTES", 100)
+    write(root / "a.parquet", {"image": images(range(400))}, row_group_size=90)
+    source = ParquetSource(str(root), None, "label")
+    orders = [range(400), range(0, 400, 7), range(399, -1, -13), [300, 80, 95, 85, 180, 100], random.Random(0).sample(range(400), 60)]
+    for order in orders:
+        assert [source.fetch(f"a.parquet#{row:09d}") for row in order] == [encoded(row) for row in order]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.fetch, [f"a.parquet#{row:09d}" for row in range(400)])) == [encoded(row) for row in range(400)]
+    with pytest.raises(DataError, match=r"^IndexError: row 400 of 400$"):
+        source.fetch("a.parquet#000000400")
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_rows_that_are_asked_for_about_in_order_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool):
+    monkeypatch.setattr(tables, "GROUP_BYTES", 10)
+    write(Location.of(tmp_path / "a.parquet"), {"image": images(range(400))}, row_group_size=100)
+    starts: list[int] = []
+    start = tables._Rows._start
+    monkeypatch.setattr(tables._Rows, "_start", lambda rows, group: (starts.append(group), start(rows, group)))
+    rows = tables._Rows(Location.of(tmp_path / "a.parquet"), None)
+    rows._rows_behind = 0 if is_local else tables.ROWS_BEHIND
+    order = range(400) if is_local else [row for first in range(0, 400, 16) for row in random.Random(first).sample(range(first, first + 16), 16)]
+    assert [cast(dict, rows.value(row))["bytes"] for row in order] == [encoded(row) for row in order]
+    assert starts == [0, 1, 2, 3]
+
+
+HUGGINGFACE = ["[]", "{", "7", "null", '{"info": null}', '{"info": {"features": null}}', '{"info": {"features": {"label": {"names": null}}}}', "[" * 99_999]
+
+
+@pytest.mark.parametrize("metadata", [*HUGGINGFACE, '{"info": {"features": {"label": {"names": {"0": "ant"}}}}}', b"\xff"], ids=range(10))
+def test_class_names_that_are_not_as_they_should_be_are_none(tmp_path: Path, metadata: str | bytes):
+    write(Location.of(tmp_path / "a.parquet"), {"image": images(range(2)), "label": [0, 1]}, {"huggingface": metadata})
+    assert labels_of(Location.of(tmp_path)) == ["0", "1"]
 
 
 def test_a_rewritten_file_changes_the_listing(root: Location):
