@@ -48,6 +48,7 @@ PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
 PNM_MAGIC = re.compile(rb"P[1-6](?:\s|#[^\r\n]*[\r\n])+\d")
 PNM_TOKEN = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*([^\s#]+)")
+PNM_DIGITS = 10  # Pillow takes no longer number
 TIFF_WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 TIFF_DATA = [(273, 279), (324, 325)]
 
@@ -121,7 +122,7 @@ def ends_early(content: bytes, form: str) -> bool:
     """Tells whether the file is shorter than its own structure says, or lacks the mark of its end; bytes after that do not matter."""
     try:
         return _ENDS_EARLY[form](content)
-    except (IndexError, struct.error):
+    except (IndexError, OverflowError, struct.error):  # it points behind its end, or behind that of any file
         return True
 
 
@@ -242,7 +243,7 @@ def _pnm_ends_early(content: bytes) -> bool:
         match = PNM_TOKEN.match(content, at)
         if match is None:
             return True
-        tokens.append(int(match[1]) if match[1].isdigit() else 0)
+        tokens.append(int(match[1]) if match[1].isdigit() and len(match[1]) <= PNM_DIGITS else 0)
         at = match.end()
     width, height, samples = tokens[0], tokens[1], 3 if content[1:2] in b"36" else 1
     if content[1:2] in b"123":

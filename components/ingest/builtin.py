@@ -9,8 +9,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from PIL import UnidentifiedImageError
 
 from ..errors import DataError
+from .folders import why_unreadable
 from .listing import Item, Listing, ListingBuilder
 
 TORCHVISION = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "celeba": "CelebA"}
@@ -34,8 +36,15 @@ class TorchvisionSource:
         _torchvision(self.name, self.root)
 
     def fetch(self, path: str) -> np.ndarray:
-        image = _torchvision(self.name, self.root)[int(path.rpartition("#")[2])][0]
-        return np.asarray(image)
+        dataset = _torchvision(self.name, self.root)
+        try:
+            return np.asarray(dataset[int(path.rpartition("#")[2])][0])
+        except MemoryError:
+            raise
+        # CelebA lies in a file for each image, which torchvision has Pillow read; there is no telling what that raises.
+        except Exception as error:
+            is_content = isinstance(error, UnidentifiedImageError) or not isinstance(error, OSError) or error.errno is None
+            raise DataError(_why_bad(error), "corrupt" if is_content else "unreadable") from error
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,12 @@ class DigitsSource:
 
     def fetch(self, path: str) -> np.ndarray:
         return _digits()[0][int(path.rpartition("#")[2])]
+
+
+def _why_bad(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its words name the file, which differs from machine to machine
+        return "UnidentifiedImageError: the file is no image that Pillow knows"
+    return why_unreadable(error)
 
 
 def _numbered(form: str, labels: Sequence[str | None], size: int) -> Listing:

@@ -1,13 +1,15 @@
 import hashlib
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hostile import RECIPE, STAGE_REASONS, write_good, write_hostile
+from hostile import CONTENTS, RECIPE, STAGE_REASONS, write_good, write_hostile
 
-from components.data.images import decode
+from components.data.images import PixelRecipe, decode
 from components.errors import DataError
 
 REASONS = {"not_an_image", "corrupt", "truncated", "too_large", "too_small", "unsupported"}
@@ -50,9 +52,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
     return folder, write_hostile(folder)
 
 
-def outcome(content: bytes) -> tuple[str, str]:
+def outcome(content: bytes, recipe: PixelRecipe = RECIPE) -> tuple[str, str]:
     try:
-        assert decode(content, RECIPE).shape == (3, 16, 16)
+        assert decode(content, recipe).shape == (3, 16, 16)
     except DataError as error:
         return error.reason, str(error)
     return "row", ""
@@ -115,6 +117,43 @@ def test_a_file_cut_anywhere_is_truncated(suffix: str, tmp_path: Path):
     cuts = range(18, len(content), max(1, len(content) // 60))
     assert {outcome(content[:cut])[0] for cut in cuts} == {"truncated"}
     assert outcome(content + b"trailing bytes" * 9) == ("row", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"II+\0\x08\0\0\0" + b"\xff" * 8, "truncated"),
+        (b"P5 " + b"1" * 5000 + b" 1 255\n\0", "corrupt"),
+        (b"P2 1 1 " + b"1" * 5000 + b"\n0\n", "corrupt"),
+    ],
+)
+def test_numbers_beyond_any_file_are_faults_of_the_file(content: bytes, reason: str):
+    assert outcome(content)[0] == reason
+
+
+def mutated(content: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
+    """Returns a file that was cut, flipped, spliced with another, or had some bytes replaced by what parsers stumble over."""
+    start, length = rng.randrange(len(content)), rng.randrange(40)
+    way = rng.randrange(4)
+    if way == 0:
+        return content[:start]
+    if way == 1:
+        flips = {rng.randrange(min(len(content), rng.choice((64, len(content))))): rng.randrange(256) for _ in range(rng.choice((1, 4, 20)))}
+        return bytes(flips.get(at, value) for at, value in enumerate(content))
+    if way == 2:
+        other = rng.choice(others)
+        piece = rng.randrange(len(other))
+        return content[:start] + other[piece : piece + 10 * length] + content[start + length :]
+    start = rng.choice((start, start % 64))
+    return content[:start] + rng.choice((b"\xff" * 8, bytes(8), b"\x7f\xff\xff\xff", b"9" * 5000)) + content[start + length // 4 :]
+
+
+def test_nothing_but_a_data_error_comes_of_whatever_is_done_to_a_file():
+    rng, recipe = random.Random(0), RECIPE.model_copy(update={"max_pixels": 1 << 20})
+    files = [content for _, _, make in CONTENTS for content in make().values() if 0 < len(content) < 20_000]
+    found = [outcome(mutated(files[number % len(files)], files, rng), recipe) for number in range(12_000)]
+    assert {reason for reason, _ in found} == REASONS | {"row"}
+    assert all(len(detail) <= 200 for _, detail in found)
 
 
 def test_good_files_are_all_rows_and_all_distinct(tmp_path: Path):
