@@ -6,11 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hostile import CONTENTS, RECIPE, STAGE_REASONS, write_good, write_hostile
+from hostile import CONTENTS, RECIPE, STAGE_REASONS, encode, picture, write_good, write_hostile
 
 from components.data.images import PixelRecipe, decode
 from components.errors import DataError
+from components.ingest.listing import items_of
+from components.ingest.sources import DataConfig, list_source
 
 REASONS = {"not_an_image", "corrupt", "truncated", "too_large", "too_small", "unsupported"}
 DECODE_ALL = """
@@ -161,3 +164,28 @@ def test_good_files_are_all_rows_and_all_distinct(tmp_path: Path):
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len({hashlib.sha256(content).hexdigest() for content in files}) == 90
     assert {outcome(content) for content in files} == {("row", "")}
+
+
+def test_an_image_of_celeba_that_is_gone_or_broken_is_a_fault_of_that_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, good = tmp_path / "celeba", encode(picture(1), "JPEG")
+    (folder / "img_align_celeba").mkdir(parents=True)
+    contents = {"1.jpg": good, "2.jpg": None, "3.jpg": b"no image", "4.jpg": good[: len(good) // 2], "5.jpg": b"", "6.jpg": good}
+    for name, content in contents.items():
+        if content is not None:
+            (folder / "img_align_celeba" / name).write_bytes(content)
+    for table in ("list_eval_partition", "identity_CelebA", "list_bbox_celeba", "list_landmarks_align_celeba", "list_attr_celeba"):
+        head = "6\na b\n" if table.startswith("list") and "partition" not in table else ""
+        (folder / f"{table}.txt").write_text(head + "".join(f"{name} 0 0\n" for name in contents))
+    (folder / "list_eval_partition.txt").write_text("".join(f"{name} 0\n" for name in contents))
+    monkeypatch.setattr("torchvision.datasets.CelebA._check_integrity", lambda _: True)  # these are not the files whose MD5 it knows
+    source, listing = list_source(DataConfig(source="celeba", root=str(tmp_path)))
+    found: list[object] = []
+    for item in items_of(listing.table):
+        try:
+            found.append(np.asarray(source.fetch(item.path)).shape)
+        except DataError as error:
+            found.append((error.reason, str(error)))
+    no_image = ("corrupt", "UnidentifiedImageError: the file is no image that Pillow knows")
+    cut = found.pop(3)
+    assert found == [(32, 40, 3), ("unreadable", "FileNotFoundError: No such file or directory"), no_image, no_image, (32, 40, 3)]
+    assert cut == ("corrupt", "OSError: Truncated File Read")  # which is Pillow's word for a file that ends in its header
