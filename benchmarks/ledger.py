@@ -47,7 +47,8 @@ def made_up(count: int, seed: int) -> pa.Table:
     pixels = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), count, [None, pa.py_buffer(rng.bytes(16 * count))])
     chunks = pa.array([f"chunk-{number:06d}.parquet" for number in range(-(-count // 512))]).take(pa.array(np.arange(count) // 512))
     nothing = pa.nulls(count, pa.string())
-    return pa.table([hashes, pixels, nothing, nothing, chunks, pa.array(np.arange(count) % 512, pa.int32())], schema=OUTCOME_SCHEMA)
+    sizes = pa.array(np.full(count, 100_000))
+    return pa.table([sizes, hashes, pixels, nothing, nothing, chunks, pa.array(np.arange(count) % 512, pa.int32())], schema=OUTCOME_SCHEMA)
 
 
 def one_run(listing: Listing, ledger: pa.Table, shards: dict[str, int], seed: int) -> tuple[pa.Table, dict[str, int]]:
