@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     SAMPLE = 3
     CLASSIFIER = 4
     WEIGHTS = 5
+    TIMESTEP_LOSS = 6
 
 
 def stream(purpose: Purpose, seed: int, *counters: int) -> np.random.Generator:

@@ -1,11 +1,13 @@
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
-from components.diffusion.objective import simple_loss
+from components.diffusion.objective import loss_by_timestep, simple_loss
 from components.diffusion.samplers import SamplerName, initial_noise, sample, spaced_timesteps
 from components.diffusion.schedule import DiffusionConfig, Prediction, Schedule
+from components.streams import Purpose, stream
 
 PREDICTIONS: tuple[Prediction, ...] = ("eps", "x_0", "v")
 
@@ -74,3 +76,59 @@ def test_more_steps_than_noise_levels_are_refused(steps: int):
 def test_a_negative_seed_is_refused():
     with pytest.raises(ValueError, match="seed=-1"):
         initial_noise([-1], (1, 4, 4))
+
+
+def perfect_network(schedule: Schedule, x_0: torch.Tensor):
+    """Returns a network that knows its one image, (1, C, H, W), and so the target at every x_t."""
+
+    def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return schedule.target(x_0, schedule.eps_from_x_0(x_0, x_t, t), t)
+
+    return network
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_network_has_no_loss_at_any_timestep(prediction: Prediction):
+    schedule = Schedule(DiffusionConfig(prediction=prediction))
+    x_0 = draws()[0][:1].expand(5, -1, -1, -1)
+    losses = loss_by_timestep(perfect_network(schedule, x_0[:1]), schedule, x_0, [0, 10, 500, 999])
+    assert max(losses) < 1e-9
+
+
+def test_a_network_that_says_nothing_loses_the_mean_square_of_the_noise_alike_at_every_timestep():
+    x_0 = torch.zeros(64, 1, 16, 16)
+    losses = loss_by_timestep(lambda x_t, t: torch.zeros_like(x_t), Schedule(DiffusionConfig()), x_0, [0, 500, 999])
+    assert losses[0] == losses[1] == losses[2] == pytest.approx(1, abs=5 * np.sqrt(2 / x_0.numel()))
+
+
+def test_a_network_that_says_nothing_loses_the_mean_square_of_the_image():
+    x_0 = draws()[0]
+    [loss] = loss_by_timestep(lambda x_t, t: torch.zeros_like(x_t), Schedule(DiffusionConfig(prediction="x_0")), x_0, [700])
+    assert loss == pytest.approx(float(x_0.double().square().mean()), rel=1e-12)
+
+
+def test_the_loss_of_a_timestep_is_no_matter_of_batches_parts_or_other_timesteps():
+    schedule, x_0, timesteps = Schedule(DiffusionConfig()), torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1, [0, 37, 999]
+    whole = loss_by_timestep(toy_network, schedule, x_0, timesteps)
+    assert len(set(whole)) == 3
+    for batch_size in (1, 3, 10):
+        assert loss_by_timestep(toy_network, schedule, x_0, timesteps, batch_size=batch_size) == whole
+    assert [loss_by_timestep(toy_network, schedule, x_0, [t])[0] for t in timesteps] == whole
+    parts = [loss_by_timestep(toy_network, schedule, x_0[first : first + 5], timesteps, first_row=first) for first in (0, 5)]
+    np.testing.assert_allclose(np.mean(parts, axis=0), whole, rtol=1e-12)
+    assert loss_by_timestep(toy_network, schedule, x_0, timesteps, seed=1) != whole
+
+
+def test_the_loss_of_a_timestep_is_the_trained_loss_there():
+    schedule, x_0 = Schedule(DiffusionConfig(prediction="v")), draws()[0]
+    eps = torch.from_numpy(np.stack([stream(Purpose.TIMESTEP_LOSS, 3, row).standard_normal((1, 4, 4), dtype=np.float32) for row in range(6)]))
+    for t, loss in zip((5, 800), loss_by_timestep(toy_network, schedule, x_0, [5, 800], seed=3), strict=True):
+        assert loss == pytest.approx(float(simple_loss(toy_network, schedule, x_0, eps, torch.full((6,), t))), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "timesteps", "message"), [(2, [0, 1000, -1], r"timesteps=\[1000, -1\] are out of range; use 0 to 999"), (0, [0], "no image")]
+)
+def test_a_loss_of_nothing_is_refused(count: int, timesteps: list[int], message: str):
+    with pytest.raises(ValueError, match=message):
+        loss_by_timestep(toy_network, Schedule(DiffusionConfig()), torch.zeros(count, 1, 4, 4), timesteps)
