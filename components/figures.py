@@ -1,4 +1,4 @@
-"""Grids, contact sheets, animations and curves."""
+"""Grids, contact sheets and animations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,22 +114,3 @@ def save_animation(path: Path, frames: Sequence[Image.Image], milliseconds: int 
     """
     durations = [milliseconds] * (len(frames) - 1) + [hold]
     frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
-
-
-def save_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
-    """Writes the loss over steps as a PNG, logarithmic, with its running mean over a twentieth of the run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    window = max(1, len(losses) // 20)
-    axes.plot(steps, losses, linewidth=0.8 if window > 1 else 1.8, alpha=0.4 if window > 1 else 1, color="tab:blue", label="loss")
-    if window > 1:
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], smooth, linewidth=1.8, color="tab:blue", label=f"mean of {window} points")
-    axes.set(xlabel="step", ylabel="L_simple", yscale="log", title="Training loss")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path)

@@ -281,7 +281,8 @@ def _metric(config: EvaluateConfig, shards: ShardSet, identity: tuple[str, str, 
 
 def _pictures(folder: Location, first: np.ndarray, frames: Sequence[np.ndarray], training: Location) -> dict[str, str]:
     """Writes the sample grid, the denoising animation and the loss curve; returns their addresses by field of the receipt."""
-    from components.figures import grid, save_animation, save_loss_curve
+    from components.charts import save_loss_curve
+    from components.figures import grid, save_animation
 
     pictures = {"grid": folder / "grid.png", "animation": folder / "denoising.gif", "loss_curve": folder / "loss.png"}
     lines = [line for line in read_metrics(training) if "train/loss" in line.metrics]
