@@ -1,5 +1,6 @@
 """Grids, contact sheets and animations."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,8 @@ MOST_ENLARGED = 8
 NAME_WIDTH, LEAST_WIDTH = 180, 560
 TITLE_SIZE, TEXT_SIZE = 22, 15
 INK, PALE_INK, OUTLINE = (32, 33, 36), (110, 114, 120), (206, 208, 212)
+ALARM = (190, 36, 44)
+PAIR_COLUMNS, MOST_PAIRS = 8, 16
 
 
 def grid(pixels: np.ndarray, columns: int, width: int = 800) -> Image.Image:
@@ -52,22 +55,25 @@ class Strip:
     pixels: np.ndarray
 
 
-def contact_sheet(strips: Sequence[Strip], title: str, caption: str) -> Image.Image:
+def contact_sheet(strips: Sequence[Strip], title: str, caption: str, headings: Sequence[str] = ()) -> Image.Image:
     """Returns lines of images with their names on white, below a title; small images are scaled up by a whole factor, large ones down.
+
+    Several models over the same seeds: a strip for each model, its name and number, and the seeds as headings.
 
     Args:
         strips: of images of one size.
+        headings: over the columns, or none.
     """
-    size = strips[0].pixels.shape[-1]
-    cell = size * min(MOST_ENLARGED, CELL // size) if size <= CELL else CELL
+    cell = _cell_size(strips[0].pixels.shape[-1])
     header = _header_width(strips)
     columns = max(len(strip.pixels) for strip in strips)
-    top = MARGIN + TITLE_SIZE + TEXT_SIZE + 3 * CELL_GAP
+    top = MARGIN + TITLE_SIZE + TEXT_SIZE + 3 * CELL_GAP + (TEXT_SIZE + CELL_GAP if headings else 0)
     width = max(LEAST_WIDTH, 2 * MARGIN + header + columns * (cell + CELL_GAP) - CELL_GAP)
     sheet = Image.new("RGB", (width, top + len(strips) * (cell + CELL_GAP) - CELL_GAP + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    _write(draw, (MARGIN, MARGIN - 4), title, TITLE_SIZE, INK, width - 2 * MARGIN)
-    _write(draw, (MARGIN, MARGIN + TITLE_SIZE + CELL_GAP - 2), caption, TEXT_SIZE, PALE_INK, width - 2 * MARGIN)
+    _write_title(draw, title, caption, width)
+    for column, heading in enumerate(headings):
+        _write_centred(draw, (MARGIN + header + column * (cell + CELL_GAP) + cell // 2, top - TEXT_SIZE - CELL_GAP), heading, PALE_INK, cell)
     for line, strip in enumerate(strips):
         y = top + line * (cell + CELL_GAP)
         _write(draw, (MARGIN, y + cell // 2 - TEXT_SIZE - 3), strip.name, TEXT_SIZE, INK, NAME_WIDTH)
@@ -79,6 +85,60 @@ def contact_sheet(strips: Sequence[Strip], title: str, caption: str) -> Image.Im
     return sheet
 
 
+def interpolation_sheet(pixels: np.ndarray, pairs: Sequence[tuple[int, int]], caption: str = "") -> Image.Image:
+    """Returns a line of images for each pair of seeds, from the first seed's image to the second's, the fraction of the way over each column.
+
+    Args:
+        pixels: (R, N, C, H, W) uint8, R the number of pairs, N of fractions, evenly spaced from 0 to 1.
+        pairs: of seeds.
+    """
+    strips = [Strip(f"seed {first} \N{RIGHTWARDS ARROW} {second}", "", row) for (first, second), row in zip(pairs, pixels, strict=True)]
+    fractions = [f"{fraction:.3g}" for fraction in np.linspace(0, 1, pixels.shape[1])]
+    return contact_sheet(strips, "Between seeds", caption, fractions)
+
+
+def closest_pairs(samples: np.ndarray, nearest: np.ndarray, distances: Sequence[float], threshold: float) -> Image.Image:
+    """Returns samples, each above the training image nearest to it, with their distance; pairs nearer than a threshold are framed in red.
+
+    Args:
+        samples: (N, C, H, W) uint8, the closest pair first; the first MOST_PAIRS are shown.
+        nearest: images of the same shape.
+        threshold: distance below which a sample counts as a copy.
+    """
+    shown = min(len(samples), MOST_PAIRS)
+    cell, columns = _cell_size(samples.shape[-1]), min(shown, PAIR_COLUMNS)
+    strips = [Strip("sample", "", samples), Strip("training image", "nearest to it", nearest)]
+    header, pitch = _header_width(strips), (cell + 2 * CELL_GAP, 2 * cell + TEXT_SIZE + 4 * CELL_GAP)
+    top, lines = MARGIN + TITLE_SIZE + TEXT_SIZE + 4 * CELL_GAP, -(-shown // PAIR_COLUMNS)
+    width = max(LEAST_WIDTH, 2 * MARGIN + header + columns * pitch[0] - CELL_GAP)
+    sheet = Image.new("RGB", (width, top + lines * pitch[1] - 2 * CELL_GAP + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    copies = sum(distance < threshold for distance in distances[:shown])
+    caption = f"{copies} of these {shown} pairs {'is' if copies == 1 else 'are'} nearer than the threshold {threshold:.4g}"
+    _write_title(draw, "Closest pairs of sample and training image", caption + (", framed in red" if copies else ""), width)
+    for line, (row, strip) in itertools.product(range(lines), enumerate(strips)):
+        y = top + line * pitch[1] + row * cell + cell // 2
+        _write(draw, (MARGIN, y - (TEXT_SIZE if strip.note else TEXT_SIZE // 2) - 3), strip.name, TEXT_SIZE, INK, NAME_WIDTH)
+        _write(draw, (MARGIN, y + 3), strip.note, TEXT_SIZE - 2, PALE_INK, NAME_WIDTH)
+    for index in range(shown):
+        place = MARGIN + header + index % PAIR_COLUMNS * pitch[0], top + index // PAIR_COLUMNS * pitch[1]
+        _paste_pair(sheet, place, cell, (samples[index], nearest[index]), distances[index], distances[index] < threshold)
+    return sheet
+
+
+def _paste_pair(sheet: Image.Image, place: tuple[int, int], cell: int, pair: tuple[np.ndarray, np.ndarray], distance: float, is_copy: bool) -> None:
+    (x, y), draw = place, ImageDraw.Draw(sheet)
+    border = 4 if is_copy else 1
+    draw.rectangle((x - border, y - border, x + cell + border - 1, y + 2 * cell + border - 1), outline=ALARM if is_copy else OUTLINE, width=border)
+    for row, image in enumerate(pair):
+        sheet.paste(_scaled(to_image(image), cell), (x, y + row * cell))
+    _write_centred(draw, (x + cell // 2, y + 2 * cell + CELL_GAP), f"{distance:.4g}", ALARM if is_copy else INK, cell + CELL_GAP)
+
+
+def _cell_size(size: int) -> int:
+    return size * min(MOST_ENLARGED, CELL // size) if size <= CELL else CELL
+
+
 def _header_width(strips: Sequence[Strip]) -> int:
     widest = max(max(_font(TEXT_SIZE).getlength(strip.name), _font(TEXT_SIZE - 2).getlength(strip.note)) for strip in strips)
     return min(NAME_WIDTH, round(widest)) + 3 * CELL_GAP if widest else 0
@@ -86,6 +146,17 @@ def _header_width(strips: Sequence[Strip]) -> int:
 
 def _scaled(image: Image.Image, cell: int) -> Image.Image:
     return image.resize((cell, cell), Image.Resampling.NEAREST if image.width <= cell else Image.Resampling.LANCZOS)
+
+
+def _write_title(draw: ImageDraw.ImageDraw, title: str, caption: str, width: int) -> None:
+    _write(draw, (MARGIN, MARGIN - 4), title, TITLE_SIZE, INK, width - 2 * MARGIN)
+    _write(draw, (MARGIN, MARGIN + TITLE_SIZE + CELL_GAP - 2), caption, TEXT_SIZE, PALE_INK, width - 2 * MARGIN)
+
+
+def _write_centred(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, ink: tuple[int, int, int], width: int) -> None:
+    """Writes one small line of text around a place at its upper edge."""
+    written = min(width, round(_font(TEXT_SIZE - 2).getlength(text)))
+    _write(draw, (place[0] - written // 2, place[1]), text, TEXT_SIZE - 2, ink, width)
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, ink: tuple[int, int, int], width: int) -> None:
