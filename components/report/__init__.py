@@ -1,0 +1,1 @@
+"""A page for people about an evaluation or a comparison."""
