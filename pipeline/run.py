@@ -142,6 +142,7 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
     shards = _preprocess(pipeline)
     if until == "preprocess" or tracking is None:
         return
+    train_stage.check_labels(pipeline.config.model, shards)
     if until in ("evaluate", "register"):
         evaluate_stage.check_extractor(pipeline.config.evaluate, shards, pipeline.storage)
     inputs = digest_of(shards.digest, pipeline.config.model, pipeline.config.diffusion, pipeline.config.train)

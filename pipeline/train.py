@@ -26,6 +26,7 @@ from pipeline.notebook import read_metrics
 from pipeline.tracking import Tracking, public_uri
 
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
+MIN_LABELS = 2
 
 
 class TrainConfig(BaseModel):
@@ -51,6 +52,8 @@ class TrainConfig(BaseModel):
     """Decay of the weights' running average, per step, after its warm-up."""
     flip: bool = True
     """Mirror images left to right with probability one half."""
+    label_dropout: float = Field(0.1, ge=0.0, le=1.0)
+    """Probability that an image's label is not told, so that a conditional model learns to draw without one too (Classifier-Free Guidance)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the network; `auto` is bfloat16 on GPUs and on CPUs with AMX, float32 elsewhere. Noise, target and loss are float32."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -82,6 +85,19 @@ class TrainPlan(BaseModel):
     group_timeout_s: int
     cache: str | None = None
     cache_bytes: int = 20 << 30
+
+
+def check_labels(model: UNetConfig, shards: ShardSet) -> None:
+    """Checks that a dataset has the classes that a conditional model is told, before anything is trained.
+
+    Raises:
+        DataError: if it has not.
+    """
+    if model.conditional and shards.num_labels < MIN_LABELS:
+        raise DataError(
+            f"model.conditional=true needs at least {MIN_LABELS} labels, and {shards.source} has {shards.num_labels}; "
+            "use images in a folder for each label, or model.conditional=false"
+        )
 
 
 def train(

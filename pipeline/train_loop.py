@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +17,7 @@ from components.data.images import to_model_range, to_pixels
 from components.data.order import plan_order
 from components.data.reader import RowReader
 from components.data.shards import Manifest, read_manifest
-from components.diffusion.objective import simple_loss
+from components.diffusion.objective import Network, simple_loss
 from components.diffusion.samplers import sample
 from components.diffusion.schedule import Schedule
 from components.errors import DataError
@@ -90,8 +91,9 @@ class Trainer:
         torch.manual_seed(int(stream(Purpose.WEIGHTS, self.config.seed, self.step + 1, first_lane).integers(2**32)))
         x_0 = to_model_range(batch.pixels.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         eps, t = batch.eps.to(self.device, non_blocking=True), batch.t.to(self.device, non_blocking=True)
+        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            loss = simple_loss(self.network, self.schedule, x_0, eps, t)
+            loss = simple_loss(self.network, self.schedule, x_0, eps, t, labels)
         loss = loss if self.share == 1.0 else loss * self.share
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -148,7 +150,13 @@ class Trainer:
 
 def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resume_from: Location | None) -> Trainer:
     """Builds the network, the optimiser and the averages: fresh from the seed, or from a checkpoint."""
-    spec = DenoiserSpec(model=plan.model, diffusion=plan.diffusion, image_size=manifest.image_size, channels=1 if manifest.channels == 1 else 3)
+    spec = DenoiserSpec(
+        model=plan.model,
+        diffusion=plan.diffusion,
+        image_size=manifest.image_size,
+        channels=1 if manifest.channels == 1 else 3,
+        label_names=_label_names(plan, manifest),
+    )
     torch.manual_seed(int(stream(Purpose.WEIGHTS, plan.train.seed).integers(2**32)))
     unet = spec.build().to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=plan.train.lr, weight_decay=plan.train.weight_decay, fused=True)
@@ -167,6 +175,23 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
     if resume_from is not None:
         trainer.resume(resume_from)
     return trainer
+
+
+def make_batch_plan(plan: TrainPlan, manifest: Manifest) -> BatchPlan:
+    """Returns what decides the batches of a training run."""
+    order = plan_order(
+        num_rows=manifest.num_train,
+        row_bytes=manifest.row_bytes,
+        global_batch_size=plan.train.global_batch_size,
+        lanes=plan.train.lanes,
+        seed=plan.train.seed,
+    )
+    return BatchPlan(order, plan.diffusion.num_steps, plan.train.flip, len(_label_names(plan, manifest)), plan.train.label_dropout)
+
+
+def _label_names(plan: TrainPlan, manifest: Manifest) -> tuple[str, ...]:
+    """Returns the classes that the network is told."""
+    return tuple(manifest.label_names) if plan.model.conditional else ()
 
 
 class Stretch:
@@ -222,14 +247,7 @@ def train_loop(config: dict[str, Any]) -> str:
     trainer = make_trainer(plan, manifest, device, resumed)
     if world > 1:
         trainer.network = prepare_model(trainer.unet, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
-    order = plan_order(
-        num_rows=manifest.num_train,
-        row_bytes=manifest.row_bytes,
-        global_batch_size=plan.train.global_batch_size,
-        lanes=plan.train.lanes,
-        seed=plan.train.seed,
-    )
-    batch_plan = BatchPlan(order, plan.diffusion.num_steps, plan.train.flip)
+    batch_plan = make_batch_plan(plan, manifest)
     reader = RowReader(dataset, manifest, copies=Copies.of(plan.cache, plan.cache_bytes))
     try:
         newest = _run_steps(trainer, batch_plan, reader, attempt, rank, world) or resumed
@@ -311,14 +329,30 @@ def _save_checkpoint(trainer: Trainer, attempt: Attempt) -> Location:
 
 
 def _save_grid(trainer: Trainer, attempt: Attempt) -> None:
-    """Draws a small grid from the averaged weights, the same seeds each time, wide rather than tall."""
+    """Writes a small grid of samples, wide rather than tall."""
+    pixels = grid_pixels(trainer)
+    with (samples_folder(attempt.folder) / f"step_{trainer.step:09d}.png").staged() as staging:
+        grid(pixels, GRID_COLUMNS).save(staging, format="PNG")
+
+
+def grid_pixels(trainer: Trainer) -> np.ndarray:
+    """Returns samples of the averaged weights (16, C, H, W) uint8: the same seeds each time, of the classes by turns where the network is told any."""
     training = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
     trainer.unet.load_state_dict(trainer.ema.weights)
     trainer.unet.eval()
     try:
-        x_0 = sample(trainer.unet, trainer.schedule, GRID_SEEDS, trainer.spec.shape, steps=min(GRID_STEPS, trainer.schedule.num_steps), device=trainer.device)
+        network, steps = _grid_network(trainer), min(GRID_STEPS, trainer.schedule.num_steps)
+        x_0 = sample(network, trainer.schedule, GRID_SEEDS, trainer.spec.shape, steps=steps, device=trainer.device)
     finally:
         trainer.unet.load_state_dict(training)
         trainer.unet.train()
-    with (samples_folder(attempt.folder) / f"step_{trainer.step:09d}.png").staged() as staging:
-        grid(to_pixels(x_0).cpu().numpy(), GRID_COLUMNS).save(staging, format="PNG")
+    return to_pixels(x_0).cpu().numpy()
+
+
+def _grid_network(trainer: Trainer) -> Network:
+    """Returns the network with the labels of a grid, which is drawn as one batch, bound to it."""
+    num_classes = len(trainer.spec.label_names)
+    if num_classes == 0:
+        return trainer.unet
+    labels = torch.arange(len(GRID_SEEDS), device=trainer.device) % num_classes
+    return lambda x_t, t: trainer.unet(x_t, t, labels)

@@ -94,6 +94,8 @@ def write_dataset(folder: Location, pieces: Sequence[np.ndarray], labels: Sequen
                              schema=ROWS_SCHEMA))  # fmt: skip
     rows_file, rows_sha256 = write_rows(folder, pa.concat_tables(rows))
     manifest = a_manifest(recipe, sum(map(len, pieces)), rows_file=rows_file, rows_sha256=rows_sha256, shards=tuple(shards))
+    counts = {label: sum(len(piece) for piece, other in zip(pieces, labels, strict=True) if other == label) for label in labels if label is not None}
+    manifest = manifest.model_copy(update={"labels": counts})
     write_manifest(folder, manifest)
     return manifest
 

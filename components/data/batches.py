@@ -1,4 +1,4 @@
-"""What one worker trains on at each step: pixels, time steps and noise of its lanes, each a pure function of (seed, step, lane)."""
+"""What one worker trains on at each step: pixels, time steps, noise and labels of its lanes, each a pure function of (seed, step, lane)."""
 
 import queue
 import threading
@@ -10,7 +10,7 @@ import torch
 
 from ..streams import Purpose, stream
 from .order import RowOrder
-from .reader import RowReader
+from .reader import NO_LABEL, RowReader
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Batch:
         pixels: (B, C, H, W) uint8, flipped where the draw says so.
         t: (B,) int64, 0..T-1.
         eps: (B, C, H, W) float32.
+        labels: (B,) int64, what the network is told of each image's class; None where it is told no class.
     """
 
     step: int
@@ -29,6 +30,7 @@ class Batch:
     pixels: torch.Tensor
     t: torch.Tensor
     eps: torch.Tensor
+    labels: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,15 @@ class BatchPlan:
     Attributes:
         num_steps: T, noise levels.
         flip: mirror each image left to right with probability one half.
+        num_classes: K, the classes that the network is told; label K says that the class is not told. 0 for a network that is told no class.
+        label_dropout: probability that an image's class is not told (p_uncond of Classifier-Free Guidance, algorithm 1).
     """
 
     order: RowOrder
     num_steps: int
     flip: bool
+    num_classes: int = 0
+    label_dropout: float = 0.0
 
     def lanes_of(self, rank: int, num_workers: int) -> range:
         """Returns the lanes that a worker carries: equal parts where the workers divide the lanes, else some carry one more.
@@ -55,10 +61,10 @@ class BatchPlan:
         return range(rank * self.order.lanes // num_workers, (rank + 1) * self.order.lanes // num_workers)
 
     def batch(self, reader: RowReader, step: int, lanes: range) -> Batch:
-        """Returns the rows, pixels, time steps and noise of the given lanes at a step."""
+        """Returns the rows, pixels, time steps, noise and labels of the given lanes at a step."""
         rows = np.concatenate([self.order.rows(step, lane) for lane in lanes])
         pixels = reader.pixels(rows)
-        times, noises = [], []
+        times, noises, told = [], [], []
         for index, lane in enumerate(lanes):
             draw = stream(Purpose.TRAINING, self.order.seed, step, lane)
             count = self.order.rows_per_lane
@@ -67,7 +73,14 @@ class BatchPlan:
             if self.flip:
                 mirrored = np.flatnonzero(draw.random(count) < 0.5) + index * count
                 pixels[mirrored] = pixels[mirrored, :, :, ::-1]
-        return Batch(step, *(torch.from_numpy(part) for part in (rows, pixels, np.concatenate(times), np.concatenate(noises))))
+            if self.num_classes:
+                told.append(draw.random(count) >= self.label_dropout)
+        labels = self._labels(reader.labels(rows), np.concatenate(told)) if self.num_classes else None
+        parts = (rows, pixels, np.concatenate(times), np.concatenate(noises))
+        return Batch(step, *(torch.from_numpy(part) for part in parts), labels=labels)
+
+    def _labels(self, classes: np.ndarray, told: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.where(told & (classes != NO_LABEL), classes, self.num_classes).astype(np.int64))
 
     def batches(self, reader: RowReader, steps: range, lanes: range, ahead: int = 2) -> Iterator[Batch]:
         """Yields the batches of consecutive steps, made by a thread that keeps `ahead` of them ready."""

@@ -1,10 +1,13 @@
 """Rows of a dataset by number, in bounded memory."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..storage import Location
@@ -13,6 +16,7 @@ from .shards import Manifest, Split, column_pixels, shard_location
 
 CACHE_BYTES = 3 << 29
 OPEN_FILES = 128
+NO_LABEL = -1
 
 
 class RowReader:
@@ -26,7 +30,7 @@ class RowReader:
     """
 
     def __init__(self, folder: Location, manifest: Manifest, split: Split = "train", cache_bytes: int = CACHE_BYTES, copies: Copies | None = None) -> None:
-        self._folder, self._manifest = folder, manifest
+        self._folder, self._manifest, self._split = folder, manifest, split
         self._copies = copies or Copies.of()
         self._shards, self._places = self._copies.use(folder / manifest.rows_file, manifest.rows_sha256, lambda path: _places(path, split))
         self._files: OrderedDict[int, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
@@ -50,6 +54,15 @@ class RowReader:
             mine = np.flatnonzero(shards == shard)
             self._gather(int(shard), self._places[rows[mine]], mine, out)
         return out
+
+    def labels(self, rows: np.ndarray) -> np.ndarray:
+        """Returns class numbers (len(rows),) int32, places in the manifest's `label_names`; NO_LABEL for a row without a label."""
+        return self._labels[rows]
+
+    @cached_property
+    def _labels(self) -> np.ndarray:
+        manifest = self._manifest
+        return self._copies.use(self._folder / manifest.rows_file, manifest.rows_sha256, lambda path: _labels(path, self._split, manifest.label_names))
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yields all pixels in their order, at most batch_size rows at a time, (B, C, H, W) uint8."""
@@ -95,3 +108,13 @@ def _places(rows_file: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Returns shard and place in it of every row of a split."""
     table = pq.read_table(rows_file, columns=["shard", "row"], filters=[("split", "=", split)], use_threads=False)
     return table.column("shard").to_numpy(), table.column("row").to_numpy()
+
+
+def _labels(rows_file: Path, split: Split, label_names: Sequence[str]) -> np.ndarray:
+    """Returns the class number of every row of a split, a part of the file at a time: text is larger than numbers."""
+    names, parts = pa.array(label_names, pa.string()), [np.empty(0, np.int32)]
+    with pq.ParquetFile(rows_file) as file:
+        for rows in file.iter_batches(columns=["label", "split"], use_threads=False):
+            numbers = pc.call_function("index_in", [rows["label"]], pc.SetLookupOptions(names)).fill_null(NO_LABEL)
+            parts.append(numbers.filter(pc.call_function("equal", [rows["split"], pa.scalar(split)])).to_numpy())
+    return np.concatenate(parts)

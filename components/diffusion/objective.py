@@ -9,18 +9,23 @@ from torch.nn.functional import mse_loss
 from ..streams import Purpose, stream
 from .schedule import Schedule
 
-Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# (x_t (B, C, H, W), t (B,)) -> output (B, C, H, W); one that is told the class takes labels (B,) as a third argument.
+Network = Callable[..., torch.Tensor]
 
 
-def simple_loss(network: Network, schedule: Schedule, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def simple_loss(
+    network: Network, schedule: Schedule, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns L_simple, the mean squared error of the network's estimate at x_t (DDPM Eq. 14), a float32 scalar.
 
     Args:
-        network: (x_t (B, C, H, W), t (B,)) -> output (B, C, H, W); may run under autocast.
+        network: may run under autocast.
         x_0: images in -1..1, float32.
         eps: standard normal noise of the same shape, float32.
+        labels: what the network is told of the classes, (B,) int64; nothing by default.
     """
-    output = network(schedule.add_noise(x_0, eps, t), t)
+    x_t = schedule.add_noise(x_0, eps, t)
+    output = network(x_t, t) if labels is None else network(x_t, t, labels)
     return mse_loss(output.float(), schedule.target(x_0, eps, t))
 
 

@@ -16,11 +16,11 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..diffusion.schedule import DiffusionConfig, Schedule
 from ..errors import DataError
@@ -43,10 +43,24 @@ class DenoiserSpec(BaseModel):
     """Height and width, pixels."""
     channels: Literal[1, 3]
     """1 for grey, 3 for RGB."""
+    label_names: tuple[str, ...] = ()
+    """The classes that the network is told, in the order of their numbers; empty where it is told none."""
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        if self.model.conditional != bool(self.label_names):
+            right = "name the dataset's labels" if self.model.conditional else "name none"
+            raise ValueError(f"label_names={self.label_names} does not fit model.conditional={self.model.conditional}; {right}")
+        return self
 
     def build(self) -> UNet:
         """Returns the network with fresh weights."""
-        return UNet(self.model, image_size=self.image_size, channels=self.channels)
+        return UNet(self.model, image_size=self.image_size, channels=self.channels, num_classes=len(self.label_names))
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that tells no class, one past the classes; None for a network that is told none."""
+        return len(self.label_names) or None
 
     @property
     def shape(self) -> tuple[int, int, int]:

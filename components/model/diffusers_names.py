@@ -28,6 +28,7 @@ def diffusers_config(unet: UNet, *, image_size: int, channels: int) -> dict[str,
         "downsample_padding": 0,
         "flip_sin_to_cos": False,
         "freq_shift": 1,
+        "num_class_embeds": None if unet.label_embedding is None else unet.label_embedding.num_embeddings,
     }
 
 
@@ -39,6 +40,7 @@ def _prefixes(unet: UNet) -> tuple[dict[str, str], list[str]]:
         "conv_out": "conv_out",
         "time.hidden": "time_embedding.linear_1",
         "time.embedding": "time_embedding.linear_2",
+        "label_embedding": "class_embedding",
         "mid_1": "mid_block.resnets.0",
         "mid_2": "mid_block.resnets.1",
         "mid_attention": "mid_block.attentions.0",

@@ -41,9 +41,19 @@ class TimeMLP(nn.Module):
         for layer in (self.hidden, self.embedding, self.projections):
             init_layer(layer)
 
-    def forward(self, t: torch.Tensor) -> list[torch.Tensor]:
-        """Returns one (B, C_i, 1, 1) tensor for each residual block, in the order the blocks run."""
+    @property
+    def embedding_channels(self) -> int:
+        """Channels of the time embedding."""
+        return 4 * self.base_channels
+
+    def forward(self, t: torch.Tensor, condition: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Returns one (B, C_i, 1, 1) tensor for each residual block, in the order the blocks run.
+
+        Args:
+            condition: what else the blocks are told, (B, embedding_channels); it is added to the time embedding.
+        """
         embedding = self.embedding(F.silu(self.hidden(timestep_embedding(t, self.base_channels))))
+        embedding = embedding if condition is None else embedding + condition
         return list(self.projections(F.silu(embedding))[:, :, None, None].split(self.block_channels, dim=1))
 
 

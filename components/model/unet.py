@@ -1,4 +1,4 @@
-"""The U-Net of the DDPM paper: eps_hat = UNet(x_t, t)."""
+"""The U-Net of the DDPM paper: eps_hat = UNet(x_t, t), or UNet(x_t, t, labels) where it is told the class."""
 
 from typing import Self
 
@@ -29,6 +29,8 @@ class UNetConfig(BaseModel):
     """Groups of the group normalisation; divides the channels of every level."""
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     """Probability of a dropped activation in residual blocks, while training."""
+    conditional: bool = False
+    """Tell the network each image's label, so that samples of a wanted class can be drawn; the dataset needs labels."""
 
     @model_validator(mode="after")
     def _check_divisions(self) -> Self:
@@ -69,13 +71,19 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser: (x_t (B, C, H, W), t (B,)) -> estimate (B, C, H, W).
+    """The denoiser: (x_t (B, C, H, W), t (B,), labels (B,) int64 in 0..K or None) -> estimate (B, C, H, W).
+
+    With K classes an embedding of the label is added to that of the time step, as in the code of ADM. Label K says that the class is
+    not told, and so does None.
+
+    Args:
+        num_classes: K; 0 for a network that is told no class.
 
     Raises:
-        ValueError: if the image size cannot be halved as often as the config has levels.
+        ValueError: if the image size cannot be halved as often as the config has levels, or labels are given to a network without classes.
     """
 
-    def __init__(self, config: UNetConfig, *, image_size: int, channels: int) -> None:
+    def __init__(self, config: UNetConfig, *, image_size: int, channels: int, num_classes: int = 0) -> None:
         super().__init__()
         config.check_image_size(image_size)
         self.config = config
@@ -91,6 +99,8 @@ class UNet(nn.Module):
         self.conv_out = conv3x3(widths[0], channels, scale=0.0)
         running = [*(b for level in down for b in level.blocks), self.mid_1, self.mid_2, *(b for level in up for b in level.blocks)]
         self.time = TimeMLP(config.base_channels, [block.out_channels for block in running if isinstance(block, ResidualBlock)])
+        # Made last, so that all other weights are those that the same seed gives a network without classes.
+        self.label_embedding = nn.Embedding(num_classes + 1, self.time.embedding_channels) if num_classes else None
 
     def _block(self, in_channels: int, out_channels: int) -> ResidualBlock:
         return ResidualBlock(in_channels, out_channels, dropout=self.config.dropout, num_groups=self.config.num_groups)
@@ -123,8 +133,17 @@ class UNet(nn.Module):
             levels.append(Level(blocks, attentions, Upsample(width) if number else nn.Identity()))
         return levels
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        biases = iter(self.time(t))
+    def _condition(self, x_t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
+        if self.label_embedding is None:
+            if labels is not None:
+                raise ValueError("labels are given to a network without classes; give none, or train with model.conditional=true")
+            return None
+        if labels is None:
+            labels = torch.full((len(x_t),), self.label_embedding.num_embeddings - 1, device=x_t.device)
+        return self.label_embedding(labels)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        biases = iter(self.time(t, self._condition(x_t, labels)))
         hidden = self.conv_in(x_t)
         skips = [hidden]
         for level in _levels(self.down):

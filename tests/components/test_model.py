@@ -16,6 +16,7 @@ from components.model.checkpoint import (
     newest_whole_checkpoint,
     prune,
     read_weights,
+    sha256_of,
     verify,
     write_checkpoint,
 )
@@ -29,6 +30,9 @@ SPEC = DenoiserSpec(
     image_size=8,
     channels=1,
 )
+
+
+CONDITIONAL = SPEC.model_copy(update={"model": SPEC.model.model_copy(update={"conditional": True}), "label_names": ("cat", "dog", "eel")})
 
 
 def write(path: Path, step: int = 4) -> UNet:
@@ -46,6 +50,57 @@ def test_a_checkpoint_rebuilds_its_denoiser_by_itself(tmp_path: Path):
     torch.testing.assert_close(loaded.network(x, t), unet(x, t), rtol=1e-4, atol=1e-6)
     assert loaded.spec == SPEC
     assert load_training_state(Location.of(tmp_path / "step_000000004")).state.record.step == 4
+
+
+def test_a_checkpoint_of_a_conditional_denoiser_knows_its_classes(tmp_path: Path):
+    unet = CONDITIONAL.build().eval()
+    torch.nn.init.normal_(unet.conv_out.weight)
+    write_checkpoint(Location.of(tmp_path / "made"), CONDITIONAL, unet.state_dict())
+    loaded = load_denoiser(Location.of(tmp_path / "made"))
+    x, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([3, 700, 3, 20]), torch.tensor([0, 1, 2, 3])
+    torch.testing.assert_close(loaded.network(x, t, labels), unet(x, t, labels), rtol=1e-4, atol=1e-4)
+    assert (loaded.spec.label_names, loaded.spec.null_label, SPEC.null_label) == (("cat", "dog", "eel"), 3, None)
+
+
+def test_a_checkpoint_written_before_there_were_classes_still_loads(tmp_path: Path):
+    unet = write(tmp_path / "old").eval()
+    record = json.loads((tmp_path / "old" / "denoiser.json").read_text())
+    del record["label_names"], record["model"]["conditional"]
+    (tmp_path / "old" / "denoiser.json").write_text(json.dumps(record))
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in (tmp_path / "old").iterdir() if path.name != "manifest.json"}
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    loaded = load_denoiser(Location.of(tmp_path / "old"))
+    assert loaded.spec == SPEC
+    assert all(torch.equal(value, unet.state_dict()[name]) for name, value in loaded.network.state_dict().items())
+
+
+@pytest.mark.parametrize(("spec", "names"), [(SPEC, ["cat", "dog"]), (CONDITIONAL, [])])
+def test_classes_that_do_not_fit_the_network_are_refused(spec: DenoiserSpec, names: list[str]):
+    with pytest.raises(ValueError, match=rf"label_names=.* does not fit model\.conditional={not names}"):
+        DenoiserSpec.model_validate(spec.model_dump() | {"label_names": names})
+
+
+def test_classes_leave_all_other_weights_and_a_network_without_them_as_they_were():
+    torch.manual_seed(0)
+    plain = SPEC.build().state_dict()
+    torch.manual_seed(0)
+    told = CONDITIONAL.build().state_dict()
+    assert told.pop("label_embedding.weight").shape == (4, 32)
+    assert list(told) == list(plain)
+    assert all(torch.equal(value, plain[name]) for name, value in told.items())
+
+
+def test_a_network_that_is_told_no_class_computes_what_the_null_label_does():
+    unet = CONDITIONAL.build().eval()
+    torch.nn.init.normal_(unet.conv_out.weight)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    assert torch.equal(unet(x, t), unet(x, t, torch.tensor([3, 3])))
+    assert not torch.allclose(unet(x, t), unet(x, t, torch.tensor([0, 1])))
+
+
+def test_labels_are_refused_by_a_network_without_classes():
+    with pytest.raises(ValueError, match=r"labels are given to a network without classes.*model\.conditional=true"):
+        SPEC.build()(torch.zeros(1, 1, 8, 8), torch.tensor([3]), torch.tensor([0]))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip a bit", "remove", "no manifest"])

@@ -9,6 +9,7 @@ from diffusers import UNet2DModel
 from components.model.diffusers_names import diffusers_config, from_diffusers, to_diffusers
 from components.model.unet import UNet, UNetConfig
 
+LABELS = torch.tensor([0, 4, 5])
 CONFIGS = {
     "attention in the middle": (UNetConfig(base_channels=16, channel_mults=(1, 2, 2), attention_resolutions=(8,), num_groups=8), 16, 3),
     "grey, one level": (UNetConfig(base_channels=16, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4), 8, 1),
@@ -23,21 +24,23 @@ def randomised(unet: UNet) -> UNet:
     return unet.eval()
 
 
+@pytest.mark.parametrize("labels", [None, LABELS], ids=["no classes", "five classes"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_outputs_equal_those_of_diffusers(name: str):
+def test_outputs_equal_those_of_diffusers(name: str, labels: torch.Tensor | None):
     config, size, channels = CONFIGS[name]
-    ours = randomised(UNet(config, image_size=size, channels=channels))
+    ours = randomised(UNet(config, image_size=size, channels=channels, num_classes=0 if labels is None else 5))
     theirs: Any = UNet2DModel(**diffusers_config(ours, image_size=size, channels=channels))
     theirs.eval()
     theirs.load_state_dict(to_diffusers(ours))
     x, t = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 17, 999])
     with torch.inference_mode():
-        torch.testing.assert_close(ours(x, t), theirs(x, t).sample, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(x, t, labels), theirs(x, t, class_labels=labels).sample, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_survive_the_way_to_diffusers_and_back():
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_weights_survive_the_way_to_diffusers_and_back(num_classes: int):
     config, size, channels = CONFIGS["attention in the middle"]
-    ours = randomised(UNet(config, image_size=size, channels=channels))
+    ours = randomised(UNet(config, image_size=size, channels=channels, num_classes=num_classes))
     back = from_diffusers(ours, to_diffusers(ours))
     assert all(torch.equal(back[name], value) for name, value in ours.state_dict().items())
     assert set(back) == set(ours.state_dict())

@@ -43,6 +43,7 @@ def test_the_cifar10_preset_is_the_run_of_the_paper():
         (["model.num_groups=5"], r"model: base_channels=32 times 1 is 32, which num_groups=5 .* does not divide"),
         (["data.mode=RGBA"], r"data\.mode='RGBA' is wrong"),
         (["train.seed=-1"], r"train\.seed=-1 is wrong"),
+        (["train.label_dropout=1.1"], r"train\.label_dropout=1\.1 is wrong: input should be less than or equal to 1"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_would_be_right(overrides: Sequence[str], message: str):
@@ -82,7 +83,19 @@ def test_placement_and_bookkeeping_change_no_digest():
         assert config_digest(load_config(DIGITS, [override])) == expected, override
 
 
-@pytest.mark.parametrize("override", ["train.seed=1", "train.steps=9", "model.dropout=0.2", "data.image_size=16", "evaluate.steps=3", "diffusion.betas=linear"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.seed=1",
+        "train.steps=9",
+        "train.label_dropout=0.2",
+        "model.dropout=0.2",
+        "model.conditional=true",
+        "data.image_size=16",
+        "evaluate.steps=3",
+        "diffusion.betas=linear",
+    ],
+)
 def test_whatever_decides_a_result_changes_the_digest(override: str):
     assert config_digest(load_config(DIGITS, [override])) != config_digest(load_config(DIGITS))
 

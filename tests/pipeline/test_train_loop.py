@@ -2,27 +2,35 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from support import a_manifest
+from support import a_manifest, write_dataset
 
 from components.data.batches import Batch
 from components.data.images import PixelRecipe
+from components.data.reader import RowReader
+from components.data.shards import Manifest
 from components.diffusion.schedule import DiffusionConfig
+from components.errors import DataError
 from components.model.checkpoint import write_checkpoint
 from components.model.unet import UNetConfig
 from components.storage import Location
-from pipeline.train import TrainConfig, TrainPlan
-from pipeline.train_loop import Trainer, make_trainer, resolve_precision
+from pipeline.artifacts import ShardSet
+from pipeline.train import TrainConfig, TrainPlan, check_labels
+from pipeline.train_loop import Trainer, grid_pixels, make_batch_plan, make_trainer, resolve_precision
 
 MANIFEST = a_manifest(PixelRecipe(image_size=8, mode="L"), 0, rows_file="", rows_sha256="", shards=())
+LABELLED = MANIFEST.model_copy(update={"labels": {"dog": 1, "cat": 1}})
 CPU = torch.device("cpu")
 
 
-def plan(**changes: object) -> TrainPlan:
+def plan(conditional: bool = False, **changes: object) -> TrainPlan:
     return TrainPlan(
         train=TrainConfig.model_validate({"lr": 1e-2, "warmup_steps": 3, **changes}),
-        model=UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4, dropout=0.2),
+        model=UNetConfig(
+            base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4, dropout=0.2, conditional=conditional
+        ),
         diffusion=DiffusionConfig(),
         dataset="",
         folder="",
@@ -32,23 +40,26 @@ def plan(**changes: object) -> TrainPlan:
     )
 
 
-def batch(step: int) -> Batch:
+def batch(step: int, num_classes: int = 0) -> Batch:
     draw = torch.Generator().manual_seed(step)
     shape = (4, 1, 8, 8)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
-    return Batch(step, torch.arange(4), pixels, torch.randint(0, 1000, (4,), generator=draw), torch.randn(shape, generator=draw))
+    t, eps = torch.randint(0, 1000, (4,), generator=draw), torch.randn(shape, generator=draw)
+    return Batch(step, torch.arange(4), pixels, t, eps, torch.randint(0, num_classes + 1, (4,), generator=draw) if num_classes else None)
 
 
 def train(trainer: Trainer, until: int) -> list[float]:
-    return [float(trainer.update(batch(step), first_lane=0)[0]) for step in range(trainer.step, until)]
+    num_classes = len(trainer.spec.label_names)
+    return [float(trainer.update(batch(step, num_classes), first_lane=0)[0]) for step in range(trainer.step, until)]
 
 
-def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path):
-    undisturbed, interrupted = make_trainer(plan(), MANIFEST, CPU, None), make_trainer(plan(), MANIFEST, CPU, None)
+@pytest.mark.parametrize(("settings", "manifest"), [(plan(), MANIFEST), (plan(conditional=True), LABELLED)])
+def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path, settings: TrainPlan, manifest: Manifest):
+    undisturbed, interrupted = make_trainer(settings, manifest, CPU, None), make_trainer(settings, manifest, CPU, None)
     expected = train(undisturbed, 9)
     losses = train(interrupted, 4)
     write_checkpoint(Location.of(tmp_path / "step_000000004"), interrupted.spec, interrupted.ema.weights, interrupted.state())
-    resumed = make_trainer(plan(), MANIFEST, CPU, Location.of(tmp_path / "step_000000004"))
+    resumed = make_trainer(settings, manifest, CPU, Location.of(tmp_path / "step_000000004"))
     assert resumed.step == 4
     assert losses + train(resumed, 9) == expected
     for name, value in undisturbed.unet.state_dict().items():
@@ -116,3 +127,34 @@ def test_workers_with_unequal_parts_of_a_batch_weigh_them_by_their_size():
     torch.testing.assert_close((losses[1] + losses[2]) / 2, losses[0])
     for full, one, other in zip(*gradients, strict=True):
         torch.testing.assert_close((one + other) / 2, full, rtol=1e-3, atol=1e-5)
+
+
+def test_a_conditional_model_draws_the_class_that_it_is_told(tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 40, (64, 1, 8, 8), dtype=np.uint8)
+    manifest = write_dataset(Location.of(tmp_path), [noise[:32], 255 - noise[32:]], ["black", "white"])
+    trainer = make_trainer(toy(), manifest, CPU, None)
+    reader, batches = RowReader(Location.of(tmp_path), manifest), make_batch_plan(toy(), manifest)
+    for step in range(60):
+        trainer.update(batches.batch(reader, step, range(8)), 0)
+    brightness = grid_pixels(trainer).mean(axis=(1, 2, 3))
+    assert brightness[0::2].max() < 90
+    assert brightness[1::2].min() > 165
+
+
+def toy() -> TrainPlan:
+    tiny = UNetConfig(base_channels=16, channel_mults=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4, dropout=0.0, conditional=True)
+    diffusion = DiffusionConfig(prediction="v", betas="cosine")
+    return plan(warmup_steps=0, ema_decay=0.9, global_batch_size=32).model_copy(update={"model": tiny, "diffusion": diffusion})
+
+
+def test_labels_are_told_to_conditional_models_only_and_as_often_as_the_settings_say():
+    told = make_batch_plan(plan(conditional=True, label_dropout=0.3, global_batch_size=8), LABELLED.model_copy(update={"splits": {"train": 2}}))
+    plain = make_batch_plan(plan(label_dropout=0.3, global_batch_size=8), LABELLED.model_copy(update={"splits": {"train": 2}}))
+    assert (told.num_classes, told.label_dropout, plain.num_classes) == (2, 0.3, 0)
+
+
+@pytest.mark.parametrize("num_labels", [0, 1])
+def test_a_conditional_model_needs_labels(num_labels: int):
+    shards = ShardSet.model_construct(source="images", num_labels=num_labels)
+    with pytest.raises(DataError, match=rf"model\.conditional=true needs at least 2 labels, and images has {num_labels}; .*or model\.conditional=false"):
+        check_labels(UNetConfig(conditional=True), shards)
