@@ -6,9 +6,9 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, model_validator
 
 from cluster.connect import connect
 from cluster.lookout import waiting_aloud
@@ -50,6 +50,8 @@ class TrainConfig(BaseModel):
     """Largest norm of the gradient; a longer one is scaled down."""
     ema_decay: float = Field(0.9999, ge=0.0, lt=1.0)
     """Decay of the weights' running average, per step, after its warm-up."""
+    more_ema_decays: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = ()
+    """Decays of further averages, kept beside that of `ema_decay` in every checkpoint; each takes the memory of the weights once more."""
     flip: bool = True
     """Mirror images left to right with probability one half."""
     label_dropout: float = Field(0.1, ge=0.0, le=1.0)
@@ -68,6 +70,13 @@ class TrainConfig(BaseModel):
     """Steps between two sample grids."""
     max_nonfinite_steps: int = Field(10, ge=0, json_schema_extra=_NO_RESULT)
     """Steps with a gradient that is not finite, left out and counted, before training stops."""
+
+    @model_validator(mode="after")
+    def _check_decays(self) -> Self:
+        decays = (self.ema_decay, *self.more_ema_decays)
+        if (repeated := next((decay for decay in self.more_ema_decays if decays.count(decay) > 1), None)) is not None:
+            raise ValueError(f"more_ema_decays={list(self.more_ema_decays)} holds {repeated} twice, ema_decay={self.ema_decay} counted; state each decay once")
+        return self
 
 
 class TrainPlan(BaseModel):

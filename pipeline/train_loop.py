@@ -26,6 +26,7 @@ from components.model.checkpoint import (
     DenoiserSpec,
     TrainingRecord,
     TrainingState,
+    average_name,
     checkpoint_name,
     load_training_state,
     manifest_of,
@@ -59,6 +60,7 @@ class Trainer:
     Attributes:
         network: the denoiser, wrapped for DDP where there are several workers.
         unet: the denoiser itself.
+        more_averages: averages of further decays, by the name that checkpoints give them.
         step: optimiser steps done.
         share: this worker's part of the batch over an equal part; not 1 only where the workers do not divide the lanes.
     """
@@ -72,6 +74,7 @@ class Trainer:
     network: nn.Module
     optimizer: torch.optim.AdamW
     ema: Ema
+    more_averages: dict[str, Ema]
     schedule: Schedule
     step: int = 0
     nonfinite_steps: int = 0
@@ -114,7 +117,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
-        self.ema.update(self.unet, self.step)
+        for average in (self.ema, *self.more_averages.values()):
+            average.update(self.unet, self.step)
 
     def state(self) -> TrainingState:
         """Returns what a checkpoint holds beyond the averaged weights."""
@@ -122,6 +126,11 @@ class Trainer:
         flat = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items()}
         record = TrainingRecord(step=self.step, train_digest=self.inputs, precision=self.precision, nonfinite_steps=self.nonfinite_steps)
         return TrainingState(self.unet.state_dict(), flat, record)
+
+    def save(self, path: Location) -> None:
+        """Writes everything as a checkpoint."""
+        more = {name: average.weights for name, average in self.more_averages.items()}
+        write_checkpoint(path, self.spec, self.ema.weights, self.state(), more_averages=more)
 
     def resume(self, path: Location) -> None:
         """Takes over everything from a checkpoint.
@@ -136,6 +145,8 @@ class Trainer:
         self.precision = state.record.precision
         self.unet.load_state_dict(dict(state.weights))
         self.ema.load(resumable.ema)
+        for name, average in self.more_averages.items():
+            average.load(resumable.more_averages[name])
         parameters = list(self.unet.parameters())
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for address, value in state.optimizer.items():
@@ -170,6 +181,7 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
         unet,
         optimizer,
         Ema(unet, plan.train.ema_decay),
+        {average_name(decay): Ema(unet, decay) for decay in plan.train.more_ema_decays},
         Schedule(plan.diffusion).to(device),
     )
     if resume_from is not None:
@@ -323,7 +335,7 @@ def _mean_over_workers(value: torch.Tensor, world: int) -> float:
 def _save_checkpoint(trainer: Trainer, attempt: Attempt) -> Location:
     attempt.check()
     path = attempt.folder / checkpoint_name(trainer.step, attempt.number)
-    write_checkpoint(path, trainer.spec, trainer.ema.weights, trainer.state())
+    trainer.save(path)
     prune(attempt.folder, trainer.config.keep_last, path)
     return path
 

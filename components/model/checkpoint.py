@@ -3,6 +3,7 @@
 step_000001000-0001/    step, and the attempt that wrote it: two attempts never write into the same folder
 denoiser.json       network, diffusion process, image format
 ema.safetensors     averaged weights: what samples are drawn from
+ema-0.999.safetensors   a further average, named by its decay, where training kept any
 weights.safetensors optimizer.safetensors state.json      what training needs to go on
 manifest.json       every file with its size and SHA-256, written last
 """
@@ -28,7 +29,7 @@ from ..storage import Location
 from .unet import UNet, UNetConfig
 
 MANIFEST = "manifest.json"
-_SAMPLING_FILES = ("denoiser.json", "ema.safetensors")
+MAIN_AVERAGE = "ema"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
 
 
@@ -129,11 +130,28 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checkpoint(path: Location, spec: DenoiserSpec, ema: Mapping[str, torch.Tensor], state: TrainingState | None = None) -> None:
-    """Writes a checkpoint folder, manifest last, replacing what was there; on a file system it appears in one step."""
+def average_name(decay: float) -> str:
+    """Returns what a checkpoint calls the average of a further decay, such as ema-0.999."""
+    return f"{MAIN_AVERAGE}-{decay}"
+
+
+def write_checkpoint(
+    path: Location,
+    spec: DenoiserSpec,
+    ema: Mapping[str, torch.Tensor],
+    state: TrainingState | None = None,
+    *,
+    more_averages: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+) -> None:
+    """Writes a checkpoint folder, manifest last, replacing what was there; on a file system it appears in one step.
+
+    Args:
+        more_averages: further averaged weights by their `average_name`.
+    """
     with _staging(path) as staging:
         _write_json(staging / "denoiser.json", spec.model_dump(mode="json"))
-        _write_weights(staging / "ema.safetensors", ema)
+        for name, average in {MAIN_AVERAGE: ema, **(more_averages or {})}.items():
+            _write_weights(staging / f"{name}.safetensors", average)
         if state is not None:
             _write_weights(staging / "weights.safetensors", state.weights)
             _write_weights(staging / "optimizer.safetensors", state.optimizer)
@@ -220,19 +238,36 @@ def is_complete(path: Location) -> bool:
     return all(found.get(name) == size for name, (size, _) in entries.items())
 
 
-def load_denoiser(path: Location, device: torch.device | str = "cpu") -> Denoiser:
-    """Rebuilds the denoiser with its averaged weights, checksums verified; reads no more than that.
+def averages_in(path: Location) -> list[str]:
+    """Returns the averages that a checkpoint holds, such as ["ema", "ema-0.999"].
 
     Raises:
         DataError: if the folder is no whole checkpoint.
+        OSError: if the storage cannot be reached.
+    """
+    names = [name.removesuffix(".safetensors") for name in manifest_of(path) if name.endswith(".safetensors")]
+    return sorted(name for name in names if name == MAIN_AVERAGE or name.startswith(f"{MAIN_AVERAGE}-"))
+
+
+def load_denoiser(path: Location, device: torch.device | str = "cpu", weights: str = MAIN_AVERAGE) -> Denoiser:
+    """Rebuilds the denoiser with averaged weights, checksums verified; reads no more than that.
+
+    Args:
+        weights: which average, one of `averages_in`.
+
+    Raises:
+        DataError: if the folder is no whole checkpoint, or lacks that average.
     """
     try:
-        manifest_of(path)
-        with _copied(path, (*_SAMPLING_FILES, MANIFEST)) as folder:
-            verify(folder, None if path.is_local else _SAMPLING_FILES)
+        known = averages_in(path)
+        if weights not in known:
+            raise DataError(f"weights={weights} is not in {path}; use one of {', '.join(known)}")
+        wanted = ("denoiser.json", f"{weights}.safetensors")
+        with _copied(path, (*wanted, MANIFEST)) as folder:
+            verify(folder, None if path.is_local else wanted)
             spec = DenoiserSpec.model_validate_json((folder / "denoiser.json").read_text(encoding="utf-8"))
             network = spec.build()
-            network.load_state_dict(read_weights(folder / "ema.safetensors"))
+            network.load_state_dict(read_weights(folder / f"{weights}.safetensors"))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); restore it or use another checkpoint") from error
     network = network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -250,10 +285,15 @@ def _copied(path: Location, only: Collection[str] | None) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Resumable:
-    """Everything that training needs to go on from a checkpoint: the averaged weights, and the rest."""
+    """Everything that training needs to go on from a checkpoint: the averaged weights, and the rest.
+
+    Attributes:
+        more_averages: further averaged weights by their `average_name`.
+    """
 
     ema: Mapping[str, torch.Tensor]
     state: TrainingState
+    more_averages: Mapping[str, Mapping[str, torch.Tensor]]
 
 
 def load_training_state(path: Location) -> Resumable:
@@ -268,7 +308,8 @@ def load_training_state(path: Location) -> Resumable:
             raise DataError(f"{path} holds no training state; resume from a checkpoint that training wrote")
         record = TrainingRecord.model_validate_json((folder / "state.json").read_text(encoding="utf-8"))
         state = TrainingState(read_weights(folder / "weights.safetensors"), read_weights(folder / "optimizer.safetensors"), record)
-        return Resumable(read_weights(folder / "ema.safetensors"), state)
+        averages = {name: read_weights(folder / f"{name}.safetensors") for name in averages_in(Location.of(folder))}
+        return Resumable(averages.pop(MAIN_AVERAGE), state, averages)
 
 
 def checkpoint_name(step: int, attempt: int) -> str:

@@ -11,6 +11,8 @@ from components.model.checkpoint import (
     DenoiserSpec,
     TrainingRecord,
     TrainingState,
+    average_name,
+    averages_in,
     load_denoiser,
     load_training_state,
     newest_whole_checkpoint,
@@ -101,6 +103,26 @@ def test_a_network_that_is_told_no_class_computes_what_the_null_label_does():
 def test_labels_are_refused_by_a_network_without_classes():
     with pytest.raises(ValueError, match=r"labels are given to a network without classes.*model\.conditional=true"):
         SPEC.build()(torch.zeros(1, 1, 8, 8), torch.tensor([3]), torch.tensor([0]))
+
+
+def test_each_average_of_a_checkpoint_loads_by_its_name_and_others_are_refused(tmp_path: Path):
+    main, other = SPEC.build().state_dict(), SPEC.build().state_dict()
+    path = Location.of(tmp_path / "made")
+    write_checkpoint(path, SPEC, main, more_averages={average_name(0.999): other, average_name(0.5): main})
+    assert averages_in(path) == ["ema", "ema-0.5", "ema-0.999"]
+    assert set(verify(path.path)) == {"denoiser.json", "ema.safetensors", "ema-0.5.safetensors", "ema-0.999.safetensors"}
+    for name, expected in (("ema", main), ("ema-0.5", main), ("ema-0.999", other)):
+        loaded = load_denoiser(path, weights=name).network.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in loaded.items()), name
+    with pytest.raises(DataError, match=r"weights=ema-0\.99 is not in .*; use one of ema, ema-0\.5, ema-0\.999"):
+        load_denoiser(path, weights="ema-0.99")
+
+
+def test_weights_that_are_no_average_are_not_drawn_from(tmp_path: Path):
+    write(tmp_path / "step_000000004")
+    assert averages_in(Location.of(tmp_path / "step_000000004")) == ["ema"]
+    with pytest.raises(DataError, match=r"weights=weights is not in .*; use one of ema"):
+        load_denoiser(Location.of(tmp_path / "step_000000004"), weights="weights")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip a bit", "remove", "no manifest"])

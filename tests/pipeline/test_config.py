@@ -44,6 +44,9 @@ def test_the_cifar10_preset_is_the_run_of_the_paper():
         (["data.mode=RGBA"], r"data\.mode='RGBA' is wrong"),
         (["train.seed=-1"], r"train\.seed=-1 is wrong"),
         (["train.label_dropout=1.1"], r"train\.label_dropout=1\.1 is wrong: input should be less than or equal to 1"),
+        (["train.more_ema_decays=[0.9,1.0]"], r"train\.more_ema_decays\.1=1\.0 is wrong: input should be less than 1"),
+        (["train.more_ema_decays=[0.9,0.5,0.9]"], r"train: more_ema_decays=\[0\.9, 0\.5, 0\.9\] holds 0\.9 twice, .*; state each decay once"),
+        (["train.more_ema_decays=[0.9,0.995]"], r"train: more_ema_decays=\[0\.9, 0\.995\] holds 0\.995 twice, ema_decay=0\.995 counted"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_would_be_right(overrides: Sequence[str], message: str):
@@ -88,6 +91,7 @@ def test_placement_and_bookkeeping_change_no_digest():
     [
         "train.seed=1",
         "train.steps=9",
+        "train.more_ema_decays=[0.9]",
         "train.label_dropout=0.2",
         "model.dropout=0.2",
         "model.conditional=true",

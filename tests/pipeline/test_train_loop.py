@@ -13,7 +13,7 @@ from components.data.reader import RowReader
 from components.data.shards import Manifest
 from components.diffusion.schedule import DiffusionConfig
 from components.errors import DataError
-from components.model.checkpoint import write_checkpoint
+from components.model.ema import Ema
 from components.model.unet import UNetConfig
 from components.storage import Location
 from pipeline.artifacts import ShardSet
@@ -53,19 +53,21 @@ def train(trainer: Trainer, until: int) -> list[float]:
     return [float(trainer.update(batch(step, num_classes), first_lane=0)[0]) for step in range(trainer.step, until)]
 
 
-@pytest.mark.parametrize(("settings", "manifest"), [(plan(), MANIFEST), (plan(conditional=True), LABELLED)])
+@pytest.mark.parametrize(("settings", "manifest"), [(plan(more_ema_decays=[0.5, 0.1]), MANIFEST), (plan(conditional=True), LABELLED)])
 def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path, settings: TrainPlan, manifest: Manifest):
     undisturbed, interrupted = make_trainer(settings, manifest, CPU, None), make_trainer(settings, manifest, CPU, None)
     expected = train(undisturbed, 9)
     losses = train(interrupted, 4)
-    write_checkpoint(Location.of(tmp_path / "step_000000004"), interrupted.spec, interrupted.ema.weights, interrupted.state())
+    interrupted.save(Location.of(tmp_path / "step_000000004"))
     resumed = make_trainer(settings, manifest, CPU, Location.of(tmp_path / "step_000000004"))
     assert resumed.step == 4
     assert losses + train(resumed, 9) == expected
     for name, value in undisturbed.unet.state_dict().items():
         assert torch.equal(value, resumed.unet.state_dict()[name]), name
-    for name, value in undisturbed.ema.weights.items():
-        assert torch.equal(value, resumed.ema.weights[name]), name
+    assert list(resumed.more_averages) == [f"ema-{decay}" for decay in settings.train.more_ema_decays]
+    for ours, average in zip([undisturbed.ema, *undisturbed.more_averages.values()], [resumed.ema, *resumed.more_averages.values()], strict=True):
+        for name, value in ours.weights.items():
+            assert torch.equal(value, average.weights[name]), name
     theirs = dict(resumed.state().optimizer)
     assert all(torch.equal(value, theirs[name]) for name, value in undisturbed.state().optimizer.items())
 
@@ -127,6 +129,21 @@ def test_workers_with_unequal_parts_of_a_batch_weigh_them_by_their_size():
     torch.testing.assert_close((losses[1] + losses[2]) / 2, losses[0])
     for full, one, other in zip(*gradients, strict=True):
         torch.testing.assert_close((one + other) / 2, full, rtol=1e-3, atol=1e-5)
+
+
+def test_each_average_is_the_one_that_its_decay_alone_would_give():
+    trainer, alone = make_trainer(plan(more_ema_decays=[0.15, 0.3]), MANIFEST, CPU, None), make_trainer(plan(), MANIFEST, CPU, None)
+    emas = [Ema(alone.unet, decay) for decay in (0.9999, 0.15, 0.3)]
+    for step in range(6):
+        trainer.update(batch(step), 0)
+        alone.update(batch(step), 0)
+        for ema in emas:
+            ema.update(alone.unet, step)
+    averages = [trainer.ema, trainer.more_averages["ema-0.15"], trainer.more_averages["ema-0.3"]]
+    for ours, expected in zip(averages, emas, strict=True):
+        for name, value in expected.weights.items():
+            assert torch.equal(ours.weights[name], value), (expected.decay, name)
+    assert len({float(average.weights["conv_in.weight"].sum()) for average in averages}) == 3
 
 
 def test_a_conditional_model_draws_the_class_that_it_is_told(tmp_path: Path):
