@@ -75,7 +75,8 @@ class Sampler:
     def draw(self, recipe: Recipe, seeds: range) -> np.ndarray:
         """Returns the pixels (len(seeds), C, H, W) of some seeds, drawn batch by batch."""
         from components.data.images import to_pixels
-        from components.diffusion.samplers import sample
+        from components.diffusion.recipe import Recipe as SampleRecipe
+        from components.diffusion.sampling import sample
 
         spec, parts = self._denoiser.spec, []
         for first in range(0, len(seeds), recipe.batch_size):
@@ -84,8 +85,7 @@ class Sampler:
                 self._denoiser.schedule,
                 seeds[first : first + recipe.batch_size],
                 spec.shape,
-                sampler=recipe.sampler,
-                steps=recipe.steps,
+                SampleRecipe(recipe.sampler, recipe.steps),
                 device=self._device,
             )
             parts.append(to_pixels(x_0).cpu().numpy())
@@ -119,7 +119,8 @@ class Sampler:
     def animation(self, recipe: Recipe, first_seed: int, count: int, frames: int) -> list[np.ndarray]:
         """Returns the estimates of x_0 while the first seeds are drawn: pixels (count, C, H, W) for each of some steps."""
         from components.data.images import to_pixels
-        from components.diffusion.samplers import sample
+        from components.diffusion.recipe import Recipe as SampleRecipe
+        from components.diffusion.sampling import sample
 
         shown = set(np.linspace(0, recipe.steps - 1, min(frames, recipe.steps)).round().astype(int).tolist())
         pictures: list[np.ndarray] = []
@@ -128,8 +129,7 @@ class Sampler:
             self._denoiser.schedule,
             range(first_seed, first_seed + count),
             self._denoiser.spec.shape,
-            sampler=recipe.sampler,
-            steps=recipe.steps,
+            SampleRecipe(recipe.sampler, recipe.steps),
             device=self._device,
             on_step=lambda step, x_0: pictures.append(to_pixels(x_0).cpu().numpy()) if step in shown else None,
         )

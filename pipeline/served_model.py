@@ -31,7 +31,8 @@ class Sampler(mlflow.pyfunc.PythonModel):
         """Returns one entry per image: PNG bytes, or an array (N, H, W, C) uint8 where format is `array`.
 
         Args:
-            model_input: one row with num_images, and optionally steps (50), seed (0), sampler (`ddim`) and format (`png`).
+            model_input: one row with num_images, and optionally steps (50), seed (0), sampler (`ddim`; or `ancestral`, `dpmpp_2m`, `unipc`)
+                and format (`png`; or `array`).
 
         Raises:
             ValueError: if a value is out of range.
@@ -41,23 +42,23 @@ class Sampler(mlflow.pyfunc.PythonModel):
             for key, value in model_input.to_dict(orient="records")[0].items()
             if value is not None and not (isinstance(value, float) and math.isnan(value))
         }
-        count, steps, seed = int(row.get("num_images", 1)), int(row.get("steps", 50)), int(row.get("seed", 0))
-        sampler, form = str(row.get("sampler", "ddim")), str(row.get("format", "png"))
+        count, seed = int(row.get("num_images", 1)), int(row.get("seed", 0))
+        form = str(row.get("format", "png"))
+        recipe = importlib.import_module(f"{COMPONENTS}.diffusion.recipe").Recipe(str(row.get("sampler", "ddim")), int(row.get("steps", 50)))
+        recipe.check(self._denoiser.schedule.num_steps)
         if not 1 <= count <= MAX_IMAGES:
             raise ValueError(f"num_images={count} is out of range; use 1 to {MAX_IMAGES}")
-        if sampler not in ("ddim", "ancestral") or form not in ("png", "array"):
-            raise ValueError(f"sampler={sampler} or format={form} is unknown; use ddim or ancestral, and png or array")
-        pixels = self._draw(range(seed, seed + count), sampler, steps)
+        if form not in ("png", "array"):
+            raise ValueError(f"format={form} is unknown; use png or array")
+        pixels = self._draw(range(seed, seed + count), recipe)
         return pixels.transpose(0, 2, 3, 1) if form == "array" else [_to_png(image) for image in pixels]
 
-    def _draw(self, seeds: range, sampler: str, steps: int) -> np.ndarray:
-        samplers = importlib.import_module(f"{COMPONENTS}.diffusion.samplers")
+    def _draw(self, seeds: range, recipe: Any) -> np.ndarray:
+        sampling = importlib.import_module(f"{COMPONENTS}.diffusion.sampling")
         images = importlib.import_module(f"{COMPONENTS}.data.images")
         model, parts = self._denoiser, []
         for first in range(0, len(seeds), BATCH_SIZE):
-            x_0 = samplers.sample(
-                model.network, model.schedule, seeds[first : first + BATCH_SIZE], model.spec.shape, sampler=sampler, steps=steps, device=self._device
-            )
+            x_0 = sampling.sample(model.network, model.schedule, seeds[first : first + BATCH_SIZE], model.spec.shape, recipe, device=self._device)
             parts.append(images.to_pixels(x_0).cpu().numpy())
         return np.concatenate(parts)
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +17,9 @@ from components.data.images import to_model_range, to_pixels
 from components.data.order import plan_order
 from components.data.reader import RowReader
 from components.data.shards import Manifest, read_manifest
-from components.diffusion.objective import Network, simple_loss
-from components.diffusion.samplers import sample
+from components.diffusion.objective import simple_loss
+from components.diffusion.recipe import MONITORING
+from components.diffusion.sampling import sample
 from components.diffusion.schedule import Schedule
 from components.errors import DataError
 from components.figures import grid
@@ -42,7 +43,7 @@ from pipeline.notebook import Attempt, MetricsLine, NotebookWriter, SupersededEr
 from pipeline.train import TrainConfig, TrainFailure, TrainOutcome, TrainPlan
 
 Precision = Literal["float32", "bfloat16"]
-GRID_SEEDS, GRID_COLUMNS, GRID_STEPS = range(16), 8, 20
+GRID_SEEDS, GRID_COLUMNS = range(16), 8
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
@@ -353,18 +354,14 @@ def grid_pixels(trainer: Trainer) -> np.ndarray:
     trainer.unet.load_state_dict(trainer.ema.weights)
     trainer.unet.eval()
     try:
-        network, steps = _grid_network(trainer), min(GRID_STEPS, trainer.schedule.num_steps)
-        x_0 = sample(network, trainer.schedule, GRID_SEEDS, trainer.spec.shape, steps=steps, device=trainer.device)
+        recipe = replace(MONITORING, steps=min(MONITORING.steps, trainer.schedule.num_steps))
+        labels, null_label = _grid_labels(trainer.spec), trainer.spec.null_label
+        x_0 = sample(trainer.unet, trainer.schedule, GRID_SEEDS, trainer.spec.shape, recipe, device=trainer.device, labels=labels, null_label=null_label)
     finally:
         trainer.unet.load_state_dict(training)
         trainer.unet.train()
     return to_pixels(x_0).cpu().numpy()
 
 
-def _grid_network(trainer: Trainer) -> Network:
-    """Returns the network with the labels of a grid, which is drawn as one batch, bound to it."""
-    num_classes = len(trainer.spec.label_names)
-    if num_classes == 0:
-        return trainer.unet
-    labels = torch.arange(len(GRID_SEEDS), device=trainer.device) % num_classes
-    return lambda x_t, t: trainer.unet(x_t, t, labels)
+def _grid_labels(spec: DenoiserSpec) -> torch.Tensor | None:
+    return torch.arange(len(GRID_SEEDS)) % len(spec.label_names) if spec.label_names else None

@@ -198,7 +198,7 @@ def sample(
     num: Annotated[int, typer.Option(min=1, max=10_000, help="Images to draw.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Network evaluations per image.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; image i has seed + i.")] = 0,
-    sampler: Annotated[str, typer.Option(help="ddim or ancestral.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help="ddim, ancestral, dpmpp_2m or unipc.")] = "ddim",
     out: Annotated[Path, typer.Option(help="Picture to write: PNG.")] = Path("grid.png"),
     storage: Storage = "./storage",
 ) -> None:

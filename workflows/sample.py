@@ -2,12 +2,12 @@
 
 import tempfile
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from components.data.images import to_pixels
-from components.diffusion.samplers import sample
+from components.diffusion.recipe import SAMPLERS, Recipe, SamplerName
+from components.diffusion.sampling import sample
 from components.figures import grid
 from components.model.checkpoint import Denoiser, load_denoiser
 from components.storage import Location
@@ -25,7 +25,7 @@ def draw_grid(model: str, *, num: int, steps: int, seed: int, sampler: str, out:
         DataError: if the checkpoint folder is not whole.
         RegistryError: if the registry does not know the model.
     """
-    kind = _sampler(sampler)
+    recipe = Recipe(_sampler(sampler), steps)
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out} is no PNG file; use a name that ends in .png")
     denoiser = _load(model, storage)
@@ -33,19 +33,18 @@ def draw_grid(model: str, *, num: int, steps: int, seed: int, sampler: str, out:
     for first in range(seed, seed + num, BATCH_SIZE):
         seeds = range(first, min(first + BATCH_SIZE, seed + num))
         try:
-            x_0 = sample(denoiser.network, denoiser.schedule, seeds, denoiser.spec.shape, sampler=kind, steps=steps)
+            x_0 = sample(denoiser.network, denoiser.schedule, seeds, denoiser.spec.shape, recipe)
         except ValueError as error:
             raise ConfigError(f"--{error}") from error
         parts.append(to_pixels(x_0).numpy())
     _save(np.concatenate(parts), out)
 
 
-def _sampler(name: str) -> Literal["ddim", "ancestral"]:
-    if name == "ddim":
-        return "ddim"
-    if name == "ancestral":
-        return "ancestral"
-    raise ConfigError(f"--sampler {name} is unknown; use ddim or ancestral")
+def _sampler(name: str) -> SamplerName:
+    for known in SAMPLERS:
+        if name == known:
+            return known
+    raise ConfigError(f"--sampler {name} is unknown; use {', '.join(SAMPLERS[:-1])} or {SAMPLERS[-1]}")
 
 
 def _load(model: str, storage: str) -> Denoiser:

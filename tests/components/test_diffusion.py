@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from components.diffusion.objective import loss_by_timestep, simple_loss
-from components.diffusion.samplers import SamplerName, initial_noise, sample, spaced_timesteps
 from components.diffusion.schedule import DiffusionConfig, Prediction, Schedule
 from components.streams import Purpose, stream
 
@@ -44,38 +43,6 @@ def test_almost_nothing_of_the_image_is_left_at_the_end(betas: str, num_steps: i
 
 def toy_network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return torch.tanh(x_t * 1.3 + t.view(-1, 1, 1, 1) / 1000)
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
-def test_a_sample_depends_on_its_seed_only(sampler: SamplerName):
-    schedule = Schedule(DiffusionConfig())
-    together = sample(toy_network, schedule, [7, 3, 11], (1, 8, 8), sampler=sampler, steps=12)
-    alone = torch.cat([sample(toy_network, schedule, [seed], (1, 8, 8), sampler=sampler, steps=12) for seed in (7, 3, 11)])
-    assert torch.equal(together, alone)
-    assert not torch.equal(together[0], together[1])
-
-
-def test_ancestral_steps_use_fresh_noise_of_the_same_seed():
-    noises = torch.stack([initial_noise([5], (1, 8, 8), draw) for draw in range(4)])
-    assert len(torch.unique(noises.flatten(1), dim=0)) == 4
-    assert abs(float(initial_noise(range(200), (1, 16, 16)).std()) - 1) < 0.01
-
-
-def test_time_steps_run_from_the_last_to_the_first():
-    assert spaced_timesteps(1000, 1000) == list(reversed(range(1000)))
-    assert spaced_timesteps(1000, 4) == [999, 666, 333, 0]
-    assert spaced_timesteps(1000, 1) == [999]
-
-
-@pytest.mark.parametrize("steps", [0, 1001])
-def test_more_steps_than_noise_levels_are_refused(steps: int):
-    with pytest.raises(ValueError, match=rf"steps={steps} is out of range; use 1 to 1000"):
-        spaced_timesteps(1000, steps)
-
-
-def test_a_negative_seed_is_refused():
-    with pytest.raises(ValueError, match="seed=-1"):
-        initial_noise([-1], (1, 4, 4))
 
 
 def perfect_network(schedule: Schedule, x_0: torch.Tensor):

@@ -1,0 +1,104 @@
+"""From seeds to images. A sample depends on its own seed only: not on its batch, its worker, or its place in line."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .noise import initial_noise
+from .recipe import Recipe, Threshold
+from .samplers import Level, ancestral, ddim, dpmpp_2m, noise_levels, unipc
+from .schedule import Schedule
+
+OnStep = Callable[[int, torch.Tensor], None]
+Guided = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+DYNAMIC_QUANTILE = 0.995
+
+
+@torch.inference_mode()
+def sample(
+    network: Callable[..., torch.Tensor],
+    schedule: Schedule,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    recipe: Recipe,
+    *,
+    device: torch.device | str = "cpu",
+    labels: torch.Tensor | None = None,
+    null_label: int | None = None,
+    x_T: torch.Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """Draws one image per seed and returns x_0 (len(seeds), *shape), float32, in -1..1 unless the recipe does not clip.
+
+    Args:
+        network: (x_t, t (B,)), or (x_t, t, labels (B,)) where labels are given, -> output of x_t's shape. It may hand out the same memory
+            at every call, as one under CUDA graphs does. With guidance it is called once with both halves, the labelled one first.
+        shape: (C, H, W).
+        labels: (len(seeds),) int64, the class of each image.
+        null_label: the label that means none, which guidance needs.
+        x_T: noise (len(seeds), *shape) to start from instead of the seeds' own; fresh noise still comes from the seeds.
+        on_step: called with (step index, current estimate of x_0) after every evaluation.
+
+    Raises:
+        ValueError: if the recipe does not fit the schedule, or needs labels that are not there, or a length differs from that of seeds.
+    """
+    levels = noise_levels(recipe, schedule)
+    _check_inputs(recipe, seeds, labels, null_label, x_T)
+    guided = _guided(network, recipe.guidance, None if labels is None else labels.to(device), null_label)
+
+    def estimate(x_t: torch.Tensor, level: Level) -> torch.Tensor:
+        t = torch.full((len(x_t),), level.t, device=x_t.device)
+        x_0 = thresholded(schedule.predict_x_0(guided(x_t, t).float(), x_t, t[:1]), recipe.threshold)
+        if on_step is not None:
+            on_step(level.index, x_0)
+        return x_0
+
+    def fresh_noise(level: Level) -> torch.Tensor:
+        return initial_noise(seeds, shape, draw=level.index + 1).to(device)
+
+    x_t = (initial_noise(seeds, shape) if x_T is None else x_T.float()).to(device)
+    if recipe.sampler == "ddim":
+        return ddim(estimate, x_t, levels, fresh_noise, recipe.eta)
+    if recipe.sampler == "ancestral":
+        return ancestral(estimate, x_t, levels, fresh_noise, recipe.variance)
+    return {"dpmpp_2m": dpmpp_2m, "unipc": unipc}[recipe.sampler](estimate, x_t, levels)
+
+
+def thresholded(x_0: torch.Tensor, threshold: Threshold) -> torch.Tensor:
+    """Returns an estimate of x_0 (B, C, H, W) kept in range, always in memory of its own.
+
+    `clip` clamps to -1..1; `dynamic` clamps to the 99.5 % quantile of each image's absolute values, at least 1, and divides by it
+    (Imagen section 2.3); `none` leaves it as it is.
+    """
+    if threshold == "clip":
+        return x_0.clamp(-1.0, 1.0)
+    if threshold == "none":
+        # Of an x_0 model this is the network's own output, which its next call may overwrite.
+        return x_0.clone()
+    limits = x_0.abs().flatten(1).quantile(DYNAMIC_QUANTILE, dim=1).clamp(min=1.0).view(-1, 1, 1, 1)
+    return x_0.clamp(-limits, limits) / limits
+
+
+def _guided(network: Callable[..., torch.Tensor], guidance: float, labels: torch.Tensor | None, null_label: int | None) -> Guided:
+    """Returns the network as a function of x_t and t: "labelled, and led away from the unlabelled output (Classifier-Free Guidance Eq. 6, guidance = 1 + w)."""
+    if labels is None:
+        return network
+    if guidance == 1 or null_label is None:
+        return lambda x_t, t: network(x_t, t, labels)
+    both = torch.cat([labels, torch.full_like(labels, null_label)])
+
+    def guided(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        labelled, unlabelled = network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float().chunk(2)
+        return unlabelled + guidance * (labelled - unlabelled)
+
+    return guided
+
+
+def _check_inputs(recipe: Recipe, seeds: Sequence[int], labels: torch.Tensor | None, null_label: int | None, x_T: torch.Tensor | None) -> None:
+    if recipe.guidance != 1 and (labels is None or null_label is None):
+        missing = "labels" if labels is None else "a null label"
+        raise ValueError(f"guidance={recipe.guidance} needs {missing}; use guidance=1, or a model trained with labels that were dropped at times")
+    for name, given in (("labels", labels), ("x_T", x_T)):
+        if given is not None and len(given) != len(seeds):
+            raise ValueError(f"{name} has {len(given)} rows for {len(seeds)} seeds; give one for each")
