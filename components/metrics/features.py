@@ -4,7 +4,8 @@ Only `InceptionExtractor` may be called FID: Inception-2015 pool3 features of ui
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -33,7 +34,7 @@ class Extractor(Protocol):
     preprocessing: str
 
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
-        """Returns features (B, D) of uint8 pixels (B, C, H, W)."""
+        """Returns features (B, D), float32, of uint8 pixels (B, C, H, W)."""
         ...
 
 
@@ -63,7 +64,7 @@ class DctExtractor:
         block = 8 if min(pixels.shape[2:]) >= 28 else 4
         coefficients = _block_dct(pixels.double() / 255.0, block)
         features = torch.cat([coefficients.abs().mean(dim=2), coefficients.std(dim=2, correction=0)], dim=2)
-        return features.flatten(1).numpy()
+        return features.flatten(1).float().numpy()
 
 
 def _block_dct(values: torch.Tensor, block: int) -> torch.Tensor:
@@ -74,6 +75,19 @@ def _block_dct(values: torch.Tensor, block: int) -> torch.Tensor:
     blocks = values.unfold(2, block, stride).unfold(3, block, stride)
     matrix = dct_matrix(block)
     return (matrix @ blocks @ matrix.T).flatten(2, 3).flatten(3)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keeps a GPU from rounding float32 to TF32, which changes features by more than models differ."""
+    allowed = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed[0]
+        torch.set_float32_matmul_precision(allowed[1])
 
 
 class InceptionExtractor:
@@ -96,17 +110,18 @@ class InceptionExtractor:
 
         self.digest = expected_sha256
         self._device = device
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))
         self._network = network.to(device)
 
-    @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
-        allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-        try:
-            (features,) = self._network(pixels.expand(-1, 3, -1, -1).to(self._device))
-        finally:
-            torch.backends.cudnn.allow_tf32 = allowed
-        return features.cpu().numpy()
+        return self.with_logits(pixels)[0]
+
+    @torch.inference_mode()
+    def with_logits(self, pixels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Returns features (B, 2048) and the logits without bias (B, 1008) that the Inception score takes, float32, by one pass."""
+        with full_precision():
+            features, logits = self._network(pixels.expand(-1, 3, -1, -1).to(self._device))
+        return features.cpu().numpy(), logits.cpu().numpy()
 
 
 def check_inception_weights(weights: Path, expected_sha256: str = INCEPTION_SHA256) -> None:
