@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     CLASSIFIER = 4
     WEIGHTS = 5
     TIMESTEP_LOSS = 6
+    SAMPLE_LABEL = 7
 
 
 def stream(purpose: Purpose, seed: int, *counters: int) -> np.random.Generator:

@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 StageName = Literal["preprocess", "train", "evaluate", "register"]
 STAGES: tuple[StageName, ...] = ("preprocess", "train", "evaluate", "register")
@@ -73,29 +73,97 @@ class MetricUnit(_Record):
     """All that must be equal before two numbers may be compared."""
 
     extractor: str
-    """Name of the metric, which names its features."""
+    """Name of the Frechet distance over these features, which names the features."""
     extractor_digest: str
     preprocessing: str
     reference_digest: str
-    """Dataset that the samples are compared with."""
+    """Dataset that the samples are compared with, or SHA-256 of a file of statistics."""
+    reference_split: Literal["train", "holdout", "file"] = "train"
+    """Part of the dataset; `file` where the reference is a file."""
     reference_count: int
+    """Images of the reference, 0 where its file does not say."""
     num_samples: int
     first_seed: int
     sampler: str
+    """Name and settings of the sampler, in words."""
     steps: int
-    weights: Literal["ema"] = "ema"
+    weights: Literal["ema", "elected"] = "ema"
+    """`ema` is the last checkpoint's main average; `elected` the best of several averages and checkpoints."""
+
+    @property
+    def features(self) -> str:
+        """What the features are called."""
+        return "inception" if self.extractor == "fid" else self.extractor.removeprefix("fd_")
+
+
+MetricKind = Literal["frechet", "kernel", "inception_score", "precision", "recall", "density", "coverage"]
 
 
 class Metric(_Record):
-    """A number with its unit; lower is better."""
+    """A number with its unit."""
 
+    kind: MetricKind = "frechet"
     value: float
     unit: MetricUnit
+    standard_error: float | None = None
+    """Of a Frechet distance over the draw of samples, by its influence function."""
+    spread: float | None = None
+    """Standard deviation over subsets of a kernel distance, over splits of an Inception score."""
 
     @property
     def name(self) -> str:
-        """How logs and tags call it: features and sample count."""
-        return f"{self.unit.extractor}_{self.unit.num_samples}"
+        """How logs and tags call it: features, sample count, and the reference where it is not the training split."""
+        inception, other = {"frechet": ("fid", self.unit.extractor), "kernel": ("kid", f"kd_{self.unit.features}")}.get(
+            self.kind, (self.kind, f"{self.kind}_{self.unit.features}")
+        )
+        name = f"{inception if self.unit.extractor == 'fid' else other}_{self.unit.num_samples}"
+        return name if self.unit.reference_split == "train" else f"{name}_{self.unit.reference_split}"
+
+
+class Floor(_Record):
+    """What real images score against real images: no generator can be told from the data below it."""
+
+    value: float
+    count: int
+    """Images on the measured side."""
+    reference_count: int
+    measured: str
+    """Which images stand in for samples, and against which."""
+    extractor: str
+
+
+class Memorisation(_Record):
+    """How many samples lie nearer to a training image than unseen images do."""
+
+    copy_rate: float
+    """Share of samples below the threshold; near `expected` for a model that does not copy."""
+    lower: float
+    upper: float
+    """One-sided 99 % bounds of the copy rate (Clopper-Pearson)."""
+    expected: float
+    """Share of unseen images below the threshold, by its definition."""
+    limit: float
+    """What the interval's lower end must exceed before samples are called copies."""
+    threshold: float
+    """Distance in feature space."""
+    calibration: str
+    """Which images the threshold was taken of."""
+    num_samples: int
+    num_searched: int
+    """Training images among which neighbours were sought."""
+    extractor: str
+    copies: bool
+    """Whether the lower bound is above the limit."""
+
+
+class Standing(_Record):
+    """One of the averages that stood for election."""
+
+    checkpoint: str
+    weights: str
+    """Name of the average in its checkpoint."""
+    step: int
+    metric: Metric
 
 
 class Evaluation(Receipt):
@@ -103,16 +171,65 @@ class Evaluation(Receipt):
 
     folder: str
     """Folder of the pictures below."""
+    settings: dict[str, JsonValue]
+    """The evaluate section of the config, by which another model can be measured alike."""
+    checkpoint: str
+    """The checkpoint that was measured."""
+    weights: str
+    """Which of its averages: `ema`, or `ema-DECAY`."""
+    election: tuple[Standing, ...]
+    """What it was chosen from, best first; empty where nothing else stood."""
     metric: Metric
     """The number that decides."""
+    jackknifed: float
+    """The same without the bias of a finite number of samples, estimated from two halves; never compared with the number itself."""
     guards: tuple[Metric, ...]
-    """Further numbers, for people."""
+    """Frechet distances over other features, for people."""
+    scores: tuple[Metric, ...]
+    """Further numbers, for people; some against the held-out split."""
+    floor: Floor | None
+    memorisation: Memorisation | None
+    warnings: tuple[str, ...]
+    """What a reader must know before trusting the numbers."""
+    samples: str
+    """Folder of the samples' features."""
     samples_sha256: str
     """Checksum of all samples' pixels in the order of their seeds."""
     images_per_second: float
+    """Of those that were drawn by this call; 0 where all were there."""
+    kept_samples: str | None
+    """Dataset folder of the samples, where they are kept."""
     grid: str
     animation: str
     loss_curve: str
+    report: str
+    """The page that shows all of it."""
+
+
+class PairedTest(_Record):
+    """Candidate against champion on the same seeds."""
+
+    first_seed: int
+    num_samples: int
+    candidate: float
+    champion: float
+    difference: float
+    """Candidate minus champion; below 0 is better."""
+    standard_error: float
+
+    @property
+    def upper(self) -> float:
+        """End of the one-sided 95 % interval of the difference."""
+        return self.difference + 1.645 * self.standard_error
+
+
+class Contest(_Record):
+    """What the gate knows of candidate and champion, besides their own numbers."""
+
+    champion_version: int
+    test: PairedTest
+    confirmation: PairedTest | None
+    """The same on fresh seeds; only where the first test says better."""
 
 
 class Registration(Receipt):
@@ -128,6 +245,8 @@ class Registration(Receipt):
     """Why the champion fell or stayed, in a sentence."""
     previous_champion: int | None
     metric: Metric
+    contest: Contest | None = None
+    """The paired test with the champion, where there was one of the same unit."""
 
 
 AnyReceipt = TypeVar("AnyReceipt", ShardSet, TrainedModel, Evaluation, Registration)

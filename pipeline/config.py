@@ -14,8 +14,8 @@ from cluster.config import ClusterConfig
 from components.diffusion.schedule import DiffusionConfig
 from components.ingest.sources import DataConfig
 from components.model.unet import UNetConfig
+from pipeline.bench import EvaluateConfig
 from pipeline.errors import ConfigError
-from pipeline.evaluate import EvaluateConfig
 from pipeline.register import RegistryConfig
 from pipeline.train import TrainConfig
 
@@ -53,9 +53,16 @@ class RunConfig(BaseModel):
             raise ValueError(f"train.global_batch_size={train.global_batch_size} is no multiple of train.lanes={train.lanes}; use a multiple")
         if train.lanes % workers:
             raise ValueError(f"cluster.num_workers={workers} does not divide train.lanes={train.lanes}; use a divisor, or other lanes")
-        if self.evaluate.steps > self.diffusion.num_steps:
-            raise ValueError(f"evaluate.steps={self.evaluate.steps} is above diffusion.num_steps={self.diffusion.num_steps}; use at most that")
+        self._check_recipe()
         return self
+
+    def _check_recipe(self) -> None:
+        try:
+            self.evaluate.recipe.check(self.diffusion.num_steps)
+        except ValueError as error:
+            raise ValueError(f"evaluate.{error}") from error
+        if self.evaluate.guidance != 1 and not self.model.conditional:
+            raise ValueError(f"evaluate.guidance={self.evaluate.guidance} needs a conditional model; use 1, or model.conditional=true")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -72,6 +79,32 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(dict(detail)) for detail in error.errors())) from error
+
+
+def load_sections(base: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) -> tuple[EvaluateConfig, ClusterConfig]:
+    """Returns the evaluate and cluster sections of a command that has no preset.
+
+    Args:
+        base: settings by section, on which the overrides are laid.
+
+    Raises:
+        ConfigError: naming the key that is wrong.
+    """
+    tree: dict[str, Any] = {section: dict(values) for section, values in base.items()}
+    for override in overrides:
+        _lay(tree, override)
+    try:
+        sections = _Sections.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(dict(detail)) for detail in error.errors())) from error
+    return sections.evaluate, sections.cluster
+
+
+class _Sections(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

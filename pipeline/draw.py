@@ -1,48 +1,64 @@
-"""Actors that draw samples and measure pixels, and the team that deals work to them."""
+"""The actor that draws samples and measures pixels, on one CPU thread or one GPU, and the places where both are kept.
+
+What it makes are files, each whole or not there, so that a killed evaluation goes on where it was and no seed is drawn twice.
+"""
 
 import hashlib
-import re
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cluster.config import ClusterError
-from cluster.placement import Placement
-from components.errors import DataError
+from components.data.copies import Copies
+from components.data.shards import Split
 from components.storage import Location
 
 if TYPE_CHECKING:
+    import torch
+
+    from components.data.reader import RowReader
+    from components.diffusion.recipe import Recipe
+    from components.diffusion.sampling import OnStep
     from components.metrics.features import Extractor
-    from components.metrics.frechet import FeatureStats
+    from components.model.checkpoint import Denoiser
+
+SEEDS_PER_PART = 256
+ROWS_PER_PART = 2048
+EXTRACT_BATCH = 64
+READER_CACHE_BYTES = 128 << 20
+DENOISERS_HELD = 2
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How samples are drawn.
+class Identity:
+    """What an extractor is, as its numbers carry it."""
 
-    Attributes:
-        steps: network evaluations per image.
-        batch_size: images drawn together.
-    """
+    name: str
+    digest: str
+    preprocessing: str
 
-    sampler: Literal["ddim", "ancestral"]
-    steps: int
-    batch_size: int
+    @property
+    def file_name(self) -> str:
+        """Short and unlike that of any other extractor."""
+        return f"{self.name}-{self.digest[:16]}"
 
 
 @dataclass(frozen=True)
 class ExtractorChoice:
     """Which extractor an actor builds: its kind, and the address of the file or folder of its weights."""
 
-    kind: Literal["inception", "classifier", "dct8"]
+    kind: Literal["inception", "classifier", "dct8", "dinov2"]
     address: str = ""
 
     def build(self, device: str) -> "Extractor":
         """Returns the extractor, its weights loaded and checked."""
         from components.metrics.classifier import ClassifierExtractor
+        from components.metrics.dino import DinoExtractor
         from components.metrics.features import DctExtractor, InceptionExtractor
 
         weights = Location.of(self.address)
@@ -51,196 +67,295 @@ class ExtractorChoice:
         if self.kind == "classifier":
             with weights.local_copy() as folder:
                 return ClassifierExtractor(folder, device)
+        if self.kind == "dinov2":
+            with weights.local_copy() as folder:
+                return DinoExtractor(folder, device)
         with weights.parent.local_copy([weights.name]) as folder:
             return InceptionExtractor(folder / weights.name, device)
 
 
+@dataclass(frozen=True)
+class SampleSet:
+    """The samples of one model by one recipe: endless, one for each seed, and kept part by part.
+
+    Attributes:
+        folder: named after all that decides the samples.
+        checkpoint: folder of the model.
+        weights: which of its averages.
+        label_counts: training images of each class, which decide how often a seed has that class; empty for a model without labels.
+    """
+
+    folder: Location
+    checkpoint: str
+    weights: str
+    recipe: "Recipe"
+    label_counts: tuple[int, ...] = ()
+
+    def labels(self, seeds: Sequence[int]) -> np.ndarray | None:
+        """Returns the class of each seed, drawn as often as the training images have it; None for a model without labels."""
+        from components.streams import Purpose, stream
+
+        if not self.label_counts:
+            return None
+        ends = np.cumsum(self.label_counts)
+        return np.asarray([np.searchsorted(ends, stream(Purpose.SAMPLE_LABEL, seed).integers(ends[-1]), side="right") for seed in seeds], np.int64)
+
+
+def pixels_file(samples: Location, seeds: range) -> Location:
+    """Returns where the pixels of a part of a folder of samples lie, while they are needed."""
+    return samples / "pixels" / f"{_span(seeds)}.npy"
+
+
+def checksum_file(samples: Location, seeds: range) -> Location:
+    """Returns where the checksum of a part's pixels lies."""
+    return samples / "checksums" / f"{_span(seeds)}.json"
+
+
+def features_file(samples: Location, extractor: Identity, seeds: range) -> Location:
+    """Returns where the features of a part lie."""
+    return samples / extractor.file_name / f"{_span(seeds)}.npy"
+
+
+def logits_file(samples: Location, extractor: Identity, seeds: range) -> Location:
+    """Returns where the logits of a part lie, for an extractor that has any."""
+    return samples / f"{extractor.file_name}-logits" / f"{_span(seeds)}.npy"
+
+
+@dataclass(frozen=True)
+class RealSet:
+    """The images of one split of a dataset, and where their features are kept.
+
+    Attributes:
+        dataset: its folder.
+        folder: of the features, named after the dataset.
+    """
+
+    folder: Location
+    dataset: str
+    split: Split
+
+    def features_file(self, extractor: Identity, rows: range) -> Location:
+        """Returns where the features of some rows lie."""
+        return self.folder / extractor.file_name / f"{self.split}-{_span(rows)}.npy"
+
+
+def _span(numbers: range) -> str:
+    return f"{numbers.start:012d}-{len(numbers)}"
+
+
+def parts_of(numbers: range, size: int) -> list[range]:
+    """Returns a range cut at the multiples of a size, so that overlapping ranges share their parts."""
+    edges = [numbers.start, *range((numbers.start // size + 1) * size, numbers.stop, size), numbers.stop]
+    return [range(first, last) for first, last in pairwise(edges)]
+
+
+def read_array(file: Location) -> np.ndarray | None:
+    """Returns an array that was kept; None where it is not there, or is no whole file."""
+    try:
+        return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def write_array(file: Location, values: np.ndarray) -> None:
+    """Keeps an array, atomically."""
+    content = io.BytesIO()
+    np.save(content, values, allow_pickle=False)
+    file.write_bytes(content.getvalue())
+
+
 class Sampler:
-    """An actor: one denoiser and the extractors, on one CPU thread or one GPU."""
+    """An actor: the extractors, and the denoisers that it was last asked for."""
 
-    def __init__(self, checkpoint: str, kinds: Sequence[ExtractorChoice], use_gpu: bool) -> None:
+    def __init__(self, kinds: Sequence[ExtractorChoice], use_gpu: bool, cache: str | None = None, cache_bytes: int = 20 << 30) -> None:
         import torch
-
-        from components.model.checkpoint import load_denoiser
 
         torch.set_num_threads(1)
         self._device = "cuda" if use_gpu else "cpu"
-        self._denoiser = load_denoiser(Location.of(checkpoint), self._device)
         self._extractors = [kind.build(self._device) for kind in kinds]
+        self._denoisers: OrderedDict[tuple[str, str], tuple[Denoiser, Callable[..., torch.Tensor]]] = OrderedDict()
+        self._readers: dict[tuple[str, Split], RowReader] = {}
+        self._copies = Copies.of(cache, cache_bytes)
 
-    def identities(self) -> list[tuple[str, str, str]]:
-        """Returns (name, digest, preprocessing) of every extractor."""
-        return [(extractor.name, extractor.digest, extractor.preprocessing) for extractor in self._extractors]
+    def identities(self) -> list[Identity]:
+        """Returns what every extractor is."""
+        return [Identity(extractor.name, extractor.digest, extractor.preprocessing) for extractor in self._extractors]
 
-    def draw(self, recipe: Recipe, seeds: range) -> np.ndarray:
+    def part(self, samples: SampleSet, seeds: range, batch_size: int, pixels: Literal["drop", "keep", "need"]) -> tuple[str, int]:
+        """Draws and measures one part of the seeds, as far as that is not done; returns the SHA-256 of its pixels, and how many images it drew.
+
+        Args:
+            pixels: `keep` those that are drawn, or `need` all of them, drawn again if they are gone.
+        """
+        missing = [which for which, identity in enumerate(self.identities()) if read_array(features_file(samples.folder, identity, seeds)) is None]
+        sha256 = _read_checksum(checksum_file(samples.folder, seeds))
+        if sha256 is not None and not missing and (pixels != "need" or pixels_file(samples.folder, seeds).is_file()):
+            return sha256, 0
+        images, drawn = read_array(pixels_file(samples.folder, seeds)), 0
+        if images is None:
+            images, drawn = self.draw(samples, seeds, batch_size), len(seeds)
+            if pixels != "drop":
+                write_array(pixels_file(samples.folder, seeds), images)
+        for which in missing:
+            self._measure(which, images, samples, seeds)
+        sha256 = hashlib.sha256(images.tobytes()).hexdigest()
+        checksum_file(samples.folder, seeds).write_text(json.dumps({"sha256": sha256}) + "\n")
+        return sha256, drawn
+
+    def _measure(self, which: int, pixels: np.ndarray, samples: SampleSet, seeds: range) -> None:
+        extractor, identity = self._extractors[which], self.identities()[which]
+        features, logits = extracted(extractor, pixels)
+        if logits is not None:
+            write_array(logits_file(samples.folder, identity, seeds), logits)
+        write_array(features_file(samples.folder, identity, seeds), features)
+
+    def real_part(self, which: int, real: RealSet, rows: range) -> int:
+        """Measures some rows of a dataset by one extractor, unless that is done; returns their number."""
+        file = real.features_file(self.identities()[which], rows)
+        if read_array(file) is None:
+            write_array(file, extracted(self._extractors[which], self._reader(real).pixels(np.arange(rows.start, rows.stop)))[0])
+        return len(rows)
+
+    def draw(self, samples: SampleSet, seeds: Sequence[int], batch_size: int) -> np.ndarray:
         """Returns the pixels (len(seeds), C, H, W) of some seeds, drawn batch by batch."""
-        from components.data.images import to_pixels
-        from components.diffusion.recipe import Recipe as SampleRecipe
-        from components.diffusion.sampling import sample
-
-        spec, parts = self._denoiser.spec, []
-        for first in range(0, len(seeds), recipe.batch_size):
-            x_0 = sample(
-                self._denoiser.network,
-                self._denoiser.schedule,
-                seeds[first : first + recipe.batch_size],
-                spec.shape,
-                SampleRecipe(recipe.sampler, recipe.steps),
-                device=self._device,
-            )
-            parts.append(to_pixels(x_0).cpu().numpy())
+        parts = [self._sample(samples, seeds[first : first + batch_size]) for first in range(0, len(seeds), batch_size)]
         return np.concatenate(parts)
 
-    def measure(self, pixels: np.ndarray, shifts: Sequence[np.ndarray]) -> "list[FeatureStats]":
-        """Returns the feature statistics of pixels about the given shifts, one per extractor."""
-        from components.metrics.features import features_in_batches
-        from components.metrics.frechet import FeatureStats
+    def interpolate(self, samples: SampleSet, pairs: Sequence[tuple[int, int]], columns: int) -> np.ndarray:
+        """Returns images between pairs of seeds: pixels (len(pairs), columns, C, H, W), both ends included. A row has its first seed's class."""
+        from components.diffusion.noise import interpolated_noise
 
-        return [FeatureStats.of(features_in_batches(extractor, pixels, 64), shift) for extractor, shift in zip(self._extractors, shifts, strict=True)]
+        shape, rows = self._model(samples)[0].spec.shape, []
+        for first, second in pairs:
+            noise = interpolated_noise(first, second, np.linspace(0.0, 1.0, columns).tolist(), shape)
+            rows.append(self._sample(samples, [first] * columns, x_T=noise))
+        return np.stack(rows)
 
-    def mean_of_first(self, which: int, pixels: np.ndarray) -> np.ndarray:
-        """Returns the mean feature of some pixels by one extractor: a shift for the statistics of all."""
-        from components.metrics.features import features_in_batches
-
-        return features_in_batches(self._extractors[which], pixels, 64).astype(np.float64).mean(axis=0)
-
-    def measure_one(self, which: int, pixels: np.ndarray, shift: np.ndarray) -> "FeatureStats":
-        """Returns the feature statistics of pixels by one extractor."""
-        from components.metrics.features import features_in_batches
-        from components.metrics.frechet import FeatureStats
-
-        return FeatureStats.of(features_in_batches(self._extractors[which], pixels, 64), shift)
-
-    def part(self, recipe: Recipe, seeds: range, shifts: Sequence[np.ndarray], keep: bool) -> "tuple[list[FeatureStats], bytes, np.ndarray | None]":
-        """Draws one part of the seeds; returns its statistics, the checksum of its pixels, and the pixels if they are to be kept."""
-        pixels = self.draw(recipe, seeds)
-        return self.measure(pixels, shifts), hashlib.sha256(pixels.tobytes()).digest(), pixels if keep else None
-
-    def animation(self, recipe: Recipe, first_seed: int, count: int, frames: int) -> list[np.ndarray]:
-        """Returns the estimates of x_0 while the first seeds are drawn: pixels (count, C, H, W) for each of some steps."""
+    def animation(self, samples: SampleSet, seeds: Sequence[int], frames: int) -> list[np.ndarray]:
+        """Returns the estimates of x_0 while seeds are drawn: pixels (len(seeds), C, H, W) for each of some steps."""
         from components.data.images import to_pixels
-        from components.diffusion.recipe import Recipe as SampleRecipe
-        from components.diffusion.sampling import sample
 
-        shown = set(np.linspace(0, recipe.steps - 1, min(frames, recipe.steps)).round().astype(int).tolist())
-        pictures: list[np.ndarray] = []
-        sample(
-            self._denoiser.network,
-            self._denoiser.schedule,
-            range(first_seed, first_seed + count),
-            self._denoiser.spec.shape,
-            SampleRecipe(recipe.sampler, recipe.steps),
-            device=self._device,
-            on_step=lambda step, x_0: pictures.append(to_pixels(x_0).cpu().numpy()) if step in shown else None,
-        )
+        steps, pictures = samples.recipe.steps, []
+        shown = set(np.linspace(0, steps - 1, min(frames, steps)).round().astype(int).tolist())
+
+        def show(step: int, x_0: "torch.Tensor") -> None:
+            if step in shown:
+                pictures.append(to_pixels(x_0).cpu().numpy())
+
+        self._sample(samples, seeds, on_step=show)
         return pictures
 
+    def loss_by_timestep(self, samples: SampleSet, real: RealSet, rows: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+        """Returns at most `count` time steps and the loss on some rows of a dataset at each."""
+        import torch
 
-@dataclass
-class _Call:
-    """One piece of work: which it is in the row of results, and how to do it."""
+        from components.data.images import to_model_range
+        from components.diffusion.objective import loss_by_timestep
 
-    number: int
-    method: str
-    arguments: tuple[Any, ...]
+        denoiser, _ = self._model(samples)
+        x_0 = to_model_range(torch.from_numpy(self._reader(real).pixels(np.asarray(rows))).to(self._device))
+        timesteps = sorted(set(np.linspace(0, denoiser.schedule.num_steps - 1, count).round().astype(int).tolist()))
+        return timesteps, loss_by_timestep(denoiser.network, denoiser.schedule, x_0, timesteps)
+
+    def _sample(self, samples: SampleSet, seeds: Sequence[int], x_T: "torch.Tensor | None" = None, on_step: "OnStep | None" = None) -> np.ndarray:
+        import torch
+
+        from components.data.images import to_pixels
+        from components.diffusion.sampling import sample
+
+        denoiser, network = self._model(samples)
+        labels = samples.labels(seeds)
+        x_0 = sample(
+            network,
+            denoiser.schedule,
+            seeds,
+            denoiser.spec.shape,
+            samples.recipe,
+            device=self._device,
+            labels=None if labels is None else torch.from_numpy(labels),
+            null_label=denoiser.spec.null_label,
+            x_T=x_T,
+            on_step=on_step,
+        )
+        return to_pixels(x_0).cpu().numpy()
+
+    def _model(self, samples: SampleSet) -> "tuple[Denoiser, Callable[..., torch.Tensor]]":
+        """Returns a denoiser, and its network as it is called: as CUDA graphs on a GPU."""
+        from components.diffusion.graphs import GraphedNetwork
+        from components.model.checkpoint import load_denoiser
+
+        key = (samples.checkpoint, samples.weights)
+        if key not in self._denoisers:
+            denoiser = load_denoiser(Location.of(samples.checkpoint), self._device, samples.weights)
+            self._denoisers[key] = (denoiser, GraphedNetwork(denoiser.network) if self._device == "cuda" else denoiser.network)
+            if len(self._denoisers) > DENOISERS_HELD:
+                self._denoisers.popitem(last=False)
+        self._denoisers.move_to_end(key)
+        return self._denoisers[key]
+
+    def _reader(self, real: RealSet) -> "RowReader":
+        from components.data.reader import RowReader
+        from components.data.shards import read_manifest
+
+        key = (real.dataset, real.split)
+        if key not in self._readers:
+            dataset = Location.of(real.dataset)
+            self._readers[key] = RowReader(dataset, read_manifest(dataset), real.split, READER_CACHE_BYTES, self._copies)
+        return self._readers[key]
 
 
-class Team:
-    """The actors of an evaluation. Work is dealt to whoever is free; results come back in the order of the work.
+def extracted(extractor: "Extractor", pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the features (N, D) float32 of pixels (N, C, H, W), and the logits of an extractor that has any."""
+    import torch
 
-    An actor that dies, with its node or alone, is replaced, and its work is dealt again; no actor is waited for while others are there.
+    from components.metrics.features import InceptionExtractor
+
+    features, logits = [], []
+    for first in range(0, len(pixels), EXTRACT_BATCH):
+        batch = torch.from_numpy(np.ascontiguousarray(pixels[first : first + EXTRACT_BATCH]))
+        if isinstance(extractor, InceptionExtractor):
+            found, more = extractor.with_logits(batch)
+            logits.append(more)
+        else:
+            found = extractor(batch)
+        features.append(found.astype(np.float32))
+    return np.concatenate(features), np.concatenate(logits) if logits else None
+
+
+def _read_checksum(file: Location) -> str | None:
+    try:
+        return str(json.loads(file.read_text())["sha256"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def sample_set(storage: Location, checkpoint: Location, weights: str, recipe: "Recipe", label_counts: tuple[int, ...] = ()) -> SampleSet:
+    """Returns the samples of a checkpoint's average by a recipe; equal weights have equal samples, wherever the checkpoint lies.
+
+    Raises:
+        DataError: if the folder is no checkpoint, or lacks the average.
     """
+    from components.errors import DataError
+    from components.model.checkpoint import manifest_of
 
-    def __init__(self, placement: Placement, checkpoint: str, kinds: Sequence[ExtractorChoice]) -> None:
-        self._placement, self._arguments = placement, (checkpoint, list(kinds), placement.use_gpu)
-        self._joining: dict[Any, Any] = {}
-        self._free: deque[Any] = deque()
-        self._running: dict[Any, tuple[_Call, Any]] = {}
-        self._deaths = 0
-        for _ in range(placement.num_samplers):
-            self._hire()
-        self.identities: list[tuple[str, str, str]] = self.first("identities")
+    files = manifest_of(checkpoint)
+    if f"{weights}.safetensors" not in files:
+        raise DataError(f"{checkpoint} has no average {weights}; it holds {', '.join(sorted(files))}")
+    decides = [files["denoiser.json"][1], files[f"{weights}.safetensors"][1], asdict(recipe), label_counts]
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
+    return SampleSet(storage / "samples" / key, str(checkpoint), weights, recipe, label_counts)
 
-    def __enter__(self) -> "Team":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        import ray
+def read_parts(files: Iterator[Location]) -> Iterator[np.ndarray]:
+    """Yields kept arrays.
 
-        for actor in {*self._free, *self._joining.values(), *(actor for _, actor in self._running.values())}:
-            ray.kill(actor)
+    Raises:
+        DataError: if one is not there.
+    """
+    from components.errors import DataError
 
-    def first(self, method: str, *arguments: Any) -> Any:
-        """Returns the result of one call."""
-        return next(self.map(method, iter([arguments])))
-
-    def map(self, method: str, work: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
-        """Yields the results of `method(*arguments)` in order; as much work is ahead as four calls per actor, so memory stays bounded.
-
-        Raises:
-            ClusterError: if actors die again and again.
-        """
-        again: deque[_Call] = deque()
-        ready: dict[int, Any] = {}
-        started = expected = 0
-        exhausted = False
-        while not (exhausted and expected == started):
-            while self._free and not again and not exhausted and started - expected < 4 * self._placement.num_samplers:
-                arguments = next(work, None)
-                exhausted = arguments is None
-                if arguments is not None:
-                    self._deal(_Call(started, method, arguments))
-                    started += 1
-            while self._free and again:
-                self._deal(again.popleft())
-            for call, result, died in self._settle():
-                if died:
-                    again.append(call)
-                else:
-                    ready[call.number] = result
-            while expected in ready:
-                yield ready.pop(expected)
-                expected += 1
-
-    def _hire(self) -> None:
-        import ray
-
-        actor: Any = ray.remote(max_restarts=0, **self._placement.per_sampler)(Sampler).remote(*self._arguments)
-        self._joining[actor.identities.remote()] = actor
-
-    def _deal(self, call: _Call) -> None:
-        actor = self._free.popleft()
-        self._running[getattr(actor, call.method).remote(*call.arguments)] = (call, actor)
-
-    def _settle(self) -> list[tuple[_Call, Any, bool]]:
-        """Waits for an actor to join or a call to end; returns ended calls with their results, or as died."""
-        import ray
-
-        if not self._running and not self._joining:
-            return []
-        done, _ = ray.wait([*self._running, *self._joining], num_returns=1)
-        ended: list[tuple[_Call, Any, bool]] = []
-        for reference in done:
-            call, actor = self._running.pop(reference, (None, None))
-            actor = actor or self._joining.pop(reference)
-            try:
-                result = ray.get(reference)
-            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-                self._replace(actor, error)
-                ended += [(call, None, True)] if call else []
-                continue
-            self._deaths = 0
-            self._free.append(actor)
-            ended += [(call, result, False)] if call else []
-        return ended
-
-    def _replace(self, actor: Any, error: Exception) -> None:
-        import ray
-
-        self._deaths += 1
-        if (cause := re.search(r"DataError: (.*)", str(error))) is not None:
-            raise DataError(cause.group(1)) from error
-        if self._deaths > 3 * self._placement.num_samplers:
-            raise ClusterError(f"sampling actors died {self._deaths} times, the last time: {' '.join(str(error).split())[:300]}") from error
-        ray.kill(actor)
-        self._hire()
+    for file in files:
+        values = read_array(file)
+        if values is None:
+            raise DataError(f"{file} is missing or damaged; delete it, and run evaluate again")
+        yield values

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import components
 from components.storage import Location
-from pipeline.artifacts import Evaluation, Metric, MetricUnit, Registration, ShardSet, TrainedModel
+from pipeline.artifacts import Contest, Evaluation, Memorisation, Metric, MetricUnit, PairedTest, Registration, ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.lease import held
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 INPUTS_TAG = "ddpm.inputs"
+SAMPLES_TAG, SETTINGS_TAG = "ddpm.samples", "ddpm.evaluate"
 DESCRIPTION_LIMIT = 5000
 
 
@@ -52,10 +53,19 @@ class Decision:
 
 @dataclass(frozen=True)
 class Champion:
-    """The version that the alias points to, and its number, if it carries one."""
+    """The version that the alias points to.
+
+    Attributes:
+        metric: its number, if it carries one.
+        samples: folder of its samples' features, if it says so.
+    """
 
     version: int
     metric: Metric | None
+    samples: str | None = None
+
+
+Ask = Callable[[Champion], Contest]
 
 
 def unlike_parts(one: MetricUnit, other: MetricUnit) -> list[str]:
@@ -64,28 +74,49 @@ def unlike_parts(one: MetricUnit, other: MetricUnit) -> list[str]:
     return [f"{part} {first[part]} against {second[part]}" for part in first if first[part] != second[part]]
 
 
-def decide(candidate: Metric, champion: Champion | None, min_gain: float) -> Decision:
-    """Compares two numbers of the same unit, lower being better; numbers of unlike units are never compared."""
+def decide(candidate: Metric, champion: Champion | None, contest: Contest | None, min_gain: float) -> Decision:
+    """Promotes a first version, and one that is better by more than chance and `min_gain`, twice; numbers of unlike units are never compared.
+
+    Better means: the difference to the champion on the same seeds plus 1.645 of its standard errors is below -min_gain (one-sided, 95 %),
+    and so it is on fresh seeds.
+    """
     if champion is None:
         return Decision(True, f"first version: {candidate.name} is {candidate.value:.4g}, and there was no champion")
+    refused = why_not_compared(candidate, champion)
+    if refused or contest is None:
+        return Decision(False, f"kept: {refused or f'champion v{champion.version} could not be measured beside it'}")
+    numbers = f"{candidate.name} is {contest.test.candidate:.4g}, champion v{champion.version} has {contest.test.champion:.4g} on the same seeds"
+    wanted = f"below {-min_gain:g}" if min_gain else "below 0"
+    first = f"difference {_interval(contest.test)}"
+    if not contest.test.upper < -min_gain:
+        return Decision(False, f"kept: {numbers}; {first}: its upper end must be {wanted}")
+    if contest.confirmation is None or not contest.confirmation.upper < -min_gain:
+        again = "was not confirmed" if contest.confirmation is None else f"on fresh seeds only {_interval(contest.confirmation)}"
+        return Decision(False, f"kept: {numbers}; {first}, {again}: the upper end must be {wanted} both times")
+    return Decision(True, f"better: {numbers}; {first}, on fresh seeds {_interval(contest.confirmation)}")
+
+
+def why_not_compared(candidate: Metric, champion: Champion) -> str:
+    """Returns why a candidate's number cannot be held against the champion's, nothing where it can."""
     if champion.metric is None:
-        return Decision(False, f"kept: champion v{champion.version} carries no metric to compare with; evaluate it, or move the alias by hand")
+        return f"champion v{champion.version} carries no metric to compare with; evaluate it, or move the alias by hand"
     unlike = unlike_parts(candidate.unit, champion.metric.unit)
-    if unlike:
-        return Decision(False, f"kept: not comparable with champion v{champion.version}, whose unit differs: {'; '.join(unlike)}")
-    gain = champion.metric.value - candidate.value
-    numbers = f"{candidate.name} is {candidate.value:.4g}, champion v{champion.version} has {champion.metric.value:.4g}"
-    if gain > 0 and gain >= min_gain:
-        return Decision(True, f"better by {gain:.4g}: {numbers}")
-    return Decision(False, f"kept: {numbers}; a gain {f'of {min_gain:g}' if min_gain else 'above 0'} is needed")
+    return f"not comparable with champion v{champion.version}, whose unit differs: {'; '.join(unlike)}" if unlike else ""
+
+
+def _interval(test: PairedTest) -> str:
+    return f"{test.difference:+.4g} ± {1.645 * test.standard_error:.2g}"
 
 
 def register(
-    config: RegistryConfig, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, *, context: StageContext, tracking: Tracking, run_id: str
+    config: RegistryConfig, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, ask: Ask, *, context: StageContext, tracking: Tracking, run_id: str
 ) -> Registration:
     """Logs the model to its run, makes a version of it, decides about the champion, and returns the receipt.
 
     A version that an interrupted call already made for the same inputs is taken up again.
+
+    Args:
+        ask: measures the candidate beside a champion; called while no other process decides, so that the champion is the one it is told from.
 
     Raises:
         RegistryError: if the registry cannot be reached or refuses.
@@ -97,9 +128,10 @@ def register(
         number = int(made.version)
         champion = find_champion(tracking, config.model_name)
         if champion is not None and champion.version == number:
-            decision, previous = Decision(True, made.tags["ddpm.decision"]), None
+            decision, previous, contest = Decision(True, made.tags["ddpm.decision"]), None, None
         else:
-            decision = decide(evaluation.metric, champion, config.min_gain)
+            contest = ask(champion) if champion is not None and not why_not_compared(evaluation.metric, champion) else None
+            decision = decide(evaluation.metric, champion, contest, config.min_gain)
             previous = champion.version if champion else None
             _carry_out(decision, number, shards, model, evaluation, config.model_name, tracking, run_id)
     return Registration(
@@ -113,6 +145,7 @@ def register(
         decision=decision.reason,
         previous_champion=previous,
         metric=evaluation.metric,
+        contest=contest,
     )
 
 
@@ -139,7 +172,7 @@ def find_champion(tracking: Tracking, name: str) -> Champion | None:
         if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
             return None
         raise
-    return Champion(int(version.version), read_metric(version.tags))
+    return Champion(int(version.version), read_metric(version.tags), version.tags.get(SAMPLES_TAG))
 
 
 def read_metric(tags: dict[str, str]) -> Metric | None:
@@ -160,12 +193,12 @@ def _make_version(
         client.get_registered_model(config.model_name)
     except MlflowException:
         client.create_registered_model(config.model_name)
-    logged = _log_model(config.model_name, model, run_id)
+    logged = _log_model(config.model_name, model, evaluation, run_id)
     tags = _version_tags(shards, model, evaluation, context)
     return client.create_model_version(config.model_name, source=f"models:/{logged}", run_id=run_id, tags=tags, model_id=logged)
 
 
-def _log_model(name: str, model: TrainedModel, run_id: str) -> str:
+def _log_model(name: str, model: TrainedModel, evaluation: Evaluation, run_id: str) -> str:
     """Logs a model that carries its own code and weights, without pickle; returns the logged model's id."""
     import mlflow
 
@@ -173,9 +206,10 @@ def _log_model(name: str, model: TrainedModel, run_id: str) -> str:
 
     with tempfile.TemporaryDirectory(prefix="ddpm-register-") as staging:
         folder = Path(staging)
-        with Location.of(model.path).local_copy(["denoiser.json", "ema.safetensors"]) as source:
+        weights = f"{evaluation.weights}.safetensors"
+        with Location.of(evaluation.checkpoint).local_copy(["denoiser.json", weights]) as source:
             spec = DenoiserSpec.model_validate_json((source / "denoiser.json").read_text(encoding="utf-8"))
-            write_checkpoint(Location.of(folder / "checkpoint"), spec, read_weights(source / "ema.safetensors"))
+            write_checkpoint(Location.of(folder / "checkpoint"), spec, read_weights(source / weights))
         package = _copy_components(folder)
         code = folder / "sampler.py"
         template = Path(__file__).with_name("served_model.py").read_text(encoding="utf-8")
@@ -222,6 +256,8 @@ def _version_tags(shards: ShardSet, model: TrainedModel, evaluation: Evaluation,
     return as_tags(
         {
             INPUTS_TAG: context.inputs,
+            SAMPLES_TAG: evaluation.samples,
+            SETTINGS_TAG: json.dumps(evaluation.settings),
             "ddpm.run": context.run_name,
             "metric.name": metric.name,
             "metric.value": repr(metric.value),
@@ -231,7 +267,10 @@ def _version_tags(shards: ShardSet, model: TrainedModel, evaluation: Evaluation,
             "dataset.digest": shards.digest,
             "dataset.source": shards.source,
             "config.digest": model.config_digest,
-            "weights.sha256": model.weights_sha256,
+            "weights.sha256": _weights_sha256(evaluation),
+            "weights.average": evaluation.weights,
+            "weights.checkpoint": evaluation.checkpoint,
+            "weights.election": "; ".join(f"{standing.step} {standing.weights} {standing.metric.value:.6g}" for standing in evaluation.election) or "none",
             "git.commit": git_commit(),
         }
     )
@@ -255,14 +294,18 @@ def describe(decision: Decision, number: int, shards: ShardSet, model: TrainedMo
     """Returns a version's page in Markdown: number, picture, data, recipe, how to load it."""
     metric, unit = evaluation.metric, evaluation.metric.unit
     guards = "".join(f"| {guard.name} | {guard.value:.4g} |\n" for guard in evaluation.guards)
+    error = "" if metric.standard_error is None else f" ± {1.96 * metric.standard_error:.2g}"
+    floor, copies = evaluation.floor, evaluation.memorisation
+    real = "" if floor is None else f"| real images | {floor.value:.4g}: {floor.count} {floor.measured} |\n"
+    memory = "" if copies is None else f"| memorisation | {_memory(copies)} |\n"
     return f"""{metric.name} {metric.value:.4g} - {decision.reason}
 
 ![samples](get-artifact?run_id={run_id}&path=evaluate%2Fgrid.png)
 
 | | |
 |---|---|
-| {metric.name} | {metric.value:.4g} (Frechet distance, lower is better) |
-{guards}| samples | {unit.num_samples}, {unit.sampler} {unit.steps} steps, seeds from {unit.first_seed} |
+| {metric.name} | {metric.value:.4g}{error} (Frechet distance, lower is better) |
+{guards}{real}{memory}| samples | {unit.num_samples}, {unit.sampler}, seeds from {unit.first_seed} |
 | reference | dataset {unit.reference_digest}, {unit.reference_count} images |
 | data | {shards.source}: {shards.num_rows} images of {shards.image_size}x{shards.image_size}x{shards.channels}, {shards.num_quarantined} quarantined |
 | training | {model.steps} steps, loss {model.loss:.4g}, {model.parameters / 1e6:.2f} M parameters, {model.precision} |
@@ -275,6 +318,62 @@ mlflow.set_tracking_uri("{public_uri(uri)}")
 images = mlflow.pyfunc.load_model("models:/{name}/{number}").predict({{"num_images": 16, "steps": 50, "seed": 0}})
 ```
 """
+
+
+def _memory(copies: Memorisation) -> str:
+    verdict = "copies found" if copies.copies else "no copies found"
+    return f"{verdict}: copy rate {copies.copy_rate:.2%}, about {copies.expected:.0%} expected"
+
+
+def _weights_sha256(evaluation: Evaluation) -> str:
+    from components.model.checkpoint import manifest_of
+
+    return manifest_of(Location.of(evaluation.checkpoint))[f"{evaluation.weights}.safetensors"][1]
+
+
+def fetch_checkpoint(tracking: Tracking, model: str, storage: Location) -> Location:
+    """Returns a registered model's checkpoint, copied below the storage root the first time, where every node can read it.
+
+    Args:
+        model: models:/NAME/VERSION or models:/NAME@ALIAS.
+
+    Raises:
+        RegistryError: if the registry does not know the model, or it is none of ours.
+    """
+    version = find_model(tracking, model)
+    name = hashlib.sha256(str(version.name).encode()).hexdigest()[:12]
+    kept = storage / "cache" / "models" / f"{name}-{version.version}-{str(version.tags.get('weights.sha256'))[:16]}"
+    if not (kept / "manifest.json").is_file():
+        import mlflow
+
+        with translated(tracking.uri), tempfile.TemporaryDirectory(prefix="ddpm-model-") as folder:
+            fetched = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}/artifacts/checkpoint", dst_path=folder)
+            kept.upload(Path(fetched), last="manifest.json")
+    return kept
+
+
+def find_model(tracking: Tracking, model: str) -> "ModelVersion":
+    """Returns the version that models:/NAME/VERSION or models:/NAME@ALIAS means.
+
+    Raises:
+        RegistryError: if there is none.
+    """
+    from mlflow.exceptions import MlflowException
+
+    address = model.removeprefix("models:/").rstrip("/")
+    name, slash, number = address.rpartition("/")
+    alias_of, at, alias = address.rpartition("@")
+    if not (model.startswith("models:/") and ((slash and number.isdigit()) or (at and alias_of and alias))):
+        raise RegistryError(f"{model} names no version; write models:/NAME/VERSION or models:/NAME@ALIAS")
+    with translated(tracking.uri):
+        try:
+            if at and alias_of and not (slash and number.isdigit()):
+                return tracking.client.get_model_version_by_alias(alias_of, alias)
+            return tracking.client.get_model_version(name, number)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise RegistryError(f"{model} is not in the registry ({error.message}); `ddpm models` lists what is") from error
+            raise
 
 
 def is_intact(receipt: Registration, tracking: Tracking) -> bool:

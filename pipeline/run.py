@@ -21,10 +21,12 @@ from pipeline import evaluate as evaluate_stage
 from pipeline import preprocess as preprocess_stage
 from pipeline import register as register_stage
 from pipeline import train as train_stage
-from pipeline.artifacts import STAGES, AnyReceipt, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
+from pipeline.artifacts import STAGES, AnyReceipt, Contest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
 from pipeline.config import RunConfig, config_digest, digest_of, flatten
+from pipeline.contest import Contender, contest
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
+from pipeline.extractors import check_extractor, check_files
 from pipeline.follow import Delivery, forget_deliveries
 from pipeline.lease import HeldError, alone, held
 from pipeline.notebook import read_metrics
@@ -124,12 +126,17 @@ def run(
     pipeline = Pipeline(config, name, start_from, reporter, storage, {})
     with one_process(storage / "runs" / name, name, reporter if until == "preprocess" else None):
         pipeline.listed = preprocess_stage.list_source(config.data, storage)
-        evaluate_stage.check_weights(config.evaluate)
+        check_files(config.evaluate)
         tracking = connect(storage) if until != "preprocess" else None
         (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         try:
             if config.cluster.address != "local":
-                needed = {"data.source": config.data.source, "data.root": config.data.root, "evaluate.inception_weights": config.evaluate.inception_weights}
+                needed = {
+                    "data.source": config.data.source,
+                    "data.root": config.data.root,
+                    "evaluate.inception_weights": config.evaluate.inception_weights,
+                    "evaluate.dinov2_weights": config.evaluate.dinov2_weights,
+                }
                 cluster = check_cluster(config.cluster, needed, storage, pipeline.reporter)
                 pipeline.config = config.model_copy(update={"cluster": cluster})
             _run_stages(pipeline, tracking, until)
@@ -144,7 +151,7 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
         return
     train_stage.check_labels(pipeline.config.model, shards)
     if until in ("evaluate", "register"):
-        evaluate_stage.check_extractor(pipeline.config.evaluate, shards, pipeline.storage)
+        check_extractor(pipeline.config.evaluate, shards, pipeline.storage)
     inputs = digest_of(shards.digest, pipeline.config.model, pipeline.config.diffusion, pipeline.config.train)
     with TrackedRun(pipeline, tracking, shards, inputs) as tracked:
         model = _train(pipeline, shards, tracked, inputs)
@@ -216,7 +223,13 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
         run_id = tracked.open()
         evaluate_stage.publish(evaluation, model, tracking, run_id)
         measured = model.model_copy(update={"config_digest": config_digest(pipeline.config)})
-        return register_stage.register(config, shards, measured, evaluation, context=context, tracking=tracking, run_id=run_id)
+
+        def ask(champion: register_stage.Champion) -> Contest:
+            model_uri = f"models:/{config.model_name}/{champion.version}"
+            contender = Contender(champion.samples or "", lambda: register_stage.fetch_checkpoint(tracking, model_uri, pipeline.storage))
+            return contest(pipeline.config.evaluate, evaluation, contender, shards, min_gain=config.min_gain, version=champion.version, context=context)
+
+        return register_stage.register(config, shards, measured, evaluation, ask, context=context, tracking=tracking, run_id=run_id)
 
     return pipeline.stage(
         "register",

@@ -210,6 +210,49 @@ def sample(
         stdout.write(f"{out}\n")
 
 
+@app.command("compare", rich_help_panel="Look")
+def compare_command(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="models:/NAME@champion, models:/NAME/VERSION, or a checkpoint folder; differences are to the first.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="Dataset to measure against; by default the one that the first registered model was measured against.")
+    ] = None,
+    samplers: Annotated[str, typer.Option(help="Samplers, separated by commas: ddim, ancestral, dpmpp_2m, unipc.")] = "",
+    steps: Annotated[str, typer.Option(help="Numbers of steps, separated by commas; each with every sampler.")] = "",
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A setting of the sections evaluate and cluster.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("compare"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON, as the only thing on stdout.")] = False,
+    storage: Storage = "./storage",
+) -> None:
+    """Draw models from the same seeds and measure them in one unit: a table with intervals, and a picture side by side."""
+    from pipeline.errors import ConfigError
+    from workflows.compare import Wanted, compare_models, print_comparison, to_json
+
+    numbers = [part.strip() for part in steps.split(",") if part.strip()]
+    if wrong := [part for part in numbers if not part.isdigit()]:
+        raise ConfigError(f"--steps {wrong[0]} is no number; write such as 5,10,20")
+    names = [part.strip() for part in samplers.split(",") if part.strip()]
+    with stdout_to_stderr() as stdout:
+        comparison, page = compare_models(Wanted(models, dataset, names, [int(number) for number in numbers], settings or [], out, storage))
+        stdout.write(to_json(comparison, page) + "\n") if as_json else print_comparison(stdout, comparison, page)
+
+
+@app.command(rich_help_panel="Look")
+def reference(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's folder, or how its name or digest begins.")],
+    out: Annotated[Path, typer.Option(help="File to write: .npz with mu and sigma.")] = Path("stats.npz"),
+    split: Annotated[str, typer.Option(help="train or holdout.")] = "train",
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Such as evaluate.extractor=inception.")] = None,
+    storage: Storage = "./storage",
+) -> None:
+    """Write a dataset's feature statistics to a file, as the field exchanges them."""
+    from workflows.compare import write_statistics
+
+    with stdout_to_stderr() as stdout:
+        stdout.write(write_statistics(dataset, out, split, settings or [], storage) + "\n")
+
+
 @app.command(rich_help_panel="Cluster")
 def manifest(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="rayjob, raycluster, cronjob or raycronjob.")],

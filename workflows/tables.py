@@ -8,7 +8,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.artifacts import Evaluation, Registration, ShardSet, StageName, TrainedModel
+from pipeline.artifacts import Evaluation, Metric, Registration, ShardSet, StageName, TrainedModel
 from pipeline.config import RunConfig, config_digest, section_fields
 from pipeline.run import StageReport
 
@@ -36,9 +36,13 @@ def _result(report: StageReport) -> str:
     if isinstance(receipt, TrainedModel):
         return f"{receipt.steps} steps, loss {receipt.loss:.4g}, {receipt.images_per_second:.0f} images/s, {receipt.num_workers} workers, {receipt.precision}"
     if isinstance(receipt, Evaluation):
-        return ", ".join(f"{metric.name} = {metric.value:.4g}" for metric in (receipt.metric, *receipt.guards))
+        return ", ".join(f"{metric.name} = {metric.value:.4g}{_error(metric)}" for metric in (receipt.metric, *receipt.guards))
     assert isinstance(receipt, Registration)
     return f"{receipt.model_name} version {receipt.version}{', champion' if receipt.promoted else ''}: {receipt.decision}"
+
+
+def _error(metric: Metric) -> str:
+    return "" if metric.standard_error is None else f" ± {1.96 * metric.standard_error:.2g}"
 
 
 def _where_to_look(reports: Mapping[StageName, StageReport], config: RunConfig) -> list[str]:
@@ -47,7 +51,7 @@ def _where_to_look(reports: Mapping[StageName, StageReport], config: RunConfig) 
         if isinstance(report.receipt, ShardSet) and report.receipt.num_quarantined:
             lines.append(f"quarantine  {report.receipt.path}/quarantine.parquet")
         if isinstance(report.receipt, Evaluation):
-            lines += [f"samples     {report.receipt.grid}", f"denoising   {report.receipt.animation}"]
+            lines += [f"samples     {report.receipt.grid}", f"everything  {report.receipt.report}"]
         if isinstance(report.receipt, Registration):
             storage = "" if config.cluster.storage == "./storage" else f" --storage {config.cluster.storage}"
             lines += [f"pages       ddpm ui{storage}", f"more        ddpm sample models:/{report.receipt.model_name}@champion --num 64 --out grid.png{storage}"]

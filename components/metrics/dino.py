@@ -31,9 +31,7 @@ class DinoExtractor:
     preprocessing = f"uint8 RGB, PIL bicubic to {IMAGE_SIZE}x{IMAGE_SIZE}, / 255, ImageNet mean and deviation"
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-        if missing:
-            raise DataError(f"{folder} lacks {' and '.join(missing)}; name a folder with DINOv2 in Hugging Face's form")
+        check_dino(folder)
         hashes = "".join(sha256_of(folder / name) for name in (CONFIG, WEIGHTS))
         self.digest = hashlib.sha256(hashes.encode()).hexdigest()
         self.name = f"fd_dinov2_{self.digest[:8]}"
@@ -47,6 +45,17 @@ class DinoExtractor:
         with full_precision():
             features = self._network((x.float() / 255 - mean) / deviation).pooler_output
         return features.float().cpu().numpy()
+
+
+def check_dino(folder: Path) -> None:
+    """Checks that a folder holds the files of a DINOv2 model.
+
+    Raises:
+        DataError: if it does not.
+    """
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise DataError(f"{folder} lacks {' and '.join(missing)}; name a folder with DINOv2 in Hugging Face's form")
 
 
 def _load(folder: Path) -> torch.nn.Module:

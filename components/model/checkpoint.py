@@ -249,6 +249,19 @@ def averages_in(path: Location) -> list[str]:
     return sorted(name for name in names if name == MAIN_AVERAGE or name.startswith(f"{MAIN_AVERAGE}-"))
 
 
+def read_spec(path: Location) -> DenoiserSpec:
+    """Returns what the denoiser of a checkpoint is.
+
+    Raises:
+        DataError: if the folder is no whole checkpoint.
+    """
+    manifest_of(path)
+    try:
+        return DenoiserSpec.model_validate_json((path / "denoiser.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path / 'denoiser.json'} cannot be read ({error}); restore it or use another checkpoint") from error
+
+
 def load_denoiser(path: Location, device: torch.device | str = "cpu", weights: str = MAIN_AVERAGE) -> Denoiser:
     """Rebuilds the denoiser with averaged weights, checksums verified; reads no more than that.
 

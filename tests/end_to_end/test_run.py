@@ -12,7 +12,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,32 +93,6 @@ def test_workers_change_no_digest_and_no_sample(home: Path, command: Command, fi
         assert alone.json[stage][field] == first[stage][field]
     two, one = ([loss for _, loss in losses(run)] for run in (first, alone.json))
     np.testing.assert_allclose(one, two, rtol=1e-4)
-
-
-def test_samples_of_one_checkpoint_are_the_same_from_one_actor_or_three_or_when_one_dies(first: dict[str, Any]):
-    from cluster.config import ClusterConfig
-    from cluster.connect import connect, disconnect
-    from cluster.placement import place
-    from pipeline.draw import ExtractorChoice, Recipe, Team
-
-    digests = []
-    config = ClusterConfig(num_workers=2)
-    connect(config)
-    import ray
-
-    try:
-        for actors, dies in ((1, False), (3, False), (2, True)):
-            with Team(replace(place(config), num_samplers=actors), first["train"]["path"], [ExtractorChoice("dct8")]) as team:
-                work = ((Recipe("ddim", 4, 16), range(start, start + 32), [np.zeros(32)], False) for start in range(0, 128, 32))
-                digest = []
-                for number, part in enumerate(team.map("part", work)):
-                    digest.append(part[1])
-                    if number == 0 and dies:
-                        ray.kill(team._free[0])  # the next piece of work is dealt to it
-                digests.append(digest)
-    finally:
-        disconnect()
-    assert digests[0] == digests[1] == digests[2]
 
 
 def environment() -> dict[str, str]:

@@ -1,6 +1,8 @@
+import math
+
 import pytest
 
-from pipeline.artifacts import Metric, MetricUnit
+from pipeline.artifacts import Contest, Metric, MetricUnit, PairedTest
 from pipeline.register import Champion, decide, unlike_parts
 
 UNIT = MetricUnit(
@@ -21,19 +23,54 @@ def metric(value: float, **changes: object) -> Metric:
 
 
 def test_the_first_version_is_champion():
-    decision = decide(metric(5), None, 0.0)
+    decision = decide(metric(5), None, None, 0.0)
     assert decision.promote
     assert decision.reason == "first version: fd_dct8_v1_1000 is 5, and there was no champion"
 
 
+def paired(difference: float, standard_error: float = 0.1) -> PairedTest:
+    return PairedTest(first_seed=0, num_samples=1000, candidate=5 + difference, champion=5, difference=difference, standard_error=standard_error)
+
+
+def contest(first: float, second: float | None, standard_error: float = 0.1) -> Contest:
+    confirmation = None if second is None else paired(second, standard_error)
+    return Contest(champion_version=3, test=paired(first, standard_error), confirmation=confirmation)
+
+
 @pytest.mark.parametrize(
-    ("candidate", "champion", "min_gain", "promote"),
-    [(4.0, 5.0, 0.0, True), (5.0, 5.0, 0.0, False), (6.0, 5.0, 0.0, False), (4.5, 5.0, 0.5, True), (4.6, 5.0, 0.5, False), (float("nan"), 5.0, 0.0, False)],
+    ("first", "second", "min_gain", "promote"),
+    [
+        (-1.0, -1.0, 0.0, True),
+        (-1.0, None, 0.0, False),
+        (-1.0, -0.1, 0.0, False),
+        (-0.16, -1.0, 0.0, False),
+        (-0.17, -0.17, 0.0, True),
+        (0.0, -1.0, 0.0, False),
+        (1.0, -1.0, 0.0, False),
+        (-0.66, -0.66, 0.5, False),
+        (-0.67, -0.67, 0.5, True),
+        (-0.67, -0.66, 0.5, False),
+        (math.nan, -1.0, 0.0, False),
+        (-1.0, math.nan, 0.0, False),
+        (-math.inf, math.nan, 0.0, False),
+    ],
 )
-def test_the_champion_falls_only_to_a_number_lower_by_the_gain(candidate: float, champion: float, min_gain: float, promote: bool):
-    decision = decide(metric(candidate), Champion(3, metric(champion)), min_gain)
+def test_the_champion_falls_only_to_a_gain_beyond_chance_on_both_blocks_of_seeds(first: float, second: float | None, min_gain: float, promote: bool):
+    decision = decide(metric(4), Champion(3, metric(5)), contest(first, second), min_gain)
     assert decision.promote is promote
+    assert decision.reason.startswith("better: " if promote else "kept: ")
     assert "champion v3 has" in decision.reason
+
+
+def test_a_lower_number_alone_promotes_nobody():
+    decision = decide(metric(1), Champion(3, metric(5)), None, 0.0)
+    assert not decision.promote
+    assert "could not be measured beside it" in decision.reason
+
+
+@pytest.mark.parametrize("standard_error", [math.nan, math.inf])
+def test_an_unknown_error_promotes_nobody(standard_error: float):
+    assert not decide(metric(1), Champion(3, metric(5)), contest(-4, -4, standard_error), 0.0).promote
 
 
 @pytest.mark.parametrize(
@@ -44,6 +81,8 @@ def test_the_champion_falls_only_to_a_number_lower_by_the_gain(candidate: float,
         {"preprocessing": "x"},
         {"reference_digest": "x"},
         {"reference_count": 1},
+        {"reference_split": "holdout"},
+        {"weights": "elected"},
         {"num_samples": 9},
         {"first_seed": 9},
         {"sampler": "ancestral"},
@@ -52,13 +91,13 @@ def test_the_champion_falls_only_to_a_number_lower_by_the_gain(candidate: float,
     ids=lambda part: next(iter(part)),
 )
 def test_numbers_of_unlike_units_are_never_compared_and_the_part_is_named(part: dict[str, object]):
-    decision = decide(metric(0.001, **part), Champion(3, metric(5)), 0.0)
+    decision = decide(metric(0.001, **part), Champion(3, metric(5)), contest(-5, -5), 0.0)
     assert not decision.promote
     assert next(iter(part)) in decision.reason
     assert unlike_parts(UNIT, UNIT) == []
 
 
 def test_a_champion_without_a_number_is_kept():
-    decision = decide(metric(1), Champion(2, None), 0.0)
+    decision = decide(metric(1), Champion(2, None), contest(-5, -5), 0.0)
     assert not decision.promote
     assert "champion v2 carries no metric" in decision.reason

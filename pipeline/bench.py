@@ -1,0 +1,283 @@
+"""Where samples are drawn and measured: the settings, a dataset, and a team of actors."""
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from cluster.connect import connect
+from cluster.lookout import waiting_aloud
+from cluster.placement import place
+from components.data.shards import Manifest, Split, read_manifest
+from components.diffusion.recipe import Recipe
+from components.errors import DataError
+from components.storage import Location
+from pipeline.artifacts import Floor, Memorisation, Metric, MetricUnit, ShardSet
+from pipeline.context import StageContext
+from pipeline.draw import SEEDS_PER_PART, Identity, SampleSet, parts_of, pixels_file, read_array, sample_set
+from pipeline.extractors import choose_extractors
+from pipeline.measure import FEWEST_COMPARED, Distance, Sampled, find_copies, measure_distance, measure_floor, measure_inception_score, measure_scores
+from pipeline.reals import Reals, measure_reals, read_reference
+from pipeline.team import Team
+
+if TYPE_CHECKING:
+    from components.metrics.frechet import Reference
+    from components.metrics.memorisation import Pair
+
+FEWEST_SAMPLES_OF_AN_FID = 2048
+_NO_RESULT: dict[str, JsonValue] = {"result": False}
+
+
+class EvaluateConfig(BaseModel):
+    """Samples and the numbers taken of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    num_samples: int = Field(10_000, ge=2)
+    """Images that are drawn and measured."""
+    sampler: Literal["ddim", "ancestral", "dpmpp_2m", "unipc"] = "ddim"
+    """`ddim`, `ancestral` (DDPM), `dpmpp_2m` (DPM-Solver++ 2M) or `unipc`."""
+    steps: int = Field(50, ge=1)
+    """Network evaluations per image."""
+    spacing: Literal["uniform", "quadratic"] = "uniform"
+    """Which time steps `ddim` visits: evenly spaced, or closer to each other where there is little noise."""
+    eta: float = Field(0.0, ge=0.0, le=1.0)
+    """Fresh noise of `ddim`, from 0 (none) to 1 (as much as `ancestral`)."""
+    variance: Literal["small", "large"] = "small"
+    """Variance of the fresh noise of `ancestral`: of the posterior, or beta."""
+    guidance: float = Field(1.0, ge=0.0)
+    """How far samples of a conditional model are pushed towards their class: 1 is not at all."""
+    threshold: Literal["clip", "dynamic", "none"] = "clip"
+    """What becomes of estimates outside -1..1: clipped, scaled by their 99.5 % quantile, or left."""
+    first_seed: int = Field(0, ge=0, lt=2**62)
+    """Seed of the first image; image i has seed first_seed + i."""
+    batch_size: int = Field(64, ge=1, json_schema_extra=_NO_RESULT)
+    """Images drawn together."""
+    extractor: Literal["auto", "inception", "classifier", "dct8", "dinov2"] = "auto"
+    """Features that decide; `auto` is Inception where `inception_weights` is set, else the classifier where there are labels, else dct8."""
+    inception_weights: str | None = None
+    """Path of the Inception-2015 weights file, which makes the number an FID."""
+    dinov2_weights: str | None = None
+    """Folder of DINOv2 (config.json and model.safetensors): distances over its features are taken, too."""
+    reference: str | None = None
+    """File of statistics (.npz with mu and sigma) to compare with in place of the dataset's; of the features that decide."""
+    keep_samples: bool = False
+    """Keep all samples as a dataset of parquet shards."""
+    election_samples: int = Field(0, ge=0)
+    """Samples of each kept checkpoint and average, the best of which is measured and registered; 0 takes the last checkpoint's main average."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """How samples are drawn."""
+        return Recipe(
+            sampler=self.sampler,
+            steps=self.steps,
+            spacing=self.spacing,
+            eta=self.eta,
+            variance=self.variance,
+            guidance=self.guidance,
+            threshold=self.threshold,
+        )
+
+    @property
+    def seeds(self) -> range:
+        """The seeds that are measured."""
+        return range(self.first_seed, self.first_seed + self.num_samples)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What drawing a block of seeds left to say.
+
+    Attributes:
+        sha256: of all pixels in the order of their seeds.
+        images_per_second: of those that were not there before; 0 where all were.
+    """
+
+    sha256: str
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """All that is taken of a block of samples.
+
+    Attributes:
+        frechet: the distance that decides, then the guards'.
+        scores: further numbers, some against the held-out split.
+        copies: the verdict on memorisation, and the pairs it is made of.
+    """
+
+    frechet: tuple[Metric, ...]
+    jackknifed: float
+    scores: tuple[Metric, ...]
+    floor: Floor | None
+    copies: "tuple[Memorisation, tuple[Pair, ...]] | None"
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Samples and real images side by side."""
+
+    config: EvaluateConfig
+    shards: ShardSet
+    manifest: Manifest
+    team: Team
+    context: StageContext
+
+    def samples_of(self, checkpoint: Location, weights: str, recipe: Recipe | None = None) -> SampleSet:
+        """Returns the samples of a checkpoint's average by a recipe, the configured one by default.
+
+        Raises:
+            DataError: if the folder is no checkpoint, lacks the average, or makes other images than the dataset's.
+        """
+        from components.model.checkpoint import read_spec
+
+        spec = read_spec(checkpoint)
+        if spec.shape != self.manifest.shape:
+            raise DataError(
+                f"{checkpoint} draws images of {spec.shape}, and dataset {self.manifest.digest} holds {self.manifest.shape}; name one of the same shape"
+            )
+        counts = tuple(self.manifest.labels.get(name, 0) for name in spec.label_names)
+        return sample_set(self.context.storage, checkpoint, weights, recipe or self.config.recipe, counts if any(counts) else (1,) * len(counts))
+
+    def draw(self, samples: SampleSet, seeds: range, pixels: Literal["drop", "keep", "need"] = "drop") -> Drawn:
+        """Draws and measures a block of seeds, as far as that is not done.
+
+        Args:
+            pixels: `keep` those that are drawn, or `need` all of them, drawn again if they are gone.
+        """
+        parts = parts_of(seeds, SEEDS_PER_PART)
+        work = ((samples, part, self.config.batch_size, pixels) for part in parts)
+        checksum, fresh, started = hashlib.sha256(), 0, time.perf_counter()
+        with self.context.reporter.progress("sample", len(seeds), "images") as advance:
+            for part, (sha256, drawn) in zip(parts, self.team.map("part", work), strict=True):
+                checksum.update(bytes.fromhex(sha256))
+                fresh += drawn
+                advance(len(part))
+        return Drawn(checksum.hexdigest(), fresh / (time.perf_counter() - started))
+
+    def pixels(self, samples: SampleSet, seeds: Sequence[int], block: range) -> np.ndarray:
+        """Returns the pixels (len(seeds), C, H, W) of some seeds of a block: those that were kept, or drawn again."""
+        found: dict[int, np.ndarray] = {}
+        for part in parts_of(block, SEEDS_PER_PART):
+            mine = [seed for seed in seeds if seed in part]
+            values = read_array(pixels_file(samples.folder, part)) if mine else None
+            if values is not None:
+                found |= {seed: values[seed - part.start] for seed in mine}
+        missing = sorted(set(seeds) - set(found))
+        if missing:
+            found |= dict(zip(missing, self.team.first("draw", samples, missing, self.config.batch_size), strict=True))
+        return np.stack([found[seed] for seed in seeds])
+
+    def reals(self, which: int, split: Split) -> Reals:
+        """Returns a split of the dataset, measured by one extractor."""
+        return measure_reals(self.team, which, self.shards, self.manifest, split, self.context)
+
+    def reference(self) -> "tuple[Reference, MetricUnit]":
+        """Returns what the deciding number is measured against, and its unit for the configured samples.
+
+        Raises:
+            DataError: if the file of statistics is of other features.
+        """
+        identity = self.team.identities[0]
+        train = self.reals(0, "train")
+        if self.config.reference is None:
+            return train.reference, self._unit(identity, train)
+        file = Location.of(self.config.reference)
+        reference = read_reference(file)
+        if reference.mean.shape != train.reference.mean.shape:
+            raise DataError(
+                f"evaluate.reference={file} has {len(reference.mean)} features, and {identity.name} has {len(train.reference.mean)}; "
+                f"name a file of {identity.name}"
+            )
+        unit = {"reference_digest": hashlib.sha256(file.read_bytes()).hexdigest(), "reference_split": "file", "reference_count": reference.count or 0}
+        return reference, self._unit(identity, train).model_copy(update=unit)
+
+    def measure(self, samples: SampleSet) -> Numbers:
+        """Returns all that is taken of the configured seeds, which are drawn."""
+        reference, unit = self.reference()
+        sampled = Sampled(samples.folder, self.team.identities[0], self.config.seeds)
+        distance = measure_distance(sampled, reference)
+        train = self.reals(0, "train")
+        holdout, guards = self.holdout(0), self.guards(samples)
+        scores = [*measure_scores(sampled, train, self._unit(train.identity, train)), *measure_inception_score(sampled, unit)]
+        if holdout is not None:
+            unit_of_holdout = self._unit(holdout.identity, holdout)
+            scores = [_frechet(measure_distance(sampled, holdout.reference), unit_of_holdout), *measure_scores(sampled, holdout, unit_of_holdout), *scores]
+        copies = find_copies(sampled, train, holdout)
+        return Numbers(
+            frechet=(_frechet(distance, unit), *guards),
+            jackknifed=distance.jackknifed,
+            scores=tuple(scores),
+            floor=measure_floor(train, holdout, self.config.num_samples),
+            copies=copies,
+            warnings=tuple(_warnings(unit, len(reference.mean), copies)),
+        )
+
+    def holdout(self, which: int) -> Reals | None:
+        """Returns the held-out split, measured by one extractor; None where it has too few rows."""
+        return self.reals(which, "holdout") if self.manifest.splits.get("holdout", 0) >= FEWEST_COMPARED else None
+
+    def guards(self, samples: SampleSet) -> list[Metric]:
+        """Returns the distances over the features that do not decide."""
+        return [self._guard(which, samples) for which in range(1, len(self.team.identities))]
+
+    def _guard(self, which: int, samples: SampleSet) -> Metric:
+        train = self.reals(which, "train")
+        return _frechet(measure_distance(Sampled(samples.folder, train.identity, self.config.seeds), train.reference), self._unit(train.identity, train))
+
+    def _unit(self, identity: Identity, reals: Reals) -> MetricUnit:
+        return MetricUnit(
+            extractor=identity.name,
+            extractor_digest=identity.digest,
+            preprocessing=identity.preprocessing,
+            reference_digest=self.manifest.digest,
+            reference_split=reals.split,
+            reference_count=reals.num_rows,
+            num_samples=self.config.num_samples,
+            first_seed=self.config.first_seed,
+            sampler=self.config.recipe.describe(),
+            steps=self.config.steps,
+            weights="elected" if self.config.election_samples else "ema",
+        )
+
+
+@contextmanager
+def open_bench(config: EvaluateConfig, shards: ShardSet, context: StageContext) -> Iterator[Bench]:
+    """Gives a block the actors that draw and measure, on the cluster of the context.
+
+    Raises:
+        DataError: if the dataset, or a file of weights, is not whole.
+    """
+    connect(context.cluster)
+    placement = place(context.cluster, context.reporter.line)
+    manifest = read_manifest(Location.of(shards.path))
+    kinds = choose_extractors(config, shards, context, placement)
+    with waiting_aloud(context.cluster, context.reporter.line), Team(placement, kinds, context.cluster) as team:
+        yield Bench(config, shards, manifest, team, context)
+
+
+def _frechet(distance: Distance, unit: MetricUnit) -> Metric:
+    return Metric(value=distance.value, unit=unit, standard_error=distance.standard_error)
+
+
+def _warnings(unit: MetricUnit, dimensions: int, copies: "tuple[Memorisation, tuple[Pair, ...]] | None") -> list[str]:
+    """Returns what a reader must know before trusting the numbers, in sentences."""
+    warnings = []
+    fewest = max(dimensions, FEWEST_SAMPLES_OF_AN_FID if unit.extractor == "fid" else 0)
+    if unit.num_samples < fewest:
+        warnings.append(
+            f"evaluate.num_samples={unit.num_samples} is below {fewest}, so that {unit.extractor} over {dimensions} features says little; use more samples"
+        )
+    if copies is not None and copies[0].copies:
+        warnings.append(
+            f"{copies[0].copy_rate:.1%} of the samples are as near to a training image as only {copies[0].expected:.0%} of unseen images are: copies"
+        )
+    return warnings

@@ -1,0 +1,149 @@
+"""Several models side by side: drawn from the same seeds by the same recipe, measured in one unit, against one dataset."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from components.data.shards import read_manifest
+from components.diffusion.recipe import Recipe
+from components.storage import Location
+from pipeline.artifacts import Metric, PairedTest, ShardSet
+from pipeline.bench import Bench, EvaluateConfig, open_bench
+from pipeline.context import StageContext
+from pipeline.draw import SampleSet
+from pipeline.measure import Sampled, measure_distance, measure_floor, paired_test
+
+GRID_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A model that is compared.
+
+    Attributes:
+        name: how the table calls it.
+        checkpoint: its folder, where every node can read it.
+        weights: which of its averages.
+    """
+
+    name: str
+    checkpoint: Location
+    weights: str = "ema"
+
+
+class Result(BaseModel):
+    """One model by one recipe."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    recipe: str
+    sampler: str
+    steps: int
+    metric: Metric
+    guards: tuple[Metric, ...]
+    against_first: PairedTest | None
+    """The paired test against the first model by the same recipe; None for that one itself."""
+
+    @property
+    def verdict(self) -> str:
+        """What the test says, in a word or two."""
+        if self.against_first is None:
+            return ""
+        test = self.against_first
+        if test.upper < 0:
+            return "better"
+        return "worse" if test.difference - 1.645 * test.standard_error > 0 else "no difference beyond chance"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All results, and what the models draw.
+
+    Attributes:
+        pixels: (16, C, H, W) of each model by the first recipe, the same seeds for all.
+        floor: what real images score, None where there are too few.
+    """
+
+    results: tuple[Result, ...]
+    pixels: tuple[np.ndarray, ...]
+    floor: float | None
+
+
+def compare(entrants: Sequence[Entrant], recipes: Sequence[Recipe], config: EvaluateConfig, dataset: Location, *, context: StageContext) -> Comparison:
+    """Measures every model by every recipe.
+
+    Raises:
+        DataError: if a checkpoint, the dataset or a file of weights is not whole, or a model makes other images than the dataset's.
+    """
+    shards = shard_set_of(dataset)
+    with open_bench(config, shards, context) as bench:
+        bench.reference()
+        results = [result for recipe in recipes for result in _by_recipe(bench, entrants, recipe)]
+        pixels = tuple(bench.pixels(_samples(bench, entrant, recipes[0]), range(GRID_IMAGES), range(0)) for entrant in entrants)
+        floor = measure_floor(bench.reals(0, "train"), bench.holdout(0), config.num_samples)
+    return Comparison(tuple(results), pixels, None if floor is None else floor.value)
+
+
+def _by_recipe(bench: Bench, entrants: Sequence[Entrant], recipe: Recipe) -> list[Result]:
+    drawn = []
+    for entrant in entrants:
+        bench.context.reporter.line(f"  {entrant.name}: {recipe.describe()}")
+        samples = _samples(bench, entrant, recipe)
+        bench.draw(samples, bench.config.seeds)
+        drawn.append(samples)
+    reference, unit = bench.reference()
+    unit = unit.model_copy(update={"sampler": recipe.describe(), "steps": recipe.steps})
+    sampled = [Sampled(samples.folder, bench.team.identities[0], bench.config.seeds) for samples in drawn]
+    results = []
+    for entrant, samples, mine in zip(entrants, drawn, sampled, strict=True):
+        distance = measure_distance(mine, reference)
+        results.append(
+            Result(
+                model=entrant.name,
+                recipe=recipe.describe(),
+                sampler=recipe.sampler,
+                steps=recipe.steps,
+                metric=Metric(value=distance.value, unit=unit, standard_error=distance.standard_error),
+                guards=tuple(_with_recipe(metric, recipe) for metric in bench.guards(samples)),
+                against_first=None if mine is sampled[0] else paired_test(mine, sampled[0], reference),
+            )
+        )
+    return results
+
+
+def _with_recipe(metric: Metric, recipe: Recipe) -> Metric:
+    return metric.model_copy(update={"unit": metric.unit.model_copy(update={"sampler": recipe.describe(), "steps": recipe.steps})})
+
+
+def _samples(bench: Bench, entrant: Entrant, recipe: Recipe) -> SampleSet:
+    return bench.samples_of(entrant.checkpoint, entrant.weights, recipe)
+
+
+def shard_set_of(dataset: Location) -> ShardSet:
+    """Returns a dataset as the preprocess stage would hand it on.
+
+    Raises:
+        DataError: if there is no dataset in the folder.
+    """
+    manifest = read_manifest(dataset)
+    return ShardSet(
+        inputs=manifest.digest,
+        path=str(dataset),
+        digest=manifest.digest,
+        source=manifest.source,
+        num_rows=manifest.num_rows,
+        num_train=manifest.num_train,
+        num_listed=manifest.num_listed,
+        num_quarantined=manifest.num_quarantined,
+        num_ignored=manifest.num_ignored,
+        num_opened=0,
+        num_decoded=0,
+        quarantined=manifest.quarantined,
+        num_labels=len(manifest.labels),
+        num_shards=len(manifest.shards),
+        image_size=manifest.image_size,
+        channels=manifest.channels,
+    )

@@ -1,0 +1,67 @@
+"""Candidate against champion, on the same seeds: the paired test that the gate decides by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from components.storage import Location
+from pipeline.artifacts import Contest, Evaluation, PairedTest, ShardSet
+from pipeline.bench import EvaluateConfig, open_bench
+from pipeline.context import StageContext
+from pipeline.draw import Identity
+from pipeline.measure import Sampled, paired_test
+from pipeline.reals import read_reference, reference_file
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model in a contest.
+
+    Attributes:
+        samples: folder of its samples' features.
+        fetch: returns the folder of its checkpoint; called only where something is to be drawn.
+    """
+
+    samples: str
+    fetch: Callable[[], Location]
+
+
+def contest(
+    config: EvaluateConfig, evaluation: Evaluation, champion: Contender, shards: ShardSet, *, min_gain: float, version: int, context: StageContext
+) -> Contest:
+    """Returns the paired test of a candidate that was just evaluated against a champion measured in the same unit, and its confirmation on fresh seeds.
+
+    The confirmation is drawn only where the first test says better: one lucky block of seeds among many challengers promotes nobody.
+
+    Raises:
+        DataError: if the champion's checkpoint or the reference cannot be read.
+    """
+    test = _kept_test(config, evaluation, champion, context)
+    if test is not None and not test.upper < -min_gain:
+        return Contest(champion_version=version, test=test, confirmation=None)
+    with open_bench(config, shards, context) as bench:
+        reference, _ = bench.reference()
+        ours = bench.samples_of(Location.of(evaluation.checkpoint), evaluation.weights)
+        theirs = bench.samples_of(champion.fetch(), "ema")
+        identity = bench.team.identities[0]
+
+        def test_on(seeds: range) -> PairedTest:
+            for name, samples in (("candidate", ours), (f"champion v{version}", theirs)):
+                context.reporter.line(f"  {name} on seeds {seeds.start} to {seeds.stop - 1}")
+                bench.draw(samples, seeds)
+            return paired_test(Sampled(ours.folder, identity, seeds), Sampled(theirs.folder, identity, seeds), reference)
+
+        test = test or test_on(config.seeds)
+        better = test.upper < -min_gain
+        fresh = range(config.seeds.stop, config.seeds.stop + config.num_samples)
+        return Contest(champion_version=version, test=test, confirmation=test_on(fresh) if better else None)
+
+
+def _kept_test(config: EvaluateConfig, evaluation: Evaluation, champion: Contender, context: StageContext) -> PairedTest | None:
+    """Returns the test on what both have kept from their evaluations, None where something is gone."""
+    unit = evaluation.metric.unit
+    identity = Identity(unit.extractor, unit.extractor_digest, unit.preprocessing)
+    file = Location.of(config.reference) if config.reference else reference_file(context.storage, unit.reference_digest, "train", identity)
+    sampled = [Sampled(Location.of(folder), identity, config.seeds) for folder in (evaluation.samples, champion.samples)]
+    if not file.is_file() or not all(each.is_there() for each in sampled):
+        return None
+    return paired_test(sampled[0], sampled[1], read_reference(file))

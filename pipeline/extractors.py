@@ -1,0 +1,126 @@
+"""Which features decide, and where their weights come from."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cluster.placement import Placement
+from components.data.reader import RowReader
+from components.data.shards import read_manifest
+from components.errors import DataError
+from components.storage import Location
+from pipeline.artifacts import ShardSet
+from pipeline.context import StageContext
+from pipeline.draw import ExtractorChoice
+from pipeline.lease import held
+from pipeline.reals import read_reference
+
+if TYPE_CHECKING:
+    from pipeline.bench import EvaluateConfig
+
+MIN_CLASSES = 2
+CLASSIFIER_ROWS = 100_000
+
+
+def check_files(config: "EvaluateConfig") -> None:
+    """Checks the files of weights and statistics that a config names, before anything expensive starts.
+
+    Raises:
+        DataError: if one is missing, or is another one.
+    """
+    if config.inception_weights is not None:
+        from components.metrics.features import check_inception_weights
+
+        check_inception_weights(Path(config.inception_weights).expanduser())
+    if config.dinov2_weights is not None:
+        from components.metrics.dino import check_dino
+
+        check_dino(Path(config.dinov2_weights).expanduser())
+    if config.reference is not None:
+        read_reference(Location.of(config.reference))
+
+
+def check_extractor(config: "EvaluateConfig", shards: ShardSet, storage: Location) -> None:
+    """Checks that the wanted features can be had for a dataset, before anything is trained; fetches Inception's weights where need be.
+
+    Raises:
+        DataError: if they cannot.
+    """
+    if config.extractor == "classifier" and shards.num_labels < MIN_CLASSES:
+        raise DataError(f"evaluate.extractor=classifier needs labels, and {shards.source} has {shards.num_labels}; use dct8 or inception")
+    if config.extractor == "dinov2" and config.dinov2_weights is None:
+        raise DataError("evaluate.extractor=dinov2 needs evaluate.dinov2_weights; name a folder with config.json and model.safetensors")
+    if config.extractor == "inception":
+        _inception(config, storage)
+
+
+def choose_extractors(config: "EvaluateConfig", shards: ShardSet, context: StageContext, placement: Placement) -> list[ExtractorChoice]:
+    """Returns the deciding extractor, and behind it those that are guards: dct8 always, DINOv2 where its weights are named."""
+    kind = config.extractor
+    if kind == "auto":
+        kind = "inception" if config.inception_weights else "classifier" if shards.num_labels >= MIN_CLASSES else "dct8"
+    dino = [ExtractorChoice("dinov2", str(Location.of(config.dinov2_weights)))] if config.dinov2_weights else []
+    dct8 = [ExtractorChoice("dct8")]
+    if kind == "classifier":
+        return [ExtractorChoice("classifier", str(_classifier(shards, context, placement))), *dct8, *dino]
+    if kind == "inception":
+        return [ExtractorChoice("inception", str(_inception(config, context.storage))), *dct8, *dino]
+    return [*dino, *dct8] if kind == "dinov2" else [*dct8, *dino]
+
+
+def _inception(config: "EvaluateConfig", storage: Location) -> Location:
+    """Returns where the Inception weights lie, for every node; fetches them where no path is given."""
+    from components.metrics.features import fetch_inception_weights
+
+    if config.inception_weights is not None:
+        return Location.of(config.inception_weights)
+    kept = storage / "cache" / "inception"
+    if kept.is_local:
+        return Location.of(fetch_inception_weights(kept.path))
+    found = next(iter(kept.files()), None)
+    if found is None:
+        with tempfile.TemporaryDirectory(prefix="ddpm-inception-") as folder:
+            found = fetch_inception_weights(Path(folder)).name
+            kept.upload(Path(folder))
+    return kept / found
+
+
+def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -> Location:
+    """Returns the folder of the dataset's classifier, trained on the cluster the first time."""
+    import ray
+
+    from components.metrics.classifier import RECIPE, RECORD
+
+    name = f"{shards.digest}-{RECIPE}"
+    folder = context.storage / "cache" / "classifiers" / name
+    if (folder / RECORD).is_file():
+        return folder
+    threads = placement.threads * placement.num_workers if context.cluster.address == "local" else placement.threads
+    what = "training the classifier whose features measure the samples, once for this dataset"
+    with context.reporter.waiting(what), held(context.storage / "locks" / f"classifier-{name}", wait=True):
+        if not (folder / RECORD).is_file():
+            ray.get(ray.remote(num_cpus=1)(make_classifier).remote(shards.path, str(folder), threads))
+    return folder
+
+
+def make_classifier(dataset: str, folder: str, threads: int) -> None:
+    """Trains the classifier of a dataset, up to CLASSIFIER_ROWS of its labelled rows, and moves it into place."""
+    import torch
+
+    from components.data.shards import read_rows
+    from components.metrics.classifier import RECORD, train_classifier
+
+    torch.set_num_threads(threads)
+    source = Location.of(dataset)
+    manifest = read_manifest(source)
+    numbers = {name: number for number, name in enumerate(manifest.label_names)}
+    rows = read_rows(source, manifest, ["label", "split"])
+    labels = [label for label, split in zip(rows["label"].to_pylist(), rows["split"].to_pylist(), strict=True) if split == "train"]
+    labelled = np.flatnonzero([label is not None for label in labels])
+    labelled = labelled[:: -(-len(labelled) // CLASSIFIER_ROWS)]  # spread over all labels, by which rows are sorted
+    classes = np.asarray([numbers[labels[row]] for row in labelled], np.int64)
+    with tempfile.TemporaryDirectory(prefix="ddpm-classifier-") as staging:
+        train_classifier(RowReader(source, manifest).pixels(labelled), classes, Path(staging) / "made")
+        Location.of(folder).upload(Path(staging) / "made", last=RECORD)

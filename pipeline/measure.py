@@ -1,0 +1,208 @@
+"""Numbers from kept features: distances with their standard errors, what real images score, copies of training images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from components.storage import Location
+from pipeline.artifacts import Floor, Memorisation, Metric, MetricUnit, PairedTest
+from pipeline.draw import SEEDS_PER_PART, Identity, features_file, logits_file, parts_of, read_parts
+from pipeline.reals import Reals
+
+if TYPE_CHECKING:
+    from components.metrics.frechet import FeatureStats, Reference
+    from components.metrics.memorisation import Pair
+
+MOST_COMPARED = 10_000
+"""Samples and real images of which pairs are compared: kernel distance, neighbours, copies."""
+FEWEST_COMPARED = 10
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Features of a block of seeds by one extractor, kept in a folder of samples."""
+
+    folder: Location
+    identity: Identity
+    seeds: range
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yields features (N, D) in the order of the seeds."""
+        return read_parts(features_file(self.folder, self.identity, part) for part in parts_of(self.seeds, SEEDS_PER_PART))
+
+    def is_there(self) -> bool:
+        """Tells whether every part is."""
+        return all(features_file(self.folder, self.identity, part).is_file() for part in parts_of(self.seeds, SEEDS_PER_PART))
+
+    def first(self, most: int) -> np.ndarray:
+        """Returns the features of the first seeds."""
+        found, held = [], 0
+        for values in self.chunks():
+            found.append(values[: most - held])
+            held += len(found[-1])
+            if held >= most:
+                break
+        return np.concatenate(found)
+
+    def logits(self) -> np.ndarray | None:
+        """Returns the logits of all seeds, None for an extractor without any."""
+        parts = parts_of(self.seeds, SEEDS_PER_PART)
+        if not logits_file(self.folder, self.identity, parts[0]).is_file():
+            return None
+        return np.concatenate(list(read_parts(logits_file(self.folder, self.identity, part) for part in parts)))
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A Frechet distance and what is known of its error.
+
+    Attributes:
+        influence: (N,) of every sample on the distance.
+        jackknifed: without the bias of a finite number of samples.
+    """
+
+    value: float
+    influence: np.ndarray
+    jackknifed: float
+
+    @property
+    def standard_error(self) -> float:
+        """Over the draw of samples."""
+        from components.metrics.frechet import standard_error
+
+        return standard_error(self.influence)
+
+
+def measure_distance(sampled: Sampled, reference: "Reference") -> Distance:
+    """Returns the Frechet distance of samples from a reference."""
+    from components.metrics.frechet import compare, frechet_distance
+
+    even, odd = _halves(sampled, reference)
+    comparison = compare(even.merge(odd), reference)
+    influence = [comparison.influence(values) for values in _batched(sampled.chunks())]
+    halves = 0.5 * (frechet_distance(even, reference) + frechet_distance(odd, reference)) if min(even.count, odd.count) > 1 else comparison.distance
+    return Distance(comparison.distance, np.concatenate(influence), 2 * comparison.distance - halves)
+
+
+def _batched(chunks: Iterator[np.ndarray], rows: int = 4096) -> Iterator[np.ndarray]:
+    """Joins chunks, so that what each call costs is paid for many rows at once."""
+    held: list[np.ndarray] = []
+    for values in chunks:
+        held.append(values)
+        if sum(map(len, held)) >= rows:
+            yield np.concatenate(held)
+            held = []
+    if held:
+        yield np.concatenate(held)
+
+
+def _halves(sampled: Sampled, reference: "Reference") -> "tuple[FeatureStats, FeatureStats]":
+    """Returns the statistics of even and of odd places in the row of seeds."""
+    from components.metrics.frechet import FeatureStats
+
+    halves: list[FeatureStats | None] = [None, None]
+    passed = 0
+    for values in sampled.chunks():
+        for half in (0, 1):
+            part = FeatureStats.of(values[(half - passed) % 2 :: 2], reference.mean)
+            before = halves[half]
+            halves[half] = part if before is None else before.merge(part)
+        passed += len(values)
+    even, odd = halves
+    assert even is not None
+    assert odd is not None
+    return even, odd
+
+
+def measure_scores(sampled: Sampled, reals: Reals, unit: MetricUnit) -> list[Metric]:
+    """Returns what is taken of pairs of features: kernel distance, precision and recall, density and coverage."""
+    from components.metrics.kernel import kernel_distance
+    from components.metrics.neighbours import neighbourhoods
+
+    fake, real = sampled.first(MOST_COMPARED), reals.spread(MOST_COMPARED)
+    if min(len(fake), len(real)) < FEWEST_COMPARED:
+        return []
+    kernel, found = kernel_distance(fake, real), neighbourhoods(fake, real)
+    return [
+        Metric(kind="kernel", value=kernel.mean, spread=kernel.standard_deviation, unit=unit),
+        Metric(kind="precision", value=found.precision, unit=unit),
+        Metric(kind="recall", value=found.recall, unit=unit),
+        Metric(kind="density", value=found.density, unit=unit),
+        Metric(kind="coverage", value=found.coverage, unit=unit),
+    ]
+
+
+def measure_inception_score(sampled: Sampled, unit: MetricUnit) -> list[Metric]:
+    """Returns the Inception score, for the one extractor that may give it."""
+    from components.metrics.inception_score import inception_score
+
+    logits = sampled.logits() if unit.extractor == "fid" else None
+    if logits is None or len(logits) < FEWEST_COMPARED:
+        return []
+    score = inception_score(logits)
+    return [Metric(kind="inception_score", value=score.mean, spread=score.standard_deviation, unit=unit)]
+
+
+def measure_floor(train: Reals, holdout: Reals | None, num_samples: int) -> Floor | None:
+    """Returns what real images score: held-out ones against the training split where there are any, else one half of it against the other."""
+    from components.metrics.frechet import FeatureStats, Reference, frechet_distance
+
+    if holdout is not None:
+        measured, reference = holdout.spread(num_samples), train.reference
+        what = "held-out images against the training split"
+    else:
+        values = train.spread(2 * num_samples)
+        measured, other = values[::2], values[1::2]
+        if min(len(measured), len(other)) < FEWEST_COMPARED:
+            return None
+        reference = Reference.of(FeatureStats.of(other, train.reference.mean))
+        what = "one half of the training split against the other"
+    if len(measured) < FEWEST_COMPARED:
+        return None
+    value = frechet_distance(FeatureStats.of(measured, reference.mean), reference)
+    return Floor(value=value, count=len(measured), reference_count=reference.count or 0, measured=what, extractor=train.identity.name)
+
+
+def find_copies(sampled: Sampled, train: Reals, holdout: Reals | None) -> "tuple[Memorisation, tuple[Pair, ...]] | None":
+    """Returns how many samples are copies of training images, and the closest pairs; None where there are too few images to tell."""
+    from components.metrics.memorisation import QUANTILE, Calibration, memorisation
+
+    fake = sampled.first(MOST_COMPARED)
+    known = train.spread(MOST_COMPARED) if holdout is None else holdout.spread(MOST_COMPARED)
+    if min(len(fake), len(known)) < FEWEST_COMPARED:
+        return None
+    calibration = Calibration(known, train.spread_rows(MOST_COMPARED) if holdout is None else None)
+    found = memorisation(fake, train.features(), calibration)
+    which = "training images, each beside the others" if holdout is None else "held-out images"
+    verdict = Memorisation(
+        copy_rate=found.copy_rate,
+        lower=found.lower,
+        upper=found.upper,
+        expected=QUANTILE,
+        limit=found.limit,
+        threshold=found.threshold,
+        calibration=f"{found.calibration_count:,} {which}",
+        num_samples=found.num_samples,
+        num_searched=sum(map(len, train.kept_parts())),
+        extractor=train.identity.name,
+        copies=found.is_copying,
+    )
+    return verdict, found.pairs
+
+
+def paired_test(candidate: Sampled, champion: Sampled, reference: "Reference") -> PairedTest:
+    """Compares two models on the same seeds: what both have in common by starting from the same noise takes no part in the error."""
+    from components.metrics.frechet import paired_difference
+
+    ours, theirs = measure_distance(candidate, reference), measure_distance(champion, reference)
+    difference, standard_error = paired_difference(ours.influence, theirs.influence, ours.value - theirs.value)
+    return PairedTest(
+        first_seed=candidate.seeds.start,
+        num_samples=len(candidate.seeds),
+        candidate=ours.value,
+        champion=theirs.value,
+        difference=difference,
+        standard_error=standard_error,
+    )

@@ -1,0 +1,193 @@
+"""What a person looks at after an evaluation: grids, curves, pairs, and one page with all of it."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from components.charts import save_loss_curve, save_timestep_losses
+from components.data.reader import RowReader
+from components.data.shards import Split
+from components.figures import closest_pairs, grid, interpolation_sheet, save_animation
+from components.report.page import write_report
+from components.report.records import Estimate, Number, Picture, Report, Section, Verdict
+from components.storage import Location
+from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
+from pipeline.bench import Bench, Numbers
+from pipeline.draw import RealSet, SampleSet
+from pipeline.notebook import read_metrics
+from pipeline.tracking import git_commit
+
+GRID_SEEDS, GRID_COLUMNS = range(60), 12
+"""The same for every model, so that a person sees what changed from one version to the next."""
+ANIMATION_SEEDS, ANIMATION_COLUMNS, ANIMATION_FRAMES = range(16), 8, 40
+PAIRS, PAIR_STEPS = ((0, 1), (2, 3), (4, 5), (6, 7)), 9
+LOSS_ROWS, LOSS_TIMESTEPS = 256, 20
+MOST_PAIRS = 16
+FILES = {
+    "grid": "grid.png",
+    "animation": "denoising.gif",
+    "interpolation": "interpolation.png",
+    "loss_curve": "loss.png",
+    "timesteps": "timesteps.png",
+    "copies": "neighbours.png",
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What was drawn, by name: the content of the files of FILES that there are."""
+
+    folder: Location
+    contents: dict[str, bytes]
+
+    def address(self, name: str) -> str:
+        """Returns where a picture lies."""
+        return str(self.folder / FILES[name])
+
+
+def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: TrainedModel) -> Pictures:
+    """Draws what the page shows and writes it to the stage's folder."""
+    team, folder = bench.team, bench.context.folder
+    frames = team.first("animation", samples, list(ANIMATION_SEEDS), ANIMATION_FRAMES)
+    images = team.first("draw", samples, list(GRID_SEEDS), bench.config.batch_size)
+    between = team.first("interpolate", samples, PAIRS, PAIR_STEPS)
+    lines = [line for line in read_metrics(Location.of(model.folder)) if "train/loss" in line.metrics]
+    with tempfile.TemporaryDirectory(prefix="ddpm-pictures-") as staging:
+        paths = {name: Path(staging) / file for name, file in FILES.items()}
+        grid(images, GRID_COLUMNS).save(paths["grid"])
+        save_animation(paths["animation"], [grid(frame, ANIMATION_COLUMNS) for frame in frames])
+        interpolation_sheet(between, PAIRS, "Spherical interpolation of the starting noise, each image from the same network.").save(paths["interpolation"])
+        save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines])
+        _draw_timesteps(bench, samples, paths["timesteps"])
+        _draw_copies(bench, samples, numbers, paths["copies"])
+        folder.upload(Path(staging))
+        return Pictures(folder, {name: path.read_bytes() for name, path in paths.items() if path.is_file()})
+
+
+def _draw_timesteps(bench: Bench, samples: SampleSet, path: Path) -> None:
+    """Draws the loss at single noise levels, on training and on held-out images."""
+    curves: dict[str, list[float]] = {}
+    timesteps: list[int] = []
+    splits: dict[str, Split] = {"training images": "train", "held-out images": "holdout"}
+    for name, split in splits.items():
+        count = bench.manifest.splits.get(split, 0)
+        if count:
+            rows = np.linspace(0, count - 1, min(LOSS_ROWS, count)).round().astype(int).tolist()
+            timesteps, curves[name] = bench.team.first(
+                "loss_by_timestep", samples, RealSet(bench.context.storage, bench.shards.path, split), rows, LOSS_TIMESTEPS
+            )
+    save_timestep_losses(path, timesteps, curves)
+
+
+def _draw_copies(bench: Bench, samples: SampleSet, numbers: Numbers, path: Path) -> None:
+    """Draws the samples that are nearest to a training image, beside it."""
+    if numbers.copies is None:
+        return
+    verdict, found = numbers.copies
+    pairs = found[:MOST_PAIRS]
+    seeds = [bench.config.first_seed + pair.sample for pair in pairs]
+    ours = bench.pixels(samples, seeds, bench.config.seeds)
+    theirs = RowReader(Location.of(bench.shards.path), bench.manifest).pixels(np.asarray([pair.training_row for pair in pairs]))
+    closest_pairs(ours, theirs, [pair.distance for pair in pairs], verdict.threshold).save(path)
+
+
+def write_page(evaluation: Evaluation, model: TrainedModel, shards: ShardSet, pictures: Pictures) -> None:
+    """Writes the evaluation's page: one file that holds everything."""
+    metric = evaluation.metric
+    report = Report(
+        title=f"{Location.of(evaluation.folder).parent.parent.name}: evaluation",
+        subtitle=f"{model.steps:,} steps on {shards.num_train:,} images of {shards.source}; {metric.unit.num_samples:,} samples by {metric.unit.sampler}",
+        verdict=_verdict(evaluation),
+        warnings=evaluation.warnings,
+        numbers=[_deciding(evaluation), *map(as_number, (*evaluation.guards, *evaluation.scores))],
+        sections=_sections(evaluation, pictures),
+        provenance={
+            "dataset": shards.digest,
+            "config": model.config_digest,
+            "checkpoint": f"{Location.of(evaluation.checkpoint).name}, {evaluation.weights}",
+            "weights SHA-256": model.weights_sha256,
+            "samples SHA-256": evaluation.samples_sha256,
+            "commit": git_commit(),
+        },
+    )
+    write_report(Location.of(evaluation.report), report)
+
+
+def _deciding(evaluation: Evaluation) -> Number:
+    note = f"without the bias of {evaluation.metric.unit.num_samples:,} samples, by the jackknife: {evaluation.jackknifed:.4g}"
+    return replace(as_number(evaluation.metric), note=note)
+
+
+def as_number(metric: Metric) -> Number:
+    """Returns a metric as the page's table shows it."""
+    estimate = Estimate(metric.value) if metric.standard_error is None else Estimate.of(metric.value, metric.standard_error)
+    note = "" if metric.spread is None else f"standard deviation {metric.spread:.3g} over subsets"
+    return Number(metric.name, estimate, unit_of(metric.unit), "lower" if metric.kind in ("frechet", "kernel") else "higher", note)
+
+
+def unit_of(unit: MetricUnit) -> dict[str, str]:
+    """Returns the parts of a unit as a page names them."""
+    return {
+        "extractor": f"{unit.features} ({unit.extractor_digest[:8]})",
+        "preprocessing": unit.preprocessing,
+        "reference": f"{unit.reference_split} of {unit.reference_digest[:16]}",
+        "reference images": f"{unit.reference_count:,}" if unit.reference_count else "not said",
+        "samples": f"{unit.num_samples:,} from seed {unit.first_seed}",
+        "sampler": unit.sampler,
+        "weights": unit.weights,
+    }
+
+
+def _verdict(evaluation: Evaluation) -> Verdict:
+    metric, floor = evaluation.metric, evaluation.floor
+    text = f"{metric.name} = {metric.value:.4g}"
+    if metric.standard_error is not None:
+        text += f" ± {1.96 * metric.standard_error:.2g}"
+    if floor is not None:
+        text += f"; {floor.count:,} real images score {floor.value:.4g} ({floor.measured})"
+    copies = evaluation.memorisation
+    if copies is not None:
+        text += f"; {'copies of training images among the samples' if copies.copies else 'no sign of copied training images'}"
+    return Verdict(f"{text}.", "bad" if copies is not None and copies.copies else "neutral")
+
+
+def _sections(evaluation: Evaluation, pictures: Pictures) -> list[Section]:
+    sections = [
+        Section("Samples", "Seeds 0 to 59 for every model, so that pages can be laid side by side.", _shown(pictures, _SAMPLES)),
+        Section("Training", "", _shown(pictures, _TRAINING)),
+    ]
+    if evaluation.memorisation is not None:
+        copies = evaluation.memorisation
+        verdict = (
+            f"{copies.copy_rate:.2%} of {copies.num_samples:,} samples (99 % bounds {copies.lower:.2%} and {copies.upper:.2%}) are nearer to one of "
+            f"{copies.num_searched:,} training images than {1 - copies.expected:.0%} of honest images are; about {copies.expected:.0%} is expected."
+        )
+        sections.append(
+            Section(
+                "Memorisation", f"Threshold taken of {copies.calibration}.", _shown(pictures, _COPIES), Verdict(verdict, "bad" if copies.copies else "good")
+            )
+        )
+    return sections
+
+
+_SAMPLES = {
+    "grid": ("Sixty samples.", "One seed each, the same order on every page.", False),
+    "animation": ("From noise to images.", "The network's estimate of the final image after every evaluation.", False),
+    "interpolation": ("Between pairs of seeds.", "Neighbours should change gradually; a jump or a blur in the middle is a fault.", False),
+}
+_TRAINING = {
+    "loss_curve": ("The loss over training steps.", "", True),
+    "timesteps": ("The loss at single noise levels.", "Held-out images far above training images mean overfitting.", True),
+}
+_COPIES = {"copies": ("The samples nearest to a training image, and that image.", "Equal pairs are copies; alike ones are the data's own regularity.", False)}
+
+
+def _shown(pictures: Pictures, names: dict[str, tuple[str, str, bool]]) -> Sequence[Picture]:
+    return [
+        Picture(pictures.contents[name], shows.rstrip("."), shows, reading, is_chart)
+        for name, (shows, reading, is_chart) in names.items()
+        if name in pictures.contents
+    ]

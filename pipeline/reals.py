@@ -1,0 +1,124 @@
+"""Real images as references: their features, kept part by part, and the statistics that samples are compared with."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from components.data.shards import Manifest, Split
+from components.storage import Location
+from pipeline.artifacts import ShardSet
+from pipeline.context import StageContext
+from pipeline.draw import ROWS_PER_PART, Identity, RealSet, parts_of, read_parts
+from pipeline.team import Team
+
+if TYPE_CHECKING:
+    from components.metrics.frechet import Reference
+
+MOST_KEPT = 100_000
+"""Rows whose features stay after the statistics are made: neighbours are sought among them."""
+
+
+@dataclass(frozen=True)
+class Reals:
+    """One split of a dataset by one extractor, measured.
+
+    Attributes:
+        num_rows: of the split.
+    """
+
+    real: RealSet
+    identity: Identity
+    num_rows: int
+    reference: "Reference"
+
+    @property
+    def split(self) -> Split:
+        """The part of the dataset."""
+        return self.real.split
+
+    def kept_parts(self) -> list[range]:
+        """Returns the rows whose features are kept: all, or as many parts as MOST_KEPT allows, evenly spread."""
+        return kept(parts_of(range(self.num_rows), ROWS_PER_PART))
+
+    def features(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (first row, features (N, D)) of the rows that are kept."""
+        parts = self.kept_parts()
+        files = (self.real.features_file(self.identity, rows) for rows in parts)
+        yield from zip((rows.start for rows in parts), read_parts(files), strict=True)
+
+    def spread(self, most: int) -> np.ndarray:
+        """Returns the features of at most so many rows, evenly spread over those that are kept."""
+        wanted, chosen, passed = self._wanted(most), [], 0
+        for _, values in self.features():
+            chosen.append(values[wanted[(wanted >= passed) & (wanted < passed + len(values))] - passed])
+            passed += len(values)
+        return np.concatenate(chosen)
+
+    def spread_rows(self, most: int) -> np.ndarray:
+        """Returns which rows `spread` takes."""
+        rows = np.concatenate([np.arange(part.start, part.stop) for part in self.kept_parts()])
+        return rows[self._wanted(most)]
+
+    def _wanted(self, most: int) -> np.ndarray:
+        count = sum(map(len, self.kept_parts()))
+        return np.linspace(0, count - 1, min(most, count)).round().astype(int)
+
+
+def kept(parts: list[range]) -> list[range]:
+    """Returns the parts whose features stay."""
+    most = max(1, MOST_KEPT // ROWS_PER_PART)
+    if len(parts) <= most:
+        return parts
+    return [parts[number] for number in np.linspace(0, len(parts) - 1, most).round().astype(int)]
+
+
+def measure_reals(team: Team, which: int, shards: ShardSet, manifest: Manifest, split: Split, context: StageContext) -> Reals:
+    """Returns a split measured by an extractor; what was measured before is not measured again."""
+    identity = team.identities[which]
+    real = RealSet(context.storage / "cache" / "features" / manifest.digest, shards.path, split)
+    num_rows = manifest.splits.get(split, 0)
+    cached = reference_file(context.storage, manifest.digest, split, identity)
+    parts = parts_of(range(num_rows), ROWS_PER_PART)
+    reference = read_reference(cached) if cached.is_file() else None
+    needed = kept(parts) if reference is not None else parts
+    with context.reporter.progress(f"measure {split} by {identity.name}", num_rows, "images") as advance:
+        for rows in team.map("real_part", ((which, real, part) for part in needed)):
+            advance(rows)
+    if reference is None:
+        unit = {"dataset": manifest.digest, "split": split, "extractor": identity.name, "extractor_digest": identity.digest}
+        reference = _make_reference(real, identity, parts, json.dumps(unit, sort_keys=True))
+        reference.save(cached)
+        for part in set(parts) - set(kept(parts)):
+            real.features_file(identity, part).remove()
+    return Reals(real, identity, num_rows, reference)
+
+
+def reference_file(storage: Location, dataset_digest: str, split: Split, identity: Identity) -> Location:
+    """Returns where the statistics of a split by an extractor are kept."""
+    return storage / "cache" / "references" / f"{dataset_digest}-{split}-{identity.file_name}.npz"
+
+
+def _make_reference(real: RealSet, identity: Identity, parts: list[range], unit: str) -> "Reference":
+    from components.metrics.frechet import FeatureStats, Reference
+
+    stats: FeatureStats | None = None
+    for values in read_parts(real.features_file(identity, rows) for rows in parts):
+        shift = values.astype(np.float64).mean(axis=0) if stats is None else stats.shift
+        part = FeatureStats.of(values, shift)
+        stats = part if stats is None else stats.merge(part)
+    assert stats is not None
+    return Reference.of(stats, unit)
+
+
+def read_reference(file: Location) -> "Reference":
+    """Returns statistics from a file: ours, or of mu and sigma as others write them.
+
+    Raises:
+        DataError: if it is no such file.
+    """
+    from components.metrics.frechet import Reference
+
+    return Reference.load(file)

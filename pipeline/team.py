@@ -1,0 +1,126 @@
+"""The actors of an evaluation, and how work is dealt to them."""
+
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.config import ClusterConfig, ClusterError
+from cluster.placement import Placement
+from components.errors import DataError
+from pipeline.draw import ExtractorChoice, Identity, Sampler
+
+
+@dataclass
+class _Call:
+    """One piece of work: which it is in the row of results, and how to do it."""
+
+    number: int
+    method: str
+    arguments: tuple[Any, ...]
+
+
+class Team:
+    """The actors of an evaluation. Work is dealt to whoever is free; results come back in the order of the work.
+
+    An actor that dies, with its node or alone, is replaced, and its work is dealt again; no actor is waited for while others are there.
+    """
+
+    def __init__(self, placement: Placement, kinds: Sequence[ExtractorChoice], cluster: ClusterConfig) -> None:
+        self._placement, self._arguments = placement, (list(kinds), placement.use_gpu, cluster.cache, cluster.cache_bytes)
+        self._joining: dict[Any, Any] = {}
+        self._free: deque[Any] = deque()
+        self._running: dict[Any, tuple[_Call, Any]] = {}
+        self._deaths = 0
+        for _ in range(placement.num_samplers):
+            self._hire()
+        self.identities: list[Identity] = self.first("identities")
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for actor in {*self._free, *self._joining.values(), *(actor for _, actor in self._running.values())}:
+            ray.kill(actor)
+
+    def first(self, method: str, *arguments: Any) -> Any:
+        """Returns the result of one call."""
+        return next(self.map(method, iter([arguments])))
+
+    def map(self, method: str, work: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yields the results of `method(*arguments)` in order; as much work is ahead as four calls per actor, so memory stays bounded.
+
+        Raises:
+            ClusterError: if actors die again and again.
+        """
+        again: deque[_Call] = deque()
+        ready: dict[int, Any] = {}
+        started = expected = 0
+        exhausted = False
+        while not (exhausted and expected == started):
+            while self._free and not again and not exhausted and started - expected < 4 * self._placement.num_samplers:
+                arguments = next(work, None)
+                exhausted = arguments is None
+                if arguments is not None:
+                    self._deal(_Call(started, method, arguments))
+                    started += 1
+            while self._free and again:
+                self._deal(again.popleft())
+            for call, result, died in self._settle():
+                if died:
+                    again.append(call)
+                else:
+                    ready[call.number] = result
+            while expected in ready:
+                yield ready.pop(expected)
+                expected += 1
+
+    def _hire(self) -> None:
+        import ray
+
+        actor: Any = ray.remote(max_restarts=0, **self._placement.per_sampler)(Sampler).remote(*self._arguments)
+        self._joining[actor.identities.remote()] = actor
+
+    def _deal(self, call: _Call) -> None:
+        actor = self._free.popleft()
+        self._running[getattr(actor, call.method).remote(*call.arguments)] = (call, actor)
+
+    def _settle(self) -> list[tuple[_Call, Any, bool]]:
+        """Waits for an actor to join or a call to end; returns ended calls with their results, or as died."""
+        import ray
+
+        if not self._running and not self._joining:
+            return []
+        done, _ = ray.wait([*self._running, *self._joining], num_returns=1)
+        ended: list[tuple[_Call, Any, bool]] = []
+        for reference in done:
+            call, actor = self._running.pop(reference, (None, None))
+            actor = actor or self._joining.pop(reference)
+            try:
+                result = ray.get(reference)
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                self._replace(actor, error)
+                ended += [(call, None, True)] if call else []
+                continue
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, DataError):
+                    raise error.cause from error
+                raise
+            self._deaths = 0
+            self._free.append(actor)
+            ended += [(call, result, False)] if call else []
+        return ended
+
+    def _replace(self, actor: Any, error: Exception) -> None:
+        import ray
+
+        self._deaths += 1
+        if (cause := re.search(r"DataError: (.*)", str(error))) is not None:
+            raise DataError(cause.group(1)) from error
+        if self._deaths > 3 * self._placement.num_samplers:
+            raise ClusterError(f"sampling actors died {self._deaths} times, the last time: {' '.join(str(error).split())[:300]}") from error
+        ray.kill(actor)
+        self._hire()

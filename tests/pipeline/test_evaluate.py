@@ -1,0 +1,214 @@
+"""Drawing, measuring and comparing in this process, on a Ray of its own: who does the work, and what interrupts it, changes nothing."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from support import write_dataset
+
+from cluster.config import ClusterConfig
+from cluster.connect import connect, disconnect
+from cluster.placement import Placement, place
+from components.data.catalog import find_dataset
+from components.data.reader import RowReader
+from components.data.shards import read_manifest
+from components.diffusion.schedule import DiffusionConfig
+from components.errors import DataError
+from components.metrics.frechet import FeatureStats, frechet_distance
+from components.model.checkpoint import DenoiserSpec, write_checkpoint
+from components.model.unet import UNetConfig
+from components.storage import Location
+from pipeline.bench import Bench, EvaluateConfig
+from pipeline.compare import shard_set_of
+from pipeline.context import Reporter, StageContext
+from pipeline.draw import ExtractorChoice, features_file, parts_of, pixels_file
+from pipeline.keep import keep_samples
+from pipeline.measure import Sampled, paired_test
+from pipeline.team import Team
+
+SPEC = DenoiserSpec(
+    model=UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), num_groups=4, dropout=0.0),
+    diffusion=DiffusionConfig(num_steps=20),
+    image_size=8,
+    channels=1,
+)
+CONFIG = EvaluateConfig(num_samples=600, steps=2, batch_size=64, extractor="dct8")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterConfig]:
+    config = ClusterConfig(storage=str(tmp_path_factory.mktemp("ray")), num_workers=3)
+    connect(config)
+    yield config
+    disconnect()
+
+
+@pytest.fixture(scope="module")
+def placement(cluster: ClusterConfig) -> Placement:
+    return place(cluster, lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Location:
+    folder = Location.of(tmp_path_factory.mktemp("data") / "dataset")
+    rng = np.random.default_rng(0)
+    write_dataset(folder, [rng.integers(0, 256, (300, 1, 8, 8), dtype=np.uint8), rng.integers(0, 128, (300, 1, 8, 8), dtype=np.uint8)], ["a", "b"])
+    return folder
+
+
+def write_model(folder: Path, seed: int) -> Location:
+    torch.manual_seed(seed)
+    weights = {name: torch.randn_like(value) * 0.2 for name, value in SPEC.build().state_dict().items()}
+    write_checkpoint(Location.of(folder), SPEC, weights)
+    return Location.of(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Location]:
+    root = tmp_path_factory.mktemp("models")
+    return [write_model(root / str(seed), seed) for seed in (1, 2)]
+
+
+@pytest.fixture
+def bench(cluster: ClusterConfig, placement: Placement, dataset: Location, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    """Returns a function that opens a bench of some actors over a storage root, and closes the one before, whose CPUs they need."""
+    teams: list[Team] = []
+
+    def opened(actors: int = 1, storage: str = "storage", config: EvaluateConfig = CONFIG) -> Bench:
+        for before in teams:
+            before.__exit__()
+        teams.clear()
+        team = Team(replace(placement, num_samplers=actors), [ExtractorChoice("dct8")], cluster)
+        teams.append(team)
+        root = Location.of(tmp_path / storage)
+        context = StageContext(root, root / "stage", "inputs", "run", cluster, Reporter())
+        return Bench(config, shard_set_of(dataset), read_manifest(dataset), team, context)
+
+    yield opened
+    for team in teams:
+        team.__exit__()
+
+
+def evaluated(bench: Bench, model: Location) -> tuple[str, float]:
+    samples = bench.samples_of(model, "ema")
+    drawn = bench.draw(samples, CONFIG.seeds)
+    return drawn.sha256, bench.measure(samples).frechet[0].value
+
+
+def test_one_two_and_three_actors_draw_the_same_samples_and_measure_the_same_distance(bench: Callable[..., Bench], models: list[Location]):
+    found = [evaluated(bench(actors, f"storage-{actors}"), models[0]) for actors in (1, 2, 3)]
+    assert found[0] == found[1] == found[2]
+
+
+def test_the_distance_is_that_of_all_samples_and_all_rows(bench: Callable[..., Bench], models: list[Location], dataset: Location):
+    from components.metrics.features import DctExtractor
+
+    one = bench()
+    _, distance = evaluated(one, models[0])
+    pixels = one.team.first("draw", one.samples_of(models[0], "ema"), list(CONFIG.seeds), 64)
+    reader = RowReader(dataset, read_manifest(dataset))
+    extract = DctExtractor()
+    fake, real = (FeatureStats.of(np.asarray(extract(torch.from_numpy(images))), np.zeros(32)) for images in (pixels.copy(), reader.pixels(np.arange(600))))
+    assert distance == pytest.approx(frechet_distance(fake, real), rel=1e-6)
+
+
+def test_an_actor_that_is_killed_changes_nothing(bench: Callable[..., Bench], models: list[Location]):
+    undisturbed = evaluated(bench(2, "undisturbed"), models[0])
+    other = bench(2, "disturbed")
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        folder = Path(str(other.context.storage))
+        while not killed:
+            begun = list(folder.glob("samples/*/fd_dct8_v1-*/*.npy"))
+            actors = [process for process in psutil.Process().children(recursive=True) if "ray::Sampler.part" in " ".join(process.cmdline())]
+            if begun and actors:
+                actors[0].kill()
+                killed.append(actors[0].pid)
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    assert evaluated(other, models[0]) == undisturbed
+    thread.join(timeout=1)
+    assert killed
+
+
+def test_what_was_drawn_before_is_not_drawn_again_and_what_is_missing_is(bench: Callable[..., Bench], models: list[Location]):
+    one = bench()
+    samples, parts = one.samples_of(models[0], "ema"), parts_of(CONFIG.seeds, 256)
+    work = [(samples, part, 64, "drop") for part in parts]
+    whole = evaluated(one, models[0])
+    assert [drawn for _, drawn in one.team.map("part", iter(work))] == [0, 0, 0]
+    features_file(samples.folder, one.team.identities[0], parts[1]).remove()
+    assert [drawn for _, drawn in one.team.map("part", iter(work))] == [0, 256, 0]
+    assert evaluated(one, models[0]) == whole
+    torn = features_file(samples.folder, one.team.identities[0], parts[2])
+    torn.write_bytes(torn.read_bytes()[:-1])
+    assert [drawn for _, drawn in one.team.map("part", iter(work))] == [0, 0, 88]
+    assert evaluated(one, models[0]) == whole
+
+
+def test_overlapping_blocks_share_their_parts():
+    assert parts_of(range(600), 256) == [range(256), range(256, 512), range(512, 600)]
+    assert parts_of(range(100, 700), 256) == [range(100, 256), range(256, 512), range(512, 700)]
+    assert parts_of(range(5, 7), 256) == [range(5, 7)]
+    assert parts_of(range(256, 512), 256) == [range(256, 512)]
+
+
+def test_kept_samples_are_a_dataset_of_the_same_contract(bench: Callable[..., Bench], models: list[Location]):
+    one = bench()
+    samples = one.samples_of(models[0], "ema")
+    one.draw(samples, CONFIG.seeds, "need")
+    folder = keep_samples(one.context.storage, samples, CONFIG.seeds, one.manifest.recipe, [])
+    manifest = find_dataset(str(folder), one.context.storage).manifest
+    pixels = RowReader(folder, manifest).pixels(np.arange(600))
+    assert np.array_equal(pixels, one.team.first("draw", samples, list(CONFIG.seeds), 64))
+    assert manifest.num_rows == 600
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    assert keep_samples(one.context.storage, samples, CONFIG.seeds, one.manifest.recipe, []) == folder
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+def test_pixels_that_were_kept_are_those_that_are_drawn_again(bench: Callable[..., Bench], models: list[Location]):
+    one = bench()
+    samples = one.samples_of(models[0], "ema")
+    one.draw(samples, CONFIG.seeds, "keep")
+    seeds = [511, 3, 3, 599]
+    kept = one.pixels(samples, seeds, CONFIG.seeds)
+    for part in parts_of(CONFIG.seeds, 256):
+        pixels_file(samples.folder, part).remove()
+    assert np.array_equal(one.pixels(samples, seeds, CONFIG.seeds), kept)
+
+
+def test_a_model_of_other_images_is_refused(bench: Callable[..., Bench], tmp_path: Path):
+    spec = SPEC.model_copy(update={"image_size": 16})
+    write_checkpoint(Location.of(tmp_path / "other"), spec, spec.build().state_dict())
+    with pytest.raises(DataError, match=r"draws images of .1, 16, 16., and dataset .* holds .1, 8, 8."):
+        bench().samples_of(Location.of(tmp_path / "other"), "ema")
+
+
+def test_common_seeds_tell_a_small_difference_that_separate_errors_would_hide(bench: Callable[..., Bench], models: list[Location], tmp_path: Path):
+    one = bench()
+    torch.manual_seed(1)
+    weights = {name: torch.randn_like(value) * 0.2 for name, value in SPEC.build().state_dict().items()}
+    nearly = {name: value * (1.001 if "out" in name else 1.0) for name, value in weights.items()}
+    write_checkpoint(Location.of(tmp_path / "nearly"), SPEC, nearly)
+    sampled = []
+    for model in (models[0], Location.of(tmp_path / "nearly")):
+        samples = one.samples_of(model, "ema")
+        one.draw(samples, CONFIG.seeds)
+        sampled.append(Sampled(samples.folder, one.team.identities[0], CONFIG.seeds))
+    reference, _ = one.reference()
+    test = paired_test(sampled[1], sampled[0], reference)
+    alone = one.measure(one.samples_of(models[0], "ema")).frechet[0].standard_error
+    assert alone is not None
+    assert 0 < test.standard_error < alone / 3
+    assert paired_test(sampled[0], sampled[1], reference).difference == pytest.approx(-test.difference)
+    assert paired_test(sampled[0], sampled[0], reference).difference == 0
