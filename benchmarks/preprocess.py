@@ -4,10 +4,11 @@
     python benchmarks/preprocess.py [--cifar FOLDER] [--count 20000] [--photos 4000] [--rounds 5] [--workers CORES] [--without-datasets]
 
 Two corpora: small JPEG files from a folder (made 32 pixels a side, which those of CIFAR-10 are), and photographs drawn here, 512 to 1024
-pixels a side (made 64). Every measurement is a process of its own with empty caches; its imports, and for `ddpm` the start of Ray, are told
-apart as `start`. What is timed after that:
+pixels a side (made 64). Every measurement is a process of its own with empty caches; its imports are told apart as `start`. What is timed
+after that:
 
-ddpm      the whole stage: list, decode, hash, find duplicates, write chunks, shards and manifest. Ray's workers start in that time.
+ddpm      the whole stage: list, decode, hash, find duplicates, write chunks, shards and manifest. Where the work is large enough for Ray Data,
+          Ray and its workers start in that time.
 pool      the limit: multiprocessing.Pool over the same `decode`, given the list of files; the pixels stay in memory, nothing is written.
 datasets  Dataset.from_dict of the paths, then `map(batched=True, num_proc=WORKERS)` with the usual Pillow code into an Arrow file, the
           pixels as an Array3D column or as plain bytes: both are measured, and the faster counts. Tried and slower: batches of 16, 64
@@ -35,7 +36,6 @@ from functools import lru_cache, partial
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import psutil
@@ -119,15 +119,14 @@ def run_ddpm(folder: Path, size: int, workers: int, scratch: Path) -> Measuremen
     """Runs the stage as `ddpm preprocess` does."""
     with Stopwatch() as start:
         from cluster.config import ClusterConfig
-        from cluster.connect import connect, disconnect
+        from cluster.connect import disconnect
         from components.ingest.sources import DataConfig
         from components.storage import Location
         from pipeline.context import Reporter, StageContext
         from pipeline.preprocess import list_source, preprocess
 
         cluster, storage = ClusterConfig(storage=str(scratch)), Location.of(scratch)
-        with mock.patch("os.cpu_count", return_value=workers):  # so many CPUs is a Ray on this machine given
-            connect(cluster)
+        os.cpu_count = lambda: workers  # so many decoders there are, and so many CPUs is a Ray on this machine given
     config = DataConfig(source=str(folder), image_size=size)
     context = StageContext(storage, storage / "stage", "inputs", "benchmark", cluster, Reporter())
     with Stopwatch() as work:

@@ -1,11 +1,10 @@
-"""Images in, a dataset out: only new and changed files are opened; Ray Data maps over chunks of files, then over shards to write."""
+"""Images in, a dataset out: only new and changed files are opened; the work is spread over chunks of files, then over shards to write."""
 
+import contextlib
 import hashlib
 import json
-import os
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cluster.connect import connect
 from components.data.images import PIXELS_VERSION, PixelRecipe
 from components.data.shards import (
     DIGEST_LENGTH,
@@ -36,20 +34,20 @@ from components.data.shards import (
     write_rows,
 )
 from components.errors import DataError
-from components.ingest.chunks import RESULT_SCHEMA, TODO, Packing, Task, cut, decode_chunk, pack, packings, read_results, to_do
+from components.ingest.chunks import RESULT_SCHEMA, TODO, Packing, Task, cut, decode_chunks, end_decoders, pack, packings, read_results, to_do
 from components.ingest.ledger import DUPLICATE, LEDGER_SCHEMA, NOTHING_KNOWN, Recalled, placed, recall, rows_digest, settle, splits_of, to_pack
-from components.ingest.listing import Listing, printable
+from components.ingest.listing import Listing, printable_column
 from components.ingest.sources import DataConfig, Source, address_of, source_to_json
 from components.ingest.sources import list_source as look_at
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
 from pipeline.lease import alone
+from pipeline.spread import Row, Work, spread
 
 MIN_ROWS = 2
 STATE, WORK = "state.json", "work"
-MOST_BLOCKS, MOST_CHUNKS = 4096, 16
-NO_PROGRESS_S = 6 * 3600.0
+MOST_CHUNKS = 16
 
 
 @dataclass(frozen=True)
@@ -216,12 +214,14 @@ class _Making:
         self.work = self.folder / WORK / hashlib.sha256(content).hexdigest()[:DIGEST_LENGTH]
         (self.work / TODO).write_bytes(content)
         results: dict[int, pa.Table] = {}
-        connect(self.context.cluster)
-        with self.context.reporter.progress("preprocess", todo, "files") as advance:
-            for row in self._map(_turns(len(chunks), self._workers()), partial(_decode_row, task=self._task())):
-                for number, content in enumerate(row["results"], row["first"]):
-                    results[number] = read_results(content)
-                    advance(len(results[number]))
+        work = Work(partial(_decode_rows, task=self._task()), end_decoders, MOST_CHUNKS)
+        with (
+            self.context.reporter.progress("preprocess", todo, "files") as advance,
+            self._spread([{"chunk": number} for number in range(len(chunks))], work) as done,
+        ):
+            for row in done:
+                results[row["chunk"]] = read_results(row["result"])
+                advance(len(results[row["chunk"]]))
         return pa.concat_tables([results[number] for number in range(len(chunks))])
 
     def _pack(self, settled: pa.Table, held_out: np.ndarray) -> pa.Table:
@@ -230,37 +230,22 @@ class _Making:
         groups = to_pack(settled, held_out, {shard.name: shard.rows for shard in self.shards.values()}, rows_per_shard)
         if not groups:
             return settled
-        work = [_packing_row(number, packing) for number, packing in enumerate(packings(settled, groups))]
+        rows = [_packing_row(number, packing) for number, packing in enumerate(packings(settled, groups))]
         names = [""] * len(groups)
-        connect(self.context.cluster)
-        with self.context.reporter.progress("shards", len(groups), "shards") as advance:
-            for row in self._map(work, partial(_pack_row, task=self._task())):
+        work = Work(partial(_pack_rows, task=self._task()), end_decoders)
+        with self.context.reporter.progress("shards", len(groups), "shards") as advance, self._spread(rows, work) as done:
+            for row in done:
                 shard = Shard.model_validate_json(row["shard"])
                 names[row["group"]] = shard.name
                 self.shards[shard.name] = shard
                 advance(1)
         return placed(settled, groups, names)
 
-    def _workers(self) -> int:
-        import ray
-
-        return max(1, int(ray.cluster_resources().get("CPU", 1)))
-
     def _task(self) -> Task:
         return Task(self.listed.source, self.recipe, str(self.folder), str(self.work))
 
-    def _map(self, rows: list[dict[str, Any]], function: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Has Ray Data do rows of work on the cluster, and yields what each returned, in any order."""
-        import ray.data
-
-        # A decoder gives up on a file that takes too long; a chunk of slow ones is no reason to end the run.
-        ray.data.DataContext.get_current().execution_no_progress_timeout_s = NO_PROGRESS_S
-        labels = self.context.cluster.preprocess_labels
-        options: dict[str, Any] = {"label_selector": labels} if labels else {}
-        try:
-            yield from ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS)).map(function, num_cpus=1, **options).iter_rows()
-        except ray.exceptions.RayTaskError as error:
-            raise _data_error(error) or error from error
+    def _spread(self, rows: Sequence[Row], work: Work) -> "contextlib.closing[Generator[Row]]":
+        return contextlib.closing(spread(rows, work, self.context.cluster))
 
     def _conclude(self, settled: pa.Table, held_out: np.ndarray) -> str:
         """Writes the dataset, then what the next run starts from; returns the dataset's name."""
@@ -327,37 +312,26 @@ class _Making:
         _sweep(self.folder)
 
 
-def _turns(chunks: int, workers: int) -> list[dict[str, Any]]:
-    """Cuts the chunks into turns of a worker, ever smaller ones, so that all end together.
-
-    Between two turns a worker waits for the driver, for about as long as it takes for half a chunk.
-    """
-    turns, first = [], 0
-    while first < chunks:
-        last = first + max(1, min(MOST_CHUNKS, (chunks - first) // (2 * workers)))
-        turns.append({"first": first, "last": last})
-        first = last
-    return turns
+def _decode_rows(rows: Iterable[Row], task: Task) -> Iterator[Row]:
+    for number, result in decode_chunks((int(row["chunk"]) for row in rows), task):
+        yield {"chunk": number, "result": result}
 
 
-def _decode_row(row: dict[str, Any], task: Task) -> dict[str, Any]:
-    return {"first": row["first"], "results": [decode_chunk(number, task) for number in range(int(row["first"]), int(row["last"]))]}
-
-
-def _packing_row(number: int, packing: Packing) -> dict[str, Any]:
+def _packing_row(number: int, packing: Packing) -> Row:
     return {"group": number, **asdict(packing), "codes": packing.codes.tobytes(), "places": packing.places.tobytes()}
 
 
-def _pack_row(row: dict[str, Any], task: Task) -> dict[str, Any]:
-    packing = Packing(row["split"], list(row["files"]), np.frombuffer(row["codes"], np.int32), np.frombuffer(row["places"], np.int32))
-    return {"group": row["group"], "shard": pack(packing, task).model_dump_json()}
+def _pack_rows(rows: Iterable[Row], task: Task) -> Iterator[Row]:
+    for row in rows:
+        packing = Packing(row["split"], list(row["files"]), np.frombuffer(row["codes"], np.int32), np.frombuffer(row["places"], np.int32))
+        yield {"group": row["group"], "shard": pack(packing, task).model_dump_json()}
 
 
 def _rows_table(rows: pa.Table, held_out: np.ndarray, shards: dict[str, Shard]) -> tuple[tuple[Shard, ...], pa.Table]:
     """Returns the shards in the order of their first rows, and the list of rows (ROWS_SCHEMA)."""
     files = rows["file"].combine_chunks().dictionary_encode()
     columns = [
-        _printable(rows["path"]),
+        printable_column(rows["path"]),
         rows["label"],
         pa.DictionaryArray.from_arrays(pa.array(held_out.astype(np.int8)), pa.array(["train", "holdout"])).cast(pa.string()),
         _bytes(rows),
@@ -368,17 +342,9 @@ def _rows_table(rows: pa.Table, held_out: np.ndarray, shards: dict[str, Shard]) 
     return tuple(shards[name] for name in files.dictionary.to_pylist()), pa.table(columns, schema=ROWS_SCHEMA)
 
 
-def _printable(paths: pa.ChunkedArray) -> pa.Array:
-    column = paths.combine_chunks()
-    try:
-        return column.cast(pa.string())
-    except pa.ArrowInvalid:
-        return pa.array([printable(os.fsdecode(path)) for path in column.to_pylist()], pa.string())
-
-
 def _quarantine(settled: pa.Table) -> pa.Table:
     bad = settled.filter(settled["reason"].is_valid())
-    return pa.table([_printable(bad["path"]), bad["reason"], bad["detail"], _bytes(bad)], schema=QUARANTINE_SCHEMA)
+    return pa.table([printable_column(bad["path"]), bad["reason"], bad["detail"], _bytes(bad)], schema=QUARANTINE_SCHEMA)
 
 
 def _bytes(lines: pa.Table) -> pa.ChunkedArray:
@@ -399,12 +365,6 @@ def _count(column: pa.ChunkedArray) -> dict[str, int]:
 def _num_bad(reasons: Sequence[str]) -> int:
     """Counts what is wrong with a source: a file that is there twice is not."""
     return sum(reason != DUPLICATE for reason in reasons)
-
-
-def _data_error(error: BaseException | None) -> DataError | None:
-    """Returns what the source of a task said, if that is why it failed."""
-    found = re.findall(r"DataError: (.*)", str(error))
-    return DataError(found[-1]) if found else None
 
 
 def _check_bad(config: DataConfig, manifest: Manifest, folder: Location) -> None:

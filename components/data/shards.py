@@ -172,22 +172,10 @@ def write_shard(shards: Location, table: pa.Table, recipe: PixelRecipe, split: S
         staging: folder for the file while it is written.
     """
     content = pixels_bytes(table, max(1, ROW_GROUP_BYTES // recipe.row_bytes))
-    name = _content_name(content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    name = _content_name(sha256)
     (shards / name).write_bytes(content, staging=staging)
-    return Shard(name=name, split=split, rows=table.num_rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def read_shard(path: Location, columns: Sequence[str] = ("pixels", "label", "source")) -> pa.Table:
-    """Reads a whole shard.
-
-    Raises:
-        DataError: if the file is no shard.
-    """
-    try:
-        source = path.path if path.is_local else pa.BufferReader(path.read_bytes())
-        return pq.ParquetFile(source, memory_map=path.is_local).read(columns=list(columns), use_threads=False)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{path} is not a readable shard ({error}); delete it and run preprocess again") from error
+    return Shard(name=name, split=split, rows=table.num_rows, bytes=len(content), sha256=sha256)
 
 
 def read_checked_shard(path: Location) -> pa.Table:
@@ -200,13 +188,13 @@ def read_checked_shard(path: Location) -> pa.Table:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); run preprocess again") from error
-    if _content_name(content) != path.name:
+    if _content_name(hashlib.sha256(content).hexdigest()) != path.name:
         raise DataError(f"{path} is damaged: its content is not the one of its name; delete it and run preprocess again, which makes its rows anew")
     return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
 
 
-def _content_name(content: bytes | memoryview) -> str:
-    return f"{hashlib.sha256(content).hexdigest()[:32]}.parquet"
+def _content_name(sha256: str) -> str:
+    return f"{sha256[:32]}.parquet"
 
 
 def column_pixels(column: pa.ChunkedArray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -228,9 +216,9 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 def pixels_bytes(table: pa.Table, row_group_size: int) -> memoryview:
     """Returns rows with pixels as the bytes of a parquet file, equal for equal rows."""
-    sink = io.BytesIO()
+    sink = pa.BufferOutputStream()
     pq.write_table(table.combine_chunks(), sink, compression="none", use_dictionary=["label"], row_group_size=row_group_size, write_statistics=False)
-    return sink.getbuffer()
+    return memoryview(sink.getvalue())
 
 
 def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,7 +1,8 @@
 """Decoding in a process of its own, so that an image that kills its decoder takes no other with it.
 
 The two processes share memory: a record and the pixels of each image. The child notes which image it begins; when it dies, the parent knows whose
-fault it was, tries that image once more, and after a second death leaves it out with the reason `crashed`.
+fault it was, tries that image once more, and after a second death leaves it out with the reason `crashed`. The memory has two halves, used in turn,
+so that the parent can write what came of one call while the child is at the next.
 """
 
 import contextlib
@@ -19,11 +20,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import pyarrow as pa
 
 from ..data.images import PixelRecipe, decode, prepare_process
 from ..errors import DataError
@@ -39,24 +40,16 @@ _DETAIL = 400
 _RECORD = np.dtype([("state", "u1"), ("bytes", "i8"), ("sha256", "V32"), ("pixels", "V16"), ("reason", "S24"), ("detail", f"S{_DETAIL}")])
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one file.
-
-    Attributes:
-        size: bytes of its content, None where it could not be read.
-        sha256: of its content, likewise.
-        pixels_hash: of its pixels (BLAKE2b, 16 bytes), None where there are none.
-        reason: why it is no row; None where it is one, or where its content is the one that was known.
-        is_same: whether its content is the one that was known, so that it was not decoded.
-    """
-
-    size: int | None
-    sha256: bytes | None
-    pixels_hash: bytes | None
-    reason: str | None
-    detail: str | None
-    is_same: bool
+DECODED_SCHEMA = pa.schema(
+    [
+        ("bytes", pa.int64()),  # of the content; null where it could not be read
+        ("sha256", pa.binary(32)),  # of the content, likewise
+        ("pixels", pa.binary(16)),  # hash of the pixels (BLAKE2b); null where there are none
+        ("reason", pa.string()),  # why it is no row; null where it is one, or where its content is the one that was known
+        ("detail", pa.string()),
+        ("same", pa.bool_()),  # whether its content is the one that was known, so that it was not decoded
+    ]
+)
 
 
 def memory_limit(recipe: PixelRecipe) -> int:
@@ -73,14 +66,19 @@ class Decoder:
 
     def __init__(self, source: Source, recipe: PixelRecipe, capacity: int) -> None:
         self._task = json.dumps({"source": source_to_json(source), "recipe": recipe.model_dump(mode="json"), "capacity": capacity})
-        self._file = _shared_file(capacity * (_RECORD.itemsize + recipe.row_bytes))
-        self._records, self._pixels = _map(self._file.fileno(), recipe, capacity)
+        self._file = _shared_file(2 * capacity * (_RECORD.itemsize + recipe.row_bytes))
+        self._halves = _map(self._file.fileno(), recipe, capacity)
+        self._half = 0
+        self._records = self._halves[0][0]
         self._child: subprocess.Popen[bytes] | None = None
         self._reports = -1
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the decoder
+        self._is_abandoned = False
 
-    def decode(self, items: Sequence[Item], known: Sequence[bytes | None]) -> tuple[list[Outcome], np.ndarray]:
-        """Decodes images; returns one outcome for each, and the pixels (N, C, H, W) uint8, of use where there is no reason, until the next call.
+    def decode(self, items: Sequence[Item], known: Sequence[bytes | None]) -> tuple[pa.Table, np.ndarray]:
+        """Decodes images; returns one line (DECODED_SCHEMA) for each, and the pixels (N, C, H, W) uint8.
+
+        The pixels are of use where there is a hash of them, and until the call after the next one.
 
         Args:
             known: content (SHA-256) that need not be decoded, None where any content must be.
@@ -89,6 +87,8 @@ class Decoder:
             DataError: if the source itself is not there.
             RuntimeError: if the child fails otherwise than by dying on an image.
         """
+        self._half ^= 1
+        self._records, pixels = self._halves[self._half]
         self._records[: len(items)] = np.zeros(1, _RECORD)
         deaths: Counter[int] = Counter()
         first = 0
@@ -97,7 +97,14 @@ class Decoder:
             if cause is None:
                 break
             first = self._blame(cause, deaths, len(items))
-        return [_outcome(record) for record in self._records[: len(items)]], self._pixels[: len(items)]
+        return _decoded(self._records[: len(items)]), pixels[: len(items)]
+
+    def abandon(self) -> None:
+        """Makes a call of `decode` that another thread waits for, and all later ones, fail soon."""
+        self._is_abandoned = True
+        child = self._child
+        if child is not None:
+            child.kill()
 
     def close(self) -> None:
         """Ends the child; the decoder is of no use any more."""
@@ -118,7 +125,7 @@ class Decoder:
     def _run(self, items: Sequence[Item], known: Sequence[bytes | None], first: int) -> str | None:
         """Has the child do the images from one on; returns None when they are done, else what ended it."""
         child = self._started()
-        request = {"first": first, "items": items, "known": [None if one is None else one.hex() for one in known]}
+        request = {"half": self._half, "first": first, "items": items, "known": [None if one is None else one.hex() for one in known]}
         try:
             assert child.stdin is not None
             child.stdin.write(json.dumps(request).encode() + b"\n")
@@ -186,11 +193,15 @@ class Decoder:
         return at + 1
 
     def _started(self) -> "subprocess.Popen[bytes]":
+        if self._is_abandoned:
+            raise RuntimeError("the decoder was abandoned")
         if self._child is not None:
             return self._child
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        # Pydantic's search for plugins is a twentieth of the time that the child takes to start.
+        settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYDANTIC_DISABLE_PLUGINS": "__all__"}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **settings}
         self._reports, reports = os.pipe()
         self._child = subprocess.Popen(
             [sys.executable, "-m", __name__, str(self._file.fileno()), str(reports)],
@@ -207,17 +218,29 @@ class Decoder:
         return self._child
 
 
-def _outcome(record: np.void) -> Outcome:
-    state, sha256 = int(record["state"]), record["sha256"].tobytes()
-    has_content = sha256 != bytes(32)
-    return Outcome(
-        int(record["bytes"]) if has_content else None,
-        sha256 if has_content else None,
-        record["pixels"].tobytes() if state == _ROW else None,
-        record["reason"].decode() if state == _BAD else None,
-        record["detail"].decode("utf-8", "replace") if state == _BAD else None,
-        state == _SAME,
-    )
+def _decoded(records: np.ndarray) -> pa.Table:
+    """Returns records (N,) as a table (DECODED_SCHEMA)."""
+    state, sha256 = records["state"], np.ascontiguousarray(records["sha256"])
+    has_content = np.any(sha256.view(np.uint64).reshape(len(records), 4), axis=1)
+    reason, detail = np.full(len(records), None, object), np.full(len(records), None, object)
+    for index in np.flatnonzero(state == _BAD):
+        reason[index] = records["reason"][index].decode()
+        detail[index] = records["detail"][index].decode("utf-8", "replace")
+    columns = [
+        pa.array(records["bytes"], mask=~has_content),
+        _fixed_size(sha256, has_content),
+        _fixed_size(np.ascontiguousarray(records["pixels"]), state == _ROW),
+        pa.array(reason, pa.string()),
+        pa.array(detail, pa.string()),
+        pa.array(state == _SAME),
+    ]
+    return pa.table(columns, schema=DECODED_SCHEMA)
+
+
+def _fixed_size(values: np.ndarray, is_valid: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """Returns values (N,) of some bytes each, null where they are not valid."""
+    validity = None if is_valid.all() else pa.array(is_valid).buffers()[1]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(values.itemsize), len(values), [validity, pa.py_buffer(values.tobytes())])
 
 
 def _shared_file(size: int) -> IO[bytes]:
@@ -227,12 +250,16 @@ def _shared_file(size: int) -> IO[bytes]:
     return file
 
 
-def _map(file: int, recipe: PixelRecipe, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the records (N,) and pixels (N, C, H, W) uint8 that lie in a file."""
-    memory = mmap.mmap(file, capacity * (_RECORD.itemsize + recipe.row_bytes))
-    records = np.frombuffer(memory, _RECORD, capacity)
+def _map(file: int, recipe: PixelRecipe, capacity: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the records (N,) and pixels (N, C, H, W) uint8 of each half of a file."""
+    size = capacity * (_RECORD.itemsize + recipe.row_bytes)
+    memory = mmap.mmap(file, 2 * size)
     shape = (capacity, recipe.channels, recipe.image_size, recipe.image_size)
-    return records, np.frombuffer(memory, np.uint8, capacity * recipe.row_bytes, capacity * _RECORD.itemsize).reshape(shape)
+    halves = []
+    for first in (0, size):
+        pixels = np.frombuffer(memory, np.uint8, capacity * recipe.row_bytes, first + capacity * _RECORD.itemsize).reshape(shape)
+        halves.append((np.frombuffer(memory, _RECORD, capacity, first), pixels))
+    return halves
 
 
 class _Child:
@@ -242,7 +269,8 @@ class _Child:
         task = json.loads(sys.stdin.buffer.readline())
         self._source = source_from_json(task["source"])
         self._recipe = PixelRecipe.model_validate(task["recipe"])
-        self._records, self._pixels = _map(memory, self._recipe, task["capacity"])
+        self._halves = _map(memory, self._recipe, task["capacity"])
+        self._use(0)
         self._reports = reports
         self._is_open = False
         prepare_process()
@@ -256,16 +284,22 @@ class _Child:
                 if not self._is_open:
                     self._source.open()
                     self._is_open = True
+                self._use(request["half"])
                 self._do([Item(*item) for item in request["items"]], request["known"], request["first"])
                 answer = {}
             except DataError as error:
                 answer = {"message": str(error), "reason": error.reason}
             os.write(self._reports, json.dumps(answer).encode() + b"\n")
 
+    def _use(self, half: int) -> None:
+        records, self._pixels = self._halves[half]
+        self._columns = {name: records[name] for name in _RECORD.names or ()}
+
     def _do(self, items: list[Item], known: list[str | None], first: int) -> None:
+        state_of = self._columns["state"]
         with _contents(self._source, items[first:], memory_limit(self._recipe) // 3) as contents:
             for index in range(first, len(items)):
-                self._records["state"][index] = _BEGUN
+                state_of[index] = _BEGUN
                 try:
                     state = self._one(index, next(contents), known[index])
                 except DataError as error:
@@ -274,23 +308,24 @@ class _Child:
                     state = self._note(index, "too_large", f"needs more than {memory_limit(self._recipe) >> 20} MiB of memory to decode")
                 except Exception as error:  # whatever a library makes of an image, it is that image's fault alone
                     state = self._note(index, "corrupt", f"its decoder failed: {type(error).__name__}")
-                self._records["state"][index] = state
+                state_of[index] = state
 
     def _one(self, index: int, content: "bytes | np.ndarray | Exception", known: str | None) -> int:
         if isinstance(content, Exception):
             raise content
         sha256 = _content_hash(content)
-        self._records["bytes"][index] = len(content) if isinstance(content, bytes) else content.nbytes
-        self._records["sha256"][index] = np.void(sha256)
+        self._columns["bytes"][index] = len(content) if isinstance(content, bytes) else content.nbytes
+        self._columns["sha256"][index] = np.void(sha256)
         if known is not None and sha256.hex() == known:
             return _SAME
-        self._pixels[index] = decode(content, self._recipe)
-        self._records["pixels"][index] = np.void(hashlib.blake2b(self._pixels[index].data, digest_size=16).digest())
+        pixels = decode(content, self._recipe)
+        self._pixels[index] = pixels
+        self._columns["pixels"][index] = np.void(hashlib.blake2b(pixels.data, digest_size=16).digest())
         return _ROW
 
     def _note(self, index: int, reason: str, detail: str) -> int:
-        self._records["reason"][index] = reason.encode()
-        self._records["detail"][index] = detail.encode("utf-8", "backslashreplace")[:_DETAIL]
+        self._columns["reason"][index] = reason.encode()
+        self._columns["detail"][index] = detail.encode("utf-8", "backslashreplace")[:_DETAIL]
         return _BAD
 
 

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import DataError
@@ -103,24 +102,26 @@ class FolderSource:
         check_there(self.root)
 
     def fetch(self, path: str) -> bytes:
-        root = Location(self.root)
         try:
-            return _read_file(root.path / path) if root.is_local else patiently((root / path).read_bytes)
+            return patiently((Location(self.root) / path).read_bytes) if self.is_remote else _read_file(f"{self.root}/{path}")
         except (OSError, ValueError) as error:
             raise DataError(why_unreadable(error), "unreadable") from error
 
 
-def _read_file(path: Path) -> bytes:
+def _read_file(path: str) -> bytes:
     # Without O_NONBLOCK the mere opening of a FIFO waits for someone to write to it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "no regular file")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
+        content = os.read(descriptor, status.st_size + 1)
+        if len(content) == status.st_size:
+            return content
+        with open(descriptor, "rb", closefd=False) as file:  # it grows, or is larger than one read may be
+            return content + file.read()
     finally:
         os.close(descriptor)
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 LISTING_SCHEMA = pa.schema([("path", pa.binary()), ("label", pa.string()), ("size", pa.int64()), ("stamp", pa.string())])
 UNSEEN = "?"
@@ -72,6 +71,8 @@ def _sizes(chunk: pa.Array) -> memoryview | bytes:
 def _lengths(chunk: pa.Array) -> memoryview | bytes:
     if pa.types.is_integer(chunk.type):
         return b""
+    import pyarrow.compute as pc  # here, as decoders import this module and have no use for it
+
     return np.ascontiguousarray(pc.call_function("binary_length", [chunk]).fill_null(-1).to_numpy(zero_copy_only=False), "<i4").data
 
 
@@ -138,6 +139,8 @@ def _unique(table: pa.Table) -> pa.Table:
 
 def _beside_the_next(comparison: str, table: pa.Table) -> list[pa.BooleanArray]:
     """Returns how each path but the last compares with the one that follows it."""
+    import pyarrow.compute as pc
+
     path = table.column("path")
     return pc.call_function(comparison, [path[:-1], path[1:]]).chunks
 
@@ -167,3 +170,12 @@ def label_of(path: str) -> str | None:
 def printable(path: str) -> str:
     """Returns a file name as text: bytes that are not UTF-8 are escaped in hexadecimal."""
     return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def printable_column(paths: pa.ChunkedArray) -> pa.Array:
+    """Returns file names (binary) as text, as `printable` makes it."""
+    column = paths.combine_chunks()
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array([printable(os.fsdecode(path)) for path in column.to_pylist()], pa.string())

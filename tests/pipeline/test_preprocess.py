@@ -1,11 +1,14 @@
 """The preprocess stage in this process, on a Ray of its own: what is left behind by one run is right for the next."""
 
+import contextlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -115,6 +118,50 @@ def test_ended_before_any_of_its_writes_it_ends_with_the_same_bytes(stage: Stage
         fuse.moment = 0
         stage(source, storage, holdout_fraction=0.3)
         assert contents(tmp_path / storage) == expected, f"ended before write {moment} of {total}"
+
+
+def write_slow_images(folder: Path, count: int) -> Path:
+    """Writes images that take some milliseconds each."""
+    folder.mkdir()
+    for number in range(count):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (250, 250, 3), dtype=np.uint8)).save(folder / f"{number:03d}.png", compress_level=1)
+    return folder
+
+
+class Killer(threading.Thread):
+    """Kills one worker of Ray Data while it works."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.killed, self.is_over = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.killed and not self.is_over.wait(0.01):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "ray::Map(_do_turn)" in " ".join(process.cmdline()) and process.children():
+                        process.kill()
+                        self.killed += 1
+                        break
+
+
+def test_ray_data_makes_the_bytes_that_threads_make_even_when_a_worker_of_it_is_killed(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = write_slow_images(tmp_path / "source", 120)
+    monkeypatch.setattr("components.ingest.chunks.CHUNK_FILES", 4)
+    stage(source, "by threads")
+    monkeypatch.setattr("pipeline.spread.HEAD_START_S", 0.0)
+    killer = Killer()
+    killer.start()
+    stage(source, "by Ray Data")
+    killer.is_over.set()
+    killer.join()
+    assert killer.killed == 1
+    assert contents(tmp_path / "by Ray Data") == contents(tmp_path / "by threads")
+
+
+def test_no_decoder_outlives_the_stage(stage: Stage, tmp_path: Path):
+    stage(write_images(tmp_path / "source", range(6)))
+    assert not [process for process in psutil.Process().children() if "components.ingest.decoder" in " ".join(process.cmdline())]
 
 
 def test_a_grown_source_gives_what_a_fresh_start_does_and_costs_what_changed(stage: Stage, tmp_path: Path):
