@@ -21,6 +21,7 @@ from cluster.connect import connect
 from components.errors import DataError
 
 HEAD_START_S, RAY_START_S = 10.0, 10.0
+TURNS_PER_WORKER = 4
 MOST_BLOCKS = 4096
 NO_PROGRESS_S = 6 * 3600.0
 Row = dict[str, Any]
@@ -137,15 +138,12 @@ def _by_ray_data(rows: Sequence[Row], work: Work, cluster: ClusterConfig) -> Ite
 
 
 def _turns(rows: int, workers: int, most: int) -> list[tuple[int, int]]:
-    """Cuts rows into turns [first, last) of a worker, ever smaller ones, so that all end together.
+    """Cuts rows into turns [first, last) of a worker.
 
     Between two turns a worker waits for the driver, a tenth of a second and more.
     """
-    turns, first = [], 0
-    while first < rows:
-        turns.append((first, first + max(1, min(most, (rows - first) // (2 * workers)))))
-        first = turns[-1][1]
-    return turns
+    length = max(1, min(most, rows // (TURNS_PER_WORKER * workers)))
+    return [(first, min(first + length, rows)) for first in range(0, rows, length)]
 
 
 def _do_turn(turn: Row, function: Callable[[Iterable[Row]], Iterator[Row]]) -> Row:
