@@ -216,9 +216,9 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 def pixels_bytes(table: pa.Table, row_group_size: int) -> memoryview:
     """Returns rows with pixels as the bytes of a parquet file, equal for equal rows."""
-    sink = pa.BufferOutputStream()
+    sink = io.BytesIO()
     pq.write_table(table.combine_chunks(), sink, compression="none", use_dictionary=["label"], row_group_size=row_group_size, write_statistics=False)
-    return memoryview(sink.getvalue())
+    return sink.getbuffer()
 
 
 def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table:
