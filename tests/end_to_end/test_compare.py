@@ -1,0 +1,133 @@
+"""Two models of the digits: the gate between them, and what `ddpm compare` and `ddpm reference` say of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import TINY, Finished
+
+Command = Callable[..., Finished]
+MODEL = [*TINY, "data.holdout_fraction=0.1"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compare")
+
+
+@pytest.fixture(scope="module")
+def weak(home: Path, command: Command) -> dict[str, Any]:
+    done = command("run", "digits", *MODEL, "--name", "weak", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    return done.json
+
+
+@pytest.fixture(scope="module")
+def strong(home: Path, weak: dict[str, Any], command: Command) -> dict[str, Any]:
+    """Returns a longer run of a conditional model, whose evaluation also elects an average."""
+    done = command("run", "digits", *MODEL, "train.steps=60", "train.checkpoint_every=60", "model.conditional=true", "--name", "strong", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    return done.json
+
+
+def test_a_better_model_is_promoted_on_two_blocks_of_common_seeds(weak: dict[str, Any], strong: dict[str, Any]):
+    contest = strong["register"]["contest"]
+    test, confirmation = contest["test"], contest["confirmation"]
+    assert strong["register"]["promoted"] is True
+    assert strong["register"]["decision"].startswith("better: ")
+    assert test["candidate"] == pytest.approx(strong["evaluate"]["metric"]["value"])
+    assert test["champion"] == pytest.approx(weak["evaluate"]["metric"]["value"])
+    assert (test["first_seed"], confirmation["first_seed"]) == (0, 64)
+    assert test["difference"] + 1.645 * test["standard_error"] < 0
+    assert confirmation["difference"] + 1.645 * confirmation["standard_error"] < 0
+    assert confirmation["candidate"] != test["candidate"]
+
+
+def test_an_evaluation_says_what_it_was_measured_against_and_how_sure_it_is(strong: dict[str, Any]):
+    evaluation = strong["evaluate"]
+    assert evaluation["metric"]["standard_error"] > 0
+    assert evaluation["metric"]["unit"]["reference_split"] == "train"
+    against_holdout = [score for score in evaluation["scores"] if score["unit"]["reference_split"] == "holdout"]
+    assert {score["kind"] for score in against_holdout} == {"frechet", "kernel", "precision", "recall", "density", "coverage"}
+    assert evaluation["floor"]["measured"] == "held-out images against the training split"
+    assert evaluation["floor"]["value"] < evaluation["metric"]["value"]
+    assert evaluation["memorisation"]["copies"] is False
+    page = Path(evaluation["report"]).read_text()
+    assert all(name in page for name in ("fd_dct8_v1_64", "precision_dct8_v1_64_holdout", "Memorisation", "data:image/gif"))
+
+
+def test_the_run_has_numbers_pictures_and_the_page(home: Path, strong: dict[str, Any]):
+    import mlflow
+
+    uri = f"sqlite:///{home / 'storage' / 'mlflow' / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    run = client.get_run(strong["register"]["mlflow_run_id"])
+    assert run.data.metrics["eval/fd_dct8_v1_64"] == strong["evaluate"]["metric"]["value"]
+    assert {"eval/floor", "eval/copy_rate", "eval/fd_dct8_v1_64_standard_error", "eval/recall_dct8_v1_64_holdout"} <= set(run.data.metrics)
+    files = {Path(file.path).name for file in client.list_artifacts(run.info.run_id, "evaluate")}
+    assert {"report.html", "grid.png", "denoising.gif", "interpolation.png", "timesteps.png", "neighbours.png"} <= files
+
+
+def test_compare_shows_both_models_with_intervals_and_a_picture(home: Path, strong: dict[str, Any], command: Command):
+    done = command("compare", "models:/ddpm-digits@champion", "models:/ddpm-digits/1", "--samplers", "ddim,unipc", "--steps", "2,4", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    results = done.json["results"]
+    assert [(result["model"], result["sampler"], result["steps"]) for result in results] == [
+        (f"ddpm-digits v{version}", sampler, steps) for sampler in ("ddim", "unipc") for steps in (2, 4) for version in (2, 1)
+    ]
+    measured = {(result["model"], result["recipe"]): result for result in results}
+    again = measured["ddpm-digits v2", "ddim, 4 steps"]
+    assert again["metric"]["value"] == pytest.approx(strong["evaluate"]["metric"]["value"], rel=1e-9)
+    test = measured["ddpm-digits v1", "ddim, 4 steps"]["against_first"]
+    assert test["difference"] == pytest.approx(-strong["register"]["contest"]["test"]["difference"], rel=1e-9)
+    assert measured["ddpm-digits v1", "ddim, 4 steps"]["verdict"] == "worse"
+    assert Image.open(home / "compare" / "samples.png").width > 500
+    assert "ddpm-digits v1" in (home / "compare" / "compare.html").read_text()
+
+
+def test_a_reference_file_takes_the_place_of_the_dataset_and_is_another_unit(home: Path, weak: dict[str, Any], command: Command):
+    digest = weak["preprocess"]["digest"]
+    written = command("reference", digest, "--out", "stats.npz", "--set", "evaluate.extractor=dct8", cwd=home)
+    assert written.code == 0, written.stderr
+    assert written.stdout == f"stats.npz: mu and sigma of fd_dct8_v1 over {weak['preprocess']['num_train']} train images of dataset {digest}\n"
+    with np.load(home / "stats.npz", allow_pickle=False) as saved:
+        assert (saved["mu"].shape, saved["sigma"].shape) == ((32,), (32, 32))
+        np.savez(home / "theirs.npz", mu=saved["mu"], sigma=saved["sigma"])
+    done = command("run", "digits", *MODEL, "evaluate.reference=theirs.npz", "--name", "weak", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    assert done.json["evaluate"]["metric"]["value"] == pytest.approx(weak["evaluate"]["metric"]["value"], rel=1e-6)
+    assert done.json["evaluate"]["metric"]["unit"]["reference_split"] == "file"
+    assert "reference_split file against train" in done.json["register"]["decision"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "models:/nobody@champion"], "models:/nobody@champion is not in the registry"),
+        (["compare", "models:/ddpm-digits"], "models:/ddpm-digits names no version; write models:/NAME/VERSION or models:/NAME@ALIAS"),
+        (["compare", "models:/ddpm-digits/1", "--steps", "5,many"], "--steps many is no number"),
+        (["compare", "models:/ddpm-digits/1", "--samplers", "euler"], "--samplers euler --steps 4"),
+        (["compare", "models:/ddpm-digits/1", "--set", "evaluate.nonsense=1"], "evaluate.nonsense is not a setting"),
+        (["compare", "models:/ddpm-digits/1", "--dataset", "zzz"], "dataset 'zzz' is neither a dataset's folder nor the beginning of a name"),
+        (["run", "digits", *MODEL, "evaluate.eta=0.5", "evaluate.sampler=unipc"], "evaluate.eta=0.5 means nothing to sampler=unipc"),
+        (["run", "digits", *MODEL, "evaluate.guidance=2"], "evaluate.guidance=2.0 needs a conditional model"),
+        (["run", "digits", *MODEL, "evaluate.reference=absent.npz"], "absent.npz"),
+        (["run", "digits", *MODEL, "evaluate.dinov2_weights=absent"], "absent lacks config.json and model.safetensors"),
+        (["reference", "zzz"], "dataset 'zzz' is neither a dataset's folder nor the beginning of a name"),
+    ],
+    ids=lambda value: f"{value[0]} {value[-1]}" if isinstance(value, list) else "",
+)
+def test_what_cannot_be_compared_is_told_in_one_message(
+    home: Path, weak: dict[str, Any], arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from workflows import cli
+
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("sys.argv", ["ddpm", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
