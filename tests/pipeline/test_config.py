@@ -39,7 +39,7 @@ def test_the_cifar10_preset_is_the_run_of_the_paper():
         (["data.image_size=9"], r"data\.image_size=9 cannot be halved 1 times; use a multiple of 2 such as 8"),
         (["cluster.num_workers=3"], r"cluster\.num_workers=3 does not divide train\.lanes=8; use a divisor"),
         (["train.global_batch_size=30"], r"train\.global_batch_size=30 is no multiple of train\.lanes=8"),
-        (["evaluate.steps=2000"], r"evaluate\.steps=2000 is above diffusion\.num_steps=1000"),
+        (["evaluate.steps=2000"], r"evaluate\.steps=2000 is out of range; use 1 to 1000"),
         (["model.num_groups=5"], r"model: base_channels=32 times 1 is 32, which num_groups=5 .* does not divide"),
         (["data.mode=RGBA"], r"data\.mode='RGBA' is wrong"),
         (["train.seed=-1"], r"train\.seed=-1 is wrong"),
