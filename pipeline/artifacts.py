@@ -177,6 +177,10 @@ class Evaluation(Receipt):
     """The checkpoint that was measured."""
     weights: str
     """Which of its averages: `ema`, or `ema-DECAY`."""
+    weights_sha256: str
+    """Checksum of that average."""
+    step: int
+    """Training steps of the checkpoint."""
     election: tuple[Standing, ...]
     """What it was chosen from, best first; empty where nothing else stood."""
     metric: Metric

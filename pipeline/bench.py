@@ -1,18 +1,22 @@
 """Where samples are drawn and measured: the settings, a dataset, and a team of actors."""
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from cluster.connect import connect
 from cluster.lookout import waiting_aloud
 from cluster.placement import place
+from components.data.copies import Copies
+from components.data.reader import RowReader
 from components.data.shards import Manifest, Split, read_manifest
 from components.diffusion.recipe import Recipe
 from components.errors import DataError
@@ -70,6 +74,13 @@ class EvaluateConfig(BaseModel):
     """Keep all samples as a dataset of parquet shards."""
     election_samples: int = Field(0, ge=0)
     """Samples of each kept checkpoint and average, the best of which is measured and registered; 0 takes the last checkpoint's main average."""
+
+    @field_validator("election_samples")
+    @classmethod
+    def _enough_to_measure(cls, count: int) -> int:
+        if count == 1:
+            raise ValueError("one sample cannot be measured; use 0 for no election, or 2000")
+        return count
 
     @property
     def recipe(self) -> Recipe:
@@ -130,6 +141,15 @@ class Bench:
     manifest: Manifest
     team: Team
     context: StageContext
+    policy: Literal["ema", "elected"] = "ema"
+    _measured: dict[tuple[int, Split], Reals] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def label_counts(self) -> dict[str, int]:
+        """Training images of each label."""
+        reader = RowReader(Location.of(self.shards.path), self.manifest, copies=Copies.of(self.context.cluster.cache, self.context.cluster.cache_bytes))
+        numbers = reader.labels(np.arange(len(reader)))
+        return {name: int((numbers == number).sum()) for number, name in enumerate(self.manifest.label_names)}
 
     def samples_of(self, checkpoint: Location, weights: str, recipe: Recipe | None = None) -> SampleSet:
         """Returns the samples of a checkpoint's average by a recipe, the configured one by default.
@@ -144,17 +164,18 @@ class Bench:
             raise DataError(
                 f"{checkpoint} draws images of {spec.shape}, and dataset {self.manifest.digest} holds {self.manifest.shape}; name one of the same shape"
             )
-        counts = tuple(self.manifest.labels.get(name, 0) for name in spec.label_names)
+        counts = tuple(self.label_counts.get(name, 0) for name in spec.label_names)
         return sample_set(self.context.storage, checkpoint, weights, recipe or self.config.recipe, counts if any(counts) else (1,) * len(counts))
 
-    def draw(self, samples: SampleSet, seeds: range, pixels: Literal["drop", "keep", "need"] = "drop") -> Drawn:
+    def draw(self, samples: SampleSet, seeds: range, pixels: Location | None = None, *, need: bool = False) -> Drawn:
         """Draws and measures a block of seeds, as far as that is not done.
 
         Args:
-            pixels: `keep` those that are drawn, or `need` all of them, drawn again if they are gone.
+            pixels: folder where the pixels of those that are drawn stay; by default none do.
+            need: the pixels of all must be there, and are drawn again if they are gone.
         """
         parts = parts_of(seeds, SEEDS_PER_PART)
-        work = ((samples, part, self.config.batch_size, pixels) for part in parts)
+        work = ((samples, part, self.config.batch_size, pixels, need) for part in parts)
         checksum, fresh, started = hashlib.sha256(), 0, time.perf_counter()
         with self.context.reporter.progress("sample", len(seeds), "images") as advance:
             for part, (sha256, drawn) in zip(parts, self.team.map("part", work), strict=True):
@@ -163,12 +184,12 @@ class Bench:
                 advance(len(part))
         return Drawn(checksum.hexdigest(), fresh / (time.perf_counter() - started))
 
-    def pixels(self, samples: SampleSet, seeds: Sequence[int], block: range) -> np.ndarray:
-        """Returns the pixels (len(seeds), C, H, W) of some seeds of a block: those that were kept, or drawn again."""
+    def pixels(self, samples: SampleSet, seeds: Sequence[int], block: range = range(0), folder: Location | None = None) -> np.ndarray:
+        """Returns the pixels (len(seeds), C, H, W) of some seeds: those of a block that a folder holds, or drawn again."""
         found: dict[int, np.ndarray] = {}
-        for part in parts_of(block, SEEDS_PER_PART):
+        for part in parts_of(block, SEEDS_PER_PART) if folder is not None else []:
             mine = [seed for seed in seeds if seed in part]
-            values = read_array(pixels_file(samples.folder, part)) if mine else None
+            values = read_array(pixels_file(folder, part)) if folder is not None and mine else None
             if values is not None:
                 found |= {seed: values[seed - part.start] for seed in mine}
         missing = sorted(set(seeds) - set(found))
@@ -178,7 +199,10 @@ class Bench:
 
     def reals(self, which: int, split: Split) -> Reals:
         """Returns a split of the dataset, measured by one extractor."""
-        return measure_reals(self.team, which, self.shards, self.manifest, split, self.context)
+        key = (which, split)
+        if key not in self._measured:
+            self._measured[key] = measure_reals(self.team, which, self.shards, self.manifest, split, self.context)
+        return self._measured[key]
 
     def reference(self) -> "tuple[Reference, MetricUnit]":
         """Returns what the deciding number is measured against, and its unit for the configured samples.
@@ -192,6 +216,7 @@ class Bench:
             return train.reference, self._unit(identity, train)
         file = Location.of(self.config.reference)
         reference = read_reference(file)
+        _check_unit(file, reference, identity)
         if reference.mean.shape != train.reference.mean.shape:
             raise DataError(
                 f"evaluate.reference={file} has {len(reference.mean)} features, and {identity.name} has {len(train.reference.mean)}; "
@@ -245,8 +270,16 @@ class Bench:
             first_seed=self.config.first_seed,
             sampler=self.config.recipe.describe(),
             steps=self.config.steps,
-            weights="elected" if self.config.election_samples else "ema",
+            weights=self.policy,
         )
+
+
+def _check_unit(file: Location, reference: "Reference", identity: Identity) -> None:
+    """Checks that a file of statistics which says what it is of is of the features that decide."""
+    said = json.loads(reference.unit or "{}")
+    for part, found in (("extractor", identity.name), ("extractor_digest", identity.digest)):
+        if said.get(part, found) != found:
+            raise DataError(f"evaluate.reference={file} is of {part} {said[part]}, and {found} decides; name a file of {identity.name}")
 
 
 @contextmanager

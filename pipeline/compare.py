@@ -49,13 +49,12 @@ class Result(BaseModel):
 
     @property
     def verdict(self) -> str:
-        """What the test says, in a word or two."""
+        """What the interval of 95 % says, in a word or two."""
         if self.against_first is None:
             return ""
         test = self.against_first
-        if test.upper < 0:
-            return "better"
-        return "worse" if test.difference - 1.645 * test.standard_error > 0 else "no difference beyond chance"
+        reach = 1.96 * test.standard_error
+        return "better" if test.difference + reach < 0 else "worse" if test.difference - reach > 0 else "no difference beyond chance"
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def compare(entrants: Sequence[Entrant], recipes: Sequence[Recipe], config: Eval
     with open_bench(config, shards, context) as bench:
         bench.reference()
         results = [result for recipe in recipes for result in _by_recipe(bench, entrants, recipe)]
-        pixels = tuple(bench.pixels(_samples(bench, entrant, recipes[0]), range(GRID_IMAGES), range(0)) for entrant in entrants)
+        pixels = tuple(bench.pixels(_samples(bench, entrant, recipes[0]), range(GRID_IMAGES)) for entrant in entrants)
         floor = measure_floor(bench.reals(0, "train"), bench.holdout(0), config.num_samples)
     return Comparison(tuple(results), pixels, None if floor is None else floor.value)
 

@@ -63,6 +63,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"evaluate.{error}") from error
         if self.evaluate.guidance != 1 and not self.model.conditional:
             raise ValueError(f"evaluate.guidance={self.evaluate.guidance} needs a conditional model; use 1, or model.conditional=true")
+        if self.evaluate.guidance != 1 and self.train.label_dropout == 0:
+            raise ValueError(f"evaluate.guidance={self.evaluate.guidance} needs labels that are left out at times; use 1, or train.label_dropout=0.1")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

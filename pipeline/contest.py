@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import Contest, Evaluation, PairedTest, ShardSet
 from pipeline.bench import EvaluateConfig, open_bench
@@ -10,6 +11,8 @@ from pipeline.context import StageContext
 from pipeline.draw import Identity
 from pipeline.measure import Sampled, paired_test
 from pipeline.reals import read_reference, reference_file
+
+FRESH_SEEDS = 2**61
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,18 @@ def contest(
 
         test = test or test_on(config.seeds)
         better = test.upper < -min_gain
-        fresh = range(config.seeds.stop, config.seeds.stop + config.num_samples)
+        fresh = _fresh_seeds(ours.folder.name, config.num_samples)
         return Contest(champion_version=version, test=test, confirmation=test_on(fresh) if better else None)
+
+
+def _fresh_seeds(key: str, count: int) -> range:
+    """Returns a block of seeds of a candidate's own, so that no challenger is confirmed on seeds that another was chosen by.
+
+    Args:
+        key: hexadecimal name of its samples.
+    """
+    first = FRESH_SEEDS + int(key[:8], 16) * 2**28
+    return range(first, first + count)
 
 
 def _kept_test(config: EvaluateConfig, evaluation: Evaluation, champion: Contender, context: StageContext) -> PairedTest | None:
@@ -64,4 +77,7 @@ def _kept_test(config: EvaluateConfig, evaluation: Evaluation, champion: Contend
     sampled = [Sampled(Location.of(folder), identity, config.seeds) for folder in (evaluation.samples, champion.samples)]
     if not file.is_file() or not all(each.is_there() for each in sampled):
         return None
-    return paired_test(sampled[0], sampled[1], read_reference(file))
+    try:
+        return paired_test(sampled[0], sampled[1], read_reference(file))
+    except DataError:
+        return None

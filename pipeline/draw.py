@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from components.metrics.features import Extractor
     from components.model.checkpoint import Denoiser
 
+SAMPLES_VERSION = 1
+"""Part of every address of samples: raise it when the same model, recipe and seed give other pixels than before."""
 SEEDS_PER_PART = 256
 ROWS_PER_PART = 2048
 EXTRACT_BATCH = 64
@@ -48,11 +50,14 @@ class Identity:
         return f"{self.name}-{self.digest[:16]}"
 
 
+Kind = Literal["inception", "classifier", "dct8", "dinov2"]
+
+
 @dataclass(frozen=True)
 class ExtractorChoice:
     """Which extractor an actor builds: its kind, and the address of the file or folder of its weights."""
 
-    kind: Literal["inception", "classifier", "dct8", "dinov2"]
+    kind: Kind
     address: str = ""
 
     def build(self, device: str) -> "Extractor":
@@ -101,9 +106,9 @@ class SampleSet:
         return np.asarray([np.searchsorted(ends, stream(Purpose.SAMPLE_LABEL, seed).integers(ends[-1]), side="right") for seed in seeds], np.int64)
 
 
-def pixels_file(samples: Location, seeds: range) -> Location:
-    """Returns where the pixels of a part of a folder of samples lie, while they are needed."""
-    return samples / "pixels" / f"{_span(seeds)}.npy"
+def pixels_file(folder: Location, seeds: range) -> Location:
+    """Returns where the pixels of a part lie, while an evaluation needs them."""
+    return folder / f"{_span(seeds)}.npy"
 
 
 def checksum_file(samples: Location, seeds: range) -> Location:
@@ -157,6 +162,11 @@ def read_array(file: Location) -> np.ndarray | None:
         return None
 
 
+def is_kept(file: Location) -> bool:
+    """Tells whether an array was kept; on a file system, where reading is cheap, also whether it is whole."""
+    return read_array(file) is not None if file.is_local else file.is_file()
+
+
 def write_array(file: Location, values: np.ndarray) -> None:
     """Keeps an array, atomically."""
     content = io.BytesIO()
@@ -181,21 +191,23 @@ class Sampler:
         """Returns what every extractor is."""
         return [Identity(extractor.name, extractor.digest, extractor.preprocessing) for extractor in self._extractors]
 
-    def part(self, samples: SampleSet, seeds: range, batch_size: int, pixels: Literal["drop", "keep", "need"]) -> tuple[str, int]:
+    def part(self, samples: SampleSet, seeds: range, batch_size: int, pixels: Location | None = None, need: bool = False) -> tuple[str, int]:
         """Draws and measures one part of the seeds, as far as that is not done; returns the SHA-256 of its pixels, and how many images it drew.
 
         Args:
-            pixels: `keep` those that are drawn, or `need` all of them, drawn again if they are gone.
+            pixels: folder where those that are drawn stay, by default none do.
+            need: all must be there, and are drawn again if they are gone.
         """
-        missing = [which for which, identity in enumerate(self.identities()) if read_array(features_file(samples.folder, identity, seeds)) is None]
+        missing = [which for which, identity in enumerate(self.identities()) if not is_kept(features_file(samples.folder, identity, seeds))]
+        held = None if pixels is None else pixels_file(pixels, seeds)
         sha256 = _read_checksum(checksum_file(samples.folder, seeds))
-        if sha256 is not None and not missing and (pixels != "need" or pixels_file(samples.folder, seeds).is_file()):
+        if sha256 is not None and not missing and (held is None or not need or is_kept(held)):
             return sha256, 0
-        images, drawn = read_array(pixels_file(samples.folder, seeds)), 0
+        images, drawn = None if held is None else read_array(held), 0
         if images is None:
             images, drawn = self.draw(samples, seeds, batch_size), len(seeds)
-            if pixels != "drop":
-                write_array(pixels_file(samples.folder, seeds), images)
+            if held is not None:
+                write_array(held, images)
         for which in missing:
             self._measure(which, images, samples, seeds)
         sha256 = hashlib.sha256(images.tobytes()).hexdigest()
@@ -212,8 +224,10 @@ class Sampler:
     def real_part(self, which: int, real: RealSet, rows: range) -> int:
         """Measures some rows of a dataset by one extractor, unless that is done; returns their number."""
         file = real.features_file(self.identities()[which], rows)
-        if read_array(file) is None:
-            write_array(file, extracted(self._extractors[which], self._reader(real).pixels(np.arange(rows.start, rows.stop)))[0])
+        if not is_kept(file):
+            reader, extractor = self._reader(real), self._extractors[which]
+            batches = [np.arange(first, min(first + EXTRACT_BATCH, rows.stop)) for first in range(rows.start, rows.stop, EXTRACT_BATCH)]
+            write_array(file, np.concatenate([extracted(extractor, reader.pixels(batch))[0] for batch in batches]))
         return len(rows)
 
     def draw(self, samples: SampleSet, seeds: Sequence[int], batch_size: int) -> np.ndarray:
@@ -335,15 +349,26 @@ def sample_set(storage: Location, checkpoint: Location, weights: str, recipe: "R
     Raises:
         DataError: if the folder is no checkpoint, or lacks the average.
     """
+    from components.model.checkpoint import manifest_of
+
+    decides = [SAMPLES_VERSION, manifest_of(checkpoint)["denoiser.json"][1], checksum_of(checkpoint, weights), asdict(recipe), label_counts]
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
+    return SampleSet(storage / "samples" / key, str(checkpoint), weights, recipe, label_counts)
+
+
+def checksum_of(checkpoint: Location, weights: str) -> str:
+    """Returns the SHA-256 of one of a checkpoint's averages.
+
+    Raises:
+        DataError: if the folder is no checkpoint, or lacks the average.
+    """
     from components.errors import DataError
     from components.model.checkpoint import manifest_of
 
     files = manifest_of(checkpoint)
     if f"{weights}.safetensors" not in files:
         raise DataError(f"{checkpoint} has no average {weights}; it holds {', '.join(sorted(files))}")
-    decides = [files["denoiser.json"][1], files[f"{weights}.safetensors"][1], asdict(recipe), label_counts]
-    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
-    return SampleSet(storage / "samples" / key, str(checkpoint), weights, recipe, label_counts)
+    return files[f"{weights}.safetensors"][1]
 
 
 def read_parts(files: Iterator[Location]) -> Iterator[np.ndarray]:

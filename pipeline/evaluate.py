@@ -1,18 +1,22 @@
 """A checkpoint in, samples and what they score out: Ray actors draw and measure, each image from its own seed."""
 
+import hashlib
 import time
+from dataclasses import replace
 
+from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, ShardSet, Standing, TrainedModel
 from pipeline.bench import Bench, EvaluateConfig, open_bench
 from pipeline.context import StageContext
-from pipeline.draw import SEEDS_PER_PART, SampleSet, parts_of, pixels_file
+from pipeline.draw import SampleSet, checksum_of
 from pipeline.keep import keep_samples
 from pipeline.measure import Sampled, measure_distance
 from pipeline.pictures import draw_pictures, write_page
 from pipeline.tracking import Tracking
 
 ELECTION_SEEDS = 2**62
+PUBLISHED = ".published-"
 
 
 def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, context: StageContext) -> Evaluation:
@@ -21,23 +25,27 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
     Raises:
         DataError: if the checkpoint, the dataset, or a file of weights or statistics is not whole.
     """
-    with open_bench(config, shards, context) as bench:
-        samples, election = _elect(bench, model)
-        drawn = bench.draw(samples, config.seeds, "need" if config.keep_samples else "keep")
+    with open_bench(config, shards, context) as opened:
+        opened.reference()
+        samples, election = _elect(opened, model)
+        bench = replace(opened, policy="elected") if election else opened
+        pixels = context.folder / "pixels"
+        drawn = bench.draw(samples, config.seeds, pixels, need=config.keep_samples)
         with context.reporter.waiting("comparing samples with real images"):
             numbers = bench.measure(samples)
-        pictures = draw_pictures(bench, samples, numbers, model)
+        pictures = draw_pictures(bench, samples, numbers, model, pixels)
     for warning in numbers.warnings:
         context.reporter.line(f"  [yellow]warning[/] {warning}")
-    kept = _keep(bench, samples) if config.keep_samples else None
-    for part in parts_of(config.seeds, SEEDS_PER_PART):
-        pixels_file(samples.folder, part).remove()
+    kept = _keep(bench, samples, pixels) if config.keep_samples else None
+    pixels.remove_tree()
     evaluation = Evaluation(
         inputs=context.inputs,
         folder=str(context.folder),
         settings=config.model_dump(mode="json"),
         checkpoint=samples.checkpoint,
         weights=samples.weights,
+        weights_sha256=checksum_of(Location.of(samples.checkpoint), samples.weights),
+        step=_step_of(Location.of(samples.checkpoint)),
         election=election,
         metric=numbers.frechet[0],
         jackknifed=numbers.jackknifed,
@@ -63,11 +71,45 @@ def _step_of(checkpoint: Location) -> int:
     return int(checkpoint.name.removeprefix("step_").partition("-")[0])
 
 
-def _keep(bench: Bench, samples: SampleSet) -> str:
+def _keep(bench: Bench, samples: SampleSet, pixels: Location) -> str:
     from components.model.checkpoint import read_spec
 
     names = read_spec(Location.of(samples.checkpoint)).label_names
-    return str(keep_samples(bench.context.storage, samples, bench.config.seeds, bench.manifest.recipe, list(names)))
+    return str(keep_samples(bench.context.storage, samples, pixels, bench.config.seeds, bench.manifest.recipe, list(names)))
+
+
+def decided_by(config: EvaluateConfig, model: TrainedModel) -> list[str]:
+    """Returns what decides an evaluation besides settings, main average and dataset: contents of files, and all that stands for election."""
+    from components.metrics.dino import CONFIG, WEIGHTS
+
+    folder = None if config.dinov2_weights is None else Location.of(config.dinov2_weights)
+    files = [Location.of(path) for path in (config.reference, config.inception_weights) if path] + ([folder / CONFIG, folder / WEIGHTS] if folder else [])
+    contents = [_sha256(file) for file in files]
+    standing = _standing(model) if config.election_samples else []
+    return contents + [checksum_of(checkpoint, weights) for checkpoint, weights in standing]
+
+
+def _sha256(file: Location) -> str:
+    with file.open() as opened:
+        state = hashlib.sha256()
+        while block := opened.read(1 << 20):
+            state.update(block)
+        return state.hexdigest()
+
+
+def _standing(model: TrainedModel) -> list[tuple[Location, str]]:
+    """Returns every average of every whole checkpoint that was kept, the newest first."""
+    from components.model.checkpoint import averages_in, checkpoints, is_complete
+
+    folders = [folder for folder in checkpoints(Location.of(model.folder)) if is_complete(folder)]
+    return [(folder, weights) for folder in folders for weights in averages_in(folder)]
+
+
+def forget(folder: Location) -> None:
+    """Makes the next `publish` log everything again, because it was asked for by --from."""
+    for name in folder.files():
+        if name.startswith(PUBLISHED):
+            (folder / name).remove()
 
 
 def _elect(bench: Bench, model: TrainedModel) -> tuple[SampleSet, tuple[Standing, ...]]:
@@ -75,17 +117,13 @@ def _elect(bench: Bench, model: TrainedModel) -> tuple[SampleSet, tuple[Standing
 
     Candidates are compared on seeds of their own, so that the winner's number is not the luckiest of several.
     """
-    from components.model.checkpoint import averages_in, checkpoints, is_complete
-
-    last = Location.of(model.path)
-    count = bench.config.election_samples
-    folders = [folder for folder in checkpoints(Location.of(model.folder)) if is_complete(folder)] if count else []
-    standing = [(folder, weights) for folder in folders for weights in averages_in(folder)]
+    last, count = Location.of(model.path), bench.config.election_samples
+    standing = _standing(model) if count else []
     if len(standing) < 2:
         return bench.samples_of(last, "ema"), ()
     reference, unit = bench.reference()
     seeds = range(ELECTION_SEEDS, ELECTION_SEEDS + count)
-    unit = unit.model_copy(update={"num_samples": count, "first_seed": ELECTION_SEEDS})
+    unit = unit.model_copy(update={"num_samples": count, "first_seed": ELECTION_SEEDS, "weights": "elected"})
     found = []
     for folder, weights in standing:
         samples = bench.samples_of(folder, weights)
@@ -101,7 +139,7 @@ def _elect(bench: Bench, model: TrainedModel) -> tuple[SampleSet, tuple[Standing
 def publish(evaluation: Evaluation, model: TrainedModel, tracking: Tracking, run_id: str) -> None:
     """Logs an evaluation's numbers and pictures to the run of its model; once for each run, however often it is called."""
     folder = Location.of(evaluation.folder)
-    marker = folder / f".published-{run_id}"
+    marker = folder / f"{PUBLISHED}{run_id}"
     if marker.is_file():
         return
     values = {f"eval/{metric.name}": metric.value for metric in (evaluation.metric, *evaluation.guards, *evaluation.scores)}
@@ -118,5 +156,11 @@ def publish(evaluation: Evaluation, model: TrainedModel, tracking: Tracking, run
 
 
 def is_intact(receipt: Evaluation) -> bool:
-    """Tells whether the pictures that a receipt describes are still there."""
-    return all(Location.of(address).is_file() for address in (receipt.grid, receipt.animation, receipt.loss_curve, receipt.report))
+    """Tells whether the checkpoint and the pictures that a receipt describes are still there."""
+    try:
+        checksum = checksum_of(Location.of(receipt.checkpoint), receipt.weights)
+    except (DataError, OSError):
+        return False
+    return checksum == receipt.weights_sha256 and all(
+        Location.of(address).is_file() for address in (receipt.grid, receipt.animation, receipt.loss_curve, receipt.report)
+    )

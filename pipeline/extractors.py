@@ -13,7 +13,7 @@ from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
-from pipeline.draw import ExtractorChoice
+from pipeline.draw import ExtractorChoice, Kind
 from pipeline.lease import held
 from pipeline.reals import read_reference
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.bench import EvaluateConfig
 
 MIN_CLASSES = 2
-CLASSIFIER_ROWS = 100_000
+CLASSIFIER_ROWS, CLASSIFIER_BYTES = 100_000, 2 << 30
 
 
 def check_files(config: "EvaluateConfig") -> None:
@@ -33,11 +33,15 @@ def check_files(config: "EvaluateConfig") -> None:
     if config.inception_weights is not None:
         from components.metrics.features import check_inception_weights
 
-        check_inception_weights(Path(config.inception_weights).expanduser())
+        weights = Location.of(config.inception_weights)
+        if weights.is_local:
+            check_inception_weights(weights.path)
+        elif not weights.is_file():
+            raise DataError(f"evaluate.inception_weights={weights} does not exist; name torch-fidelity's weights file")
     if config.dinov2_weights is not None:
         from components.metrics.dino import check_dino
 
-        check_dino(Path(config.dinov2_weights).expanduser())
+        check_dino(Location.of(config.dinov2_weights))
     if config.reference is not None:
         read_reference(Location.of(config.reference))
 
@@ -54,13 +58,34 @@ def check_extractor(config: "EvaluateConfig", shards: ShardSet, storage: Locatio
         raise DataError("evaluate.extractor=dinov2 needs evaluate.dinov2_weights; name a folder with config.json and model.safetensors")
     if config.extractor == "inception":
         _inception(config, storage)
+    if config.reference is not None:
+        _check_reference(config, shards)
+
+
+def _check_reference(config: "EvaluateConfig", shards: ShardSet) -> None:
+    """Checks that a file of statistics has as many features as those that decide."""
+    import numpy as np
+
+    from components.metrics import classifier, dino, features
+
+    kind = deciding_kind(config, shards)
+    numbers = {"inception": features.INCEPTION_FEATURES, "classifier": classifier.FEATURES, "dct8": features.dct_features(shards.channels, shards.image_size)}
+    needed = dino.num_features(Location.of(str(config.dinov2_weights))) if kind == "dinov2" else numbers[kind]
+    found = len(np.asarray(read_reference(Location.of(str(config.reference))).mean))
+    if found != needed:
+        raise DataError(f"evaluate.reference={config.reference} has {found} features, and {kind} has {needed}; name a file of {kind} features")
+
+
+def deciding_kind(config: "EvaluateConfig", shards: ShardSet) -> Kind:
+    """Returns which features decide."""
+    if config.extractor != "auto":
+        return config.extractor
+    return "inception" if config.inception_weights else "classifier" if shards.num_labels >= MIN_CLASSES else "dct8"
 
 
 def choose_extractors(config: "EvaluateConfig", shards: ShardSet, context: StageContext, placement: Placement) -> list[ExtractorChoice]:
     """Returns the deciding extractor, and behind it those that are guards: dct8 always, DINOv2 where its weights are named."""
-    kind = config.extractor
-    if kind == "auto":
-        kind = "inception" if config.inception_weights else "classifier" if shards.num_labels >= MIN_CLASSES else "dct8"
+    kind = deciding_kind(config, shards)
     dino = [ExtractorChoice("dinov2", str(Location.of(config.dinov2_weights)))] if config.dinov2_weights else []
     dct8 = [ExtractorChoice("dct8")]
     if kind == "classifier":
@@ -101,12 +126,17 @@ def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -
     what = "training the classifier whose features measure the samples, once for this dataset"
     with context.reporter.waiting(what), held(context.storage / "locks" / f"classifier-{name}", wait=True):
         if not (folder / RECORD).is_file():
-            ray.get(ray.remote(num_cpus=1)(make_classifier).remote(shards.path, str(folder), threads))
+            try:
+                ray.get(ray.remote(num_cpus=1)(make_classifier).remote(shards.path, str(folder), threads))
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, DataError):
+                    raise error.cause from error
+                raise
     return folder
 
 
 def make_classifier(dataset: str, folder: str, threads: int) -> None:
-    """Trains the classifier of a dataset, up to CLASSIFIER_ROWS of its labelled rows, and moves it into place."""
+    """Trains the classifier of a dataset, up to CLASSIFIER_ROWS and CLASSIFIER_BYTES of its labelled rows, and moves it into place."""
     import torch
 
     from components.data.shards import read_rows
@@ -119,7 +149,8 @@ def make_classifier(dataset: str, folder: str, threads: int) -> None:
     rows = read_rows(source, manifest, ["label", "split"])
     labels = [label for label, split in zip(rows["label"].to_pylist(), rows["split"].to_pylist(), strict=True) if split == "train"]
     labelled = np.flatnonzero([label is not None for label in labels])
-    labelled = labelled[:: -(-len(labelled) // CLASSIFIER_ROWS)]  # spread over all labels, by which rows are sorted
+    most = min(CLASSIFIER_ROWS, max(MIN_CLASSES, CLASSIFIER_BYTES // manifest.row_bytes))
+    labelled = labelled[:: -(-len(labelled) // most)]  # spread over all labels, by which rows are sorted
     classes = np.asarray([numbers[labels[row]] for row in labelled], np.int64)
     with tempfile.TemporaryDirectory(prefix="ddpm-classifier-") as staging:
         train_classifier(RowReader(source, manifest).pixels(labelled), classes, Path(staging) / "made")

@@ -25,10 +25,11 @@ from pipeline.draw import SEEDS_PER_PART, SampleSet, parts_of, pixels_file, read
 SHARD_BYTES = 16 << 20
 
 
-def keep_samples(storage: Location, samples: SampleSet, seeds: range, recipe: PixelRecipe, label_names: list[str]) -> Location:
+def keep_samples(storage: Location, samples: SampleSet, pixels_folder: Location, seeds: range, recipe: PixelRecipe, label_names: list[str]) -> Location:
     """Writes the pixels of a block of seeds as a dataset and returns its folder; the same samples give the same bytes.
 
     Args:
+        pixels_folder: where the pixels of all parts lie.
         recipe: shape and mode of the images.
         label_names: of the classes, empty for a model without labels.
     """
@@ -39,7 +40,7 @@ def keep_samples(storage: Location, samples: SampleSet, seeds: range, recipe: Pi
     tables: list[pa.Table] = []
     for first in range(0, len(parts), per_shard):
         group = parts[first : first + per_shard]
-        pixels = np.concatenate(list(read_parts(pixels_file(samples.folder, part) for part in group)))
+        pixels = np.concatenate(list(read_parts(pixels_file(pixels_folder, part) for part in group)))
         table = _shard_table(samples, range(group[0].start, group[-1].stop), pixels, recipe, label_names)
         shards.append(write_shard(folder / SHARDS, table, recipe, "train"))
         tables.append(_rows(table, len(shards) - 1))

@@ -125,6 +125,7 @@ def measure_scores(sampled: Sampled, reals: Reals, unit: MetricUnit) -> list[Met
     if min(len(fake), len(real)) < FEWEST_COMPARED:
         return []
     kernel, found = kernel_distance(fake, real), neighbourhoods(fake, real)
+    unit = unit.model_copy(update={"num_samples": len(fake), "reference_count": len(real)})
     return [
         Metric(kind="kernel", value=kernel.mean, spread=kernel.standard_deviation, unit=unit),
         Metric(kind="precision", value=found.precision, unit=unit),

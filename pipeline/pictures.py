@@ -48,8 +48,12 @@ class Pictures:
         return str(self.folder / FILES[name])
 
 
-def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: TrainedModel) -> Pictures:
-    """Draws what the page shows and writes it to the stage's folder."""
+def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: TrainedModel, pixels: Location) -> Pictures:
+    """Draws what the page shows and writes it to the stage's folder.
+
+    Args:
+        pixels: folder with the pixels of samples, as far as they were drawn.
+    """
     team, folder = bench.team, bench.context.folder
     frames = team.first("animation", samples, list(ANIMATION_SEEDS), ANIMATION_FRAMES)
     images = team.first("draw", samples, list(GRID_SEEDS), bench.config.batch_size)
@@ -62,7 +66,7 @@ def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: Tra
         interpolation_sheet(between, PAIRS, "Spherical interpolation of the starting noise, each image from the same network.").save(paths["interpolation"])
         save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines])
         _draw_timesteps(bench, samples, paths["timesteps"])
-        _draw_copies(bench, samples, numbers, paths["copies"])
+        _draw_copies(bench, samples, numbers, paths["copies"], pixels)
         folder.upload(Path(staging))
         return Pictures(folder, {name: path.read_bytes() for name, path in paths.items() if path.is_file()})
 
@@ -82,14 +86,14 @@ def _draw_timesteps(bench: Bench, samples: SampleSet, path: Path) -> None:
     save_timestep_losses(path, timesteps, curves)
 
 
-def _draw_copies(bench: Bench, samples: SampleSet, numbers: Numbers, path: Path) -> None:
+def _draw_copies(bench: Bench, samples: SampleSet, numbers: Numbers, path: Path, pixels: Location) -> None:
     """Draws the samples that are nearest to a training image, beside it."""
     if numbers.copies is None:
         return
     verdict, found = numbers.copies
     pairs = found[:MOST_PAIRS]
     seeds = [bench.config.first_seed + pair.sample for pair in pairs]
-    ours = bench.pixels(samples, seeds, bench.config.seeds)
+    ours = bench.pixels(samples, seeds, bench.config.seeds, pixels)
     theirs = RowReader(Location.of(bench.shards.path), bench.manifest).pixels(np.asarray([pair.training_row for pair in pairs]))
     closest_pairs(ours, theirs, [pair.distance for pair in pairs], verdict.threshold).save(path)
 
@@ -99,7 +103,7 @@ def write_page(evaluation: Evaluation, model: TrainedModel, shards: ShardSet, pi
     metric = evaluation.metric
     report = Report(
         title=f"{Location.of(evaluation.folder).parent.parent.name}: evaluation",
-        subtitle=f"{model.steps:,} steps on {shards.num_train:,} images of {shards.source}; {metric.unit.num_samples:,} samples by {metric.unit.sampler}",
+        subtitle=f"{evaluation.step:,} steps on {shards.num_train:,} images of {shards.source}; {metric.unit.num_samples:,} samples by {metric.unit.sampler}",
         verdict=_verdict(evaluation),
         warnings=evaluation.warnings,
         numbers=[_deciding(evaluation), *map(as_number, (*evaluation.guards, *evaluation.scores))],
@@ -108,7 +112,7 @@ def write_page(evaluation: Evaluation, model: TrainedModel, shards: ShardSet, pi
             "dataset": shards.digest,
             "config": model.config_digest,
             "checkpoint": f"{Location.of(evaluation.checkpoint).name}, {evaluation.weights}",
-            "weights SHA-256": model.weights_sha256,
+            "weights SHA-256": evaluation.weights_sha256,
             "samples SHA-256": evaluation.samples_sha256,
             "commit": git_commit(),
         },

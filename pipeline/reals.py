@@ -12,6 +12,7 @@ from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
 from pipeline.draw import ROWS_PER_PART, Identity, RealSet, parts_of, read_parts
+from pipeline.lease import alone
 from pipeline.team import Team
 
 if TYPE_CHECKING:
@@ -87,7 +88,11 @@ def measure_reals(team: Team, which: int, shards: ShardSet, manifest: Manifest, 
     with context.reporter.progress(f"measure {split} by {identity.name}", num_rows, "images") as advance:
         for rows in team.map("real_part", ((which, real, part) for part in needed)):
             advance(rows)
-    if reference is None:
+    if reference is not None:
+        return Reals(real, identity, num_rows, reference)
+    with alone(context.storage / "locks" / f"features-{cached.name}", context.reporter, f"measures {split} images by {identity.name}"):
+        if cached.is_file():
+            return Reals(real, identity, num_rows, read_reference(cached))
         unit = {"dataset": manifest.digest, "split": split, "extractor": identity.name, "extractor_digest": identity.digest}
         reference = _make_reference(real, identity, parts, json.dumps(unit, sort_keys=True))
         reference.save(cached)

@@ -20,7 +20,7 @@ from components.storage import Location
 from pipeline.artifacts import Contest, Evaluation, Memorisation, Metric, MetricUnit, PairedTest, Registration, ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
-from pipeline.lease import held
+from pipeline.lease import alone
 from pipeline.tracking import Tracking, as_tags, git_commit, public_uri, translated
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Champion:
     samples: str | None = None
 
 
-Ask = Callable[[Champion], Contest]
+Ask = Callable[[Champion], Contest | str]
 
 
 def unlike_parts(one: MetricUnit, other: MetricUnit) -> list[str]:
@@ -74,17 +74,24 @@ def unlike_parts(one: MetricUnit, other: MetricUnit) -> list[str]:
     return [f"{part} {first[part]} against {second[part]}" for part in first if first[part] != second[part]]
 
 
-def decide(candidate: Metric, champion: Champion | None, contest: Contest | None, min_gain: float) -> Decision:
+def decide(candidate: Metric, champion: Champion | None, contest: Contest | str | None, min_gain: float, *, copies: bool = False) -> Decision:
     """Promotes a first version, and one that is better by more than chance and `min_gain`, twice; numbers of unlike units are never compared.
 
     Better means: the difference to the champion on the same seeds plus 1.645 of its standard errors is below -min_gain (one-sided, 95 %),
-    and so it is on fresh seeds.
+    and so it is on fresh seeds. A candidate that copies training images takes no champion's place.
+
+    Args:
+        contest: the test, or why there is none.
     """
     if champion is None:
         return Decision(True, f"first version: {candidate.name} is {candidate.value:.4g}, and there was no champion")
     refused = why_not_compared(candidate, champion)
-    if refused or contest is None:
-        return Decision(False, f"kept: {refused or f'champion v{champion.version} could not be measured beside it'}")
+    if refused:
+        return Decision(False, f"kept: {refused}")
+    if copies:
+        return Decision(False, f"kept: the candidate copies training images; champion v{champion.version} stays")
+    if contest is None or isinstance(contest, str):
+        return Decision(False, f"kept: champion v{champion.version} could not be measured beside it{f': {contest}' if contest else ''}")
     numbers = f"{candidate.name} is {contest.test.candidate:.4g}, champion v{champion.version} has {contest.test.champion:.4g} on the same seeds"
     wanted = f"below {-min_gain:g}" if min_gain else "below 0"
     first = f"difference {_interval(contest.test)}"
@@ -105,7 +112,7 @@ def why_not_compared(candidate: Metric, champion: Champion) -> str:
 
 
 def _interval(test: PairedTest) -> str:
-    return f"{test.difference:+.4g} ± {1.645 * test.standard_error:.2g}"
+    return f"{test.difference:+.4g} ± {1.645 * test.standard_error:.2g} (90 %)"
 
 
 def register(
@@ -131,7 +138,9 @@ def register(
             decision, previous, contest = Decision(True, made.tags["ddpm.decision"]), None, None
         else:
             contest = ask(champion) if champion is not None and not why_not_compared(evaluation.metric, champion) else None
-            decision = decide(evaluation.metric, champion, contest, config.min_gain)
+            decision = decide(
+                evaluation.metric, champion, contest, config.min_gain, copies=evaluation.memorisation is not None and evaluation.memorisation.copies
+            )
             previous = champion.version if champion else None
             _carry_out(decision, number, shards, model, evaluation, config.model_name, tracking, run_id)
     return Registration(
@@ -145,14 +154,15 @@ def register(
         decision=decision.reason,
         previous_champion=previous,
         metric=evaluation.metric,
-        contest=contest,
+        contest=contest if isinstance(contest, Contest) else None,
     )
 
 
 @contextmanager
 def _one_at_a_time(context: StageContext, name: str) -> Iterator[None]:
     """Lets the processes that share a storage root decide one after the other, never both against the same champion."""
-    with held(context.storage / "locks" / f"model-{hashlib.sha256(name.encode()).hexdigest()[:16]}", wait=True):
+    lock = context.storage / "locks" / f"model-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    with alone(lock, context.reporter, f"decides about the champion of {name}"):
         yield
 
 
@@ -226,7 +236,7 @@ def _log_model(name: str, model: TrainedModel, evaluation: Evaluation, run_id: s
                     f"{package}=={installed_version(package).partition('+')[0]}" for package in ("mlflow", "torch", "numpy", "pillow", "pydantic")
                 ],
                 signature=_signature(),
-                step=model.steps,
+                step=evaluation.step,
                 model_type="image-generator",
             )
     return str(logged.model_id)
@@ -267,7 +277,7 @@ def _version_tags(shards: ShardSet, model: TrainedModel, evaluation: Evaluation,
             "dataset.digest": shards.digest,
             "dataset.source": shards.source,
             "config.digest": model.config_digest,
-            "weights.sha256": _weights_sha256(evaluation),
+            "weights.sha256": evaluation.weights_sha256,
             "weights.average": evaluation.weights,
             "weights.checkpoint": evaluation.checkpoint,
             "weights.election": "; ".join(f"{standing.step} {standing.weights} {standing.metric.value:.6g}" for standing in evaluation.election) or "none",
@@ -308,7 +318,7 @@ def describe(decision: Decision, number: int, shards: ShardSet, model: TrainedMo
 {guards}{real}{memory}| samples | {unit.num_samples}, {unit.sampler}, seeds from {unit.first_seed} |
 | reference | dataset {unit.reference_digest}, {unit.reference_count} images |
 | data | {shards.source}: {shards.num_rows} images of {shards.image_size}x{shards.image_size}x{shards.channels}, {shards.num_quarantined} quarantined |
-| training | {model.steps} steps, loss {model.loss:.4g}, {model.parameters / 1e6:.2f} M parameters, {model.precision} |
+| training | {evaluation.step} steps, loss {model.loss:.4g}, {model.parameters / 1e6:.2f} M parameters, {model.precision} |
 | hardware | {model.num_workers} x {model.device}, {model.images_per_second:.0f} images/s |
 | config | {model.config_digest} |
 
@@ -323,12 +333,6 @@ images = mlflow.pyfunc.load_model("models:/{name}/{number}").predict({{"num_imag
 def _memory(copies: Memorisation) -> str:
     verdict = "copies found" if copies.copies else "no copies found"
     return f"{verdict}: copy rate {copies.copy_rate:.2%}, about {copies.expected:.0%} expected"
-
-
-def _weights_sha256(evaluation: Evaluation) -> str:
-    from components.model.checkpoint import manifest_of
-
-    return manifest_of(Location.of(evaluation.checkpoint))[f"{evaluation.weights}.safetensors"][1]
 
 
 def fetch_checkpoint(tracking: Tracking, model: str, storage: Location) -> Location:

@@ -16,6 +16,7 @@ from cluster.connect import disconnect
 from components.data.copies import Copies
 from components.data.shards import read_manifest
 from components.data.summary import dataset_sheet, quarantine_by_reason
+from components.errors import DataError
 from components.storage import Location
 from pipeline import evaluate as evaluate_stage
 from pipeline import preprocess as preprocess_stage
@@ -25,7 +26,7 @@ from pipeline.artifacts import STAGES, AnyReceipt, Contest, Evaluation, Receipt,
 from pipeline.config import RunConfig, config_digest, digest_of, flatten
 from pipeline.contest import Contender, contest
 from pipeline.context import Reporter, StageContext
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RegistryError
 from pipeline.extractors import check_extractor, check_files
 from pipeline.follow import Delivery, forget_deliveries
 from pipeline.lease import HeldError, alone, held
@@ -134,8 +135,8 @@ def run(
                 needed = {
                     "data.source": config.data.source,
                     "data.root": config.data.root,
-                    "evaluate.inception_weights": config.evaluate.inception_weights,
-                    "evaluate.dinov2_weights": config.evaluate.dinov2_weights,
+                    "evaluate.inception_weights": _on_this_machine(config.evaluate.inception_weights),
+                    "evaluate.dinov2_weights": _on_this_machine(config.evaluate.dinov2_weights),
                 }
                 cluster = check_cluster(config.cluster, needed, storage, pipeline.reporter)
                 pipeline.config = config.model_copy(update={"cluster": cluster})
@@ -143,6 +144,12 @@ def run(
         finally:
             disconnect()
     return pipeline.reports
+
+
+def _on_this_machine(address: str | None) -> str | None:
+    """Returns a path written out, for other nodes to look at; nothing for an address on S3, which is the same everywhere."""
+    location = None if address is None else Location.of(address)
+    return str(location) if location is not None and location.is_local else None
 
 
 def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName) -> None:
@@ -205,10 +212,10 @@ def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked
     evaluation = pipeline.stage(
         "evaluate",
         Evaluation,
-        digest_of(model.weights_sha256, shards.digest, config),
+        digest_of(model.weights_sha256, shards.digest, config, evaluate_stage.decided_by(config, model)),
         evaluate_stage.is_intact,
         lambda context: evaluate_stage.evaluate(config, model, shards, context=context),
-        lambda context: None,
+        lambda context: evaluate_stage.forget(context.folder),
     )
     if not pipeline.reports["evaluate"].skipped:
         evaluate_stage.publish(evaluation, model, tracked.tracking, tracked.open())
@@ -224,10 +231,13 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
         evaluate_stage.publish(evaluation, model, tracking, run_id)
         measured = model.model_copy(update={"config_digest": config_digest(pipeline.config)})
 
-        def ask(champion: register_stage.Champion) -> Contest:
+        def ask(champion: register_stage.Champion) -> Contest | str:
             model_uri = f"models:/{config.model_name}/{champion.version}"
             contender = Contender(champion.samples or "", lambda: register_stage.fetch_checkpoint(tracking, model_uri, pipeline.storage))
-            return contest(pipeline.config.evaluate, evaluation, contender, shards, min_gain=config.min_gain, version=champion.version, context=context)
+            try:
+                return contest(pipeline.config.evaluate, evaluation, contender, shards, min_gain=config.min_gain, version=champion.version, context=context)
+            except (DataError, RegistryError) as error:
+                return str(error)
 
         return register_stage.register(config, shards, measured, evaluation, ask, context=context, tracking=tracking, run_id=run_id)
 

@@ -58,7 +58,9 @@ class Sampler(mlflow.pyfunc.PythonModel):
         images = importlib.import_module(f"{COMPONENTS}.data.images")
         model, parts = self._denoiser, []
         for first in range(0, len(seeds), BATCH_SIZE):
-            x_0 = sampling.sample(model.network, model.schedule, seeds[first : first + BATCH_SIZE], model.spec.shape, recipe, device=self._device)
+            mine = seeds[first : first + BATCH_SIZE]
+            labels = model.spec.labels_by_turns(mine)
+            x_0 = sampling.sample(model.network, model.schedule, mine, model.spec.shape, recipe, device=self._device, labels=labels)
             parts.append(images.to_pixels(x_0).cpu().numpy())
         return np.concatenate(parts)
 

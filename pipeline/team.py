@@ -11,6 +11,9 @@ from cluster.placement import Placement
 from components.errors import DataError
 from pipeline.draw import ExtractorChoice, Identity, Sampler
 
+MOST_DEATHS = 5
+"""Actors that one piece of work may take with it: a lost node takes one or two, an image that kills its process takes all."""
+
 
 @dataclass
 class _Call:
@@ -19,6 +22,7 @@ class _Call:
     number: int
     method: str
     arguments: tuple[Any, ...]
+    deaths: int = 0
 
 
 class Team:
@@ -103,15 +107,20 @@ class Team:
                 result = ray.get(reference)
             except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                 self._replace(actor, error)
-                ended += [(call, None, True)] if call else []
+                if call:
+                    call.deaths += 1
+                    if call.deaths >= MOST_DEATHS:
+                        raise ClusterError(f"sampling actors died {call.deaths} times of one piece of work: {_shortened(error)}") from error
+                    ended.append((call, None, True))
                 continue
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, DataError):
                     raise error.cause from error
                 raise
-            self._deaths = 0
             self._free.append(actor)
-            ended += [(call, result, False)] if call else []
+            if call:
+                self._deaths = 0
+                ended.append((call, result, False))
         return ended
 
     def _replace(self, actor: Any, error: Exception) -> None:
@@ -121,6 +130,10 @@ class Team:
         if (cause := re.search(r"DataError: (.*)", str(error))) is not None:
             raise DataError(cause.group(1)) from error
         if self._deaths > 3 * self._placement.num_samplers:
-            raise ClusterError(f"sampling actors died {self._deaths} times, the last time: {' '.join(str(error).split())[:300]}") from error
+            raise ClusterError(f"sampling actors died {self._deaths} times, the last time: {_shortened(error)}") from error
         ray.kill(actor)
         self._hire()
+
+
+def _shortened(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -355,13 +355,9 @@ def grid_pixels(trainer: Trainer) -> np.ndarray:
     trainer.unet.eval()
     try:
         recipe = replace(MONITORING, steps=min(MONITORING.steps, trainer.schedule.num_steps))
-        labels, null_label = _grid_labels(trainer.spec), trainer.spec.null_label
-        x_0 = sample(trainer.unet, trainer.schedule, GRID_SEEDS, trainer.spec.shape, recipe, device=trainer.device, labels=labels, null_label=null_label)
+        labels = trainer.spec.labels_by_turns(GRID_SEEDS)
+        x_0 = sample(trainer.unet, trainer.schedule, GRID_SEEDS, trainer.spec.shape, recipe, device=trainer.device, labels=labels)
     finally:
         trainer.unet.load_state_dict(training)
         trainer.unet.train()
     return to_pixels(x_0).cpu().numpy()
-
-
-def _grid_labels(spec: DenoiserSpec) -> torch.Tensor | None:
-    return torch.arange(len(GRID_SEEDS)) % len(spec.label_names) if spec.label_names else None

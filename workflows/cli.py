@@ -241,7 +241,7 @@ def compare_command(
 @app.command(rich_help_panel="Look")
 def reference(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's folder, or how its name or digest begins.")],
-    out: Annotated[Path, typer.Option(help="File to write: .npz with mu and sigma.")] = Path("stats.npz"),
+    out: Annotated[str, typer.Option(help="File to write, a path or s3://BUCKET/KEY: .npz with mu and sigma.")] = "stats.npz",
     split: Annotated[str, typer.Option(help="train or holdout.")] = "train",
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Such as evaluate.extractor=inception.")] = None,
     storage: Storage = "./storage",

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
@@ -78,7 +80,7 @@ def compare_models(wanted: Wanted) -> tuple[Comparison, Path]:
     """
     storage = check_storage(wanted.storage)
     tracking = connect(storage, create=False) if any(model.startswith("models:/") for model in wanted.models) else None
-    found = [_find(model, tracking, storage) for model in wanted.models]
+    found = _named_apart([_find(model, tracking, storage) for model in wanted.models])
     first = next((each.version for each in found if each.version is not None), None)
     dataset = find_dataset(_dataset(wanted, first), storage)
     config, cluster = load_sections({"evaluate": _settings(first), "cluster": {"storage": wanted.storage}}, wanted.settings)
@@ -91,11 +93,29 @@ def compare_models(wanted: Wanted) -> tuple[Comparison, Path]:
         comparison = compare([each.entrant for each in found], recipes, config, dataset.folder, context=context)
     finally:
         disconnect()
-    page = write_comparison(wanted.out, comparison, [each.entrant.name for each in found])
-    for each in found:
-        if tracking is not None and each.version is not None:
-            tracking.log_files(str(each.version.run_id), Location.of(wanted.out), f"compare/{context.inputs}")
-    return comparison, page
+    with tempfile.TemporaryDirectory(prefix="ddpm-compare-") as staging:
+        page = write_comparison(Path(staging), comparison, [each.entrant.name for each in found])
+        for run_id in {str(each.version.run_id) for each in found if each.version is not None}:
+            if tracking is not None:
+                tracking.log_files(run_id, Location.of(staging), f"compare/{context.inputs}")
+        _hand_over(Path(staging), wanted.out)
+    return comparison, wanted.out / page.name
+
+
+def _hand_over(staging: Path, out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file in staging.iterdir():
+            shutil.copyfile(file, out / file.name)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror}); name a folder with write permission") from error
+
+
+def _named_apart(found: Sequence[Found]) -> list[Found]:
+    """Returns models with a number behind names that come twice."""
+    names = [each.entrant.name for each in found]
+    apart = [f"{name} ({names[:place].count(name) + 1})" if names[:place].count(name) else name for place, name in enumerate(names)]
+    return [replace(each, entrant=replace(each.entrant, name=name)) for each, name in zip(found, apart, strict=True)]
 
 
 def _find(model: str, tracking: Tracking | None, storage: Location) -> Found:
@@ -129,8 +149,12 @@ def _recipes(config: EvaluateConfig, wanted: Wanted, found: Sequence[Found]) -> 
         settings = config.model_dump(mode="json") | {"sampler": sampler, "steps": steps}
         try:
             recipe = EvaluateConfig.model_validate(settings).recipe
-            for spec in specs:
+            for spec, each in zip(specs, found, strict=True):
                 recipe.check(spec.diffusion.num_steps)
+                if recipe.guidance != 1 and spec.null_label is None:
+                    raise ConfigError(
+                        f"evaluate.guidance={recipe.guidance} needs conditional models, and {each.entrant.name} is none; use --set evaluate.guidance=1"
+                    )
         except ValidationError as error:
             raise ConfigError(f"--samplers {sampler} --steps {steps}: {error.errors()[0]['msg']}") from error
         except ValueError as error:
@@ -145,24 +169,16 @@ def _context(storage: Location, cluster: ClusterConfig, name: str, wanted: objec
 
 
 def write_comparison(folder: Path, comparison: Comparison, names: Sequence[str]) -> Path:
-    """Writes the page and the pictures of a comparison; returns the page's path.
-
-    Raises:
-        ConfigError: if the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        first = comparison.results[: len(names)]
-        strips = [Strip(name, f"{result.metric.value:.4g}", pixels) for name, result, pixels in zip(names, first, comparison.pixels, strict=True)]
-        headings = [str(seed) for seed in range(len(comparison.pixels[0]))]
-        contact_sheet(strips, "The same seeds", first[0].recipe, headings).save(folder / "samples.png")
-        pictures = [
-            Picture((folder / "samples.png").read_bytes(), "samples of every model", "The same seeds by every model.", "What changes is the models' doing.")
-        ]
-        pictures += [_steps_chart(folder, comparison, name) for name in names if len(_of(comparison, name)) > 1]
-        write_report(folder / "compare.html", _report(comparison, names, pictures))
-    except OSError as error:
-        raise ConfigError(f"--out {folder} cannot be written ({error.strerror}); name a folder with write permission") from error
+    """Writes the page and the pictures of a comparison; returns the page's path."""
+    first = comparison.results[: len(names)]
+    strips = [Strip(name, f"{result.metric.value:.4g}", pixels) for name, result, pixels in zip(names, first, comparison.pixels, strict=True)]
+    headings = [str(seed) for seed in range(len(comparison.pixels[0]))]
+    contact_sheet(strips, "The same seeds", first[0].recipe, headings).save(folder / "samples.png")
+    pictures = [
+        Picture((folder / "samples.png").read_bytes(), "samples of every model", "The same seeds by every model.", "What changes is the models' doing.")
+    ]
+    pictures += [_steps_chart(folder, comparison, name) for name in names if len(_of(comparison, name)) > 1]
+    write_report(folder / "compare.html", _report(comparison, names, pictures))
     return folder / "compare.html"
 
 
@@ -231,7 +247,7 @@ def to_json(comparison: Comparison, page: Path) -> str:
     return json.dumps({"results": results, "floor": comparison.floor, "page": str(page)}, indent=2)
 
 
-def write_statistics(dataset: str, out: Path, split: str, settings: Sequence[str], storage: str) -> str:
+def write_statistics(dataset: str, out: str, split: str, settings: Sequence[str], storage: str) -> str:
     """Writes a split's statistics by the extractor that decides as a file that others read; returns a line that says what they are.
 
     Raises:

@@ -18,7 +18,7 @@ BATCH_SIZE = 64
 
 
 def draw_grid(model: str, *, num: int, steps: int, seed: int, sampler: str, out: Path, storage: str) -> None:
-    """Draws images with seeds seed, seed + 1, ... and writes them side by side as a PNG.
+    """Draws images with seeds seed, seed + 1, ... and writes them side by side as a PNG; a conditional model's classes by turns.
 
     Raises:
         ConfigError: if a value is out of range or the picture cannot be written.
@@ -33,7 +33,8 @@ def draw_grid(model: str, *, num: int, steps: int, seed: int, sampler: str, out:
     for first in range(seed, seed + num, BATCH_SIZE):
         seeds = range(first, min(first + BATCH_SIZE, seed + num))
         try:
-            x_0 = sample(denoiser.network, denoiser.schedule, seeds, denoiser.spec.shape, recipe)
+            labels = denoiser.spec.labels_by_turns(seeds)
+            x_0 = sample(denoiser.network, denoiser.schedule, seeds, denoiser.spec.shape, recipe, labels=labels)
         except ValueError as error:
             raise ConfigError(f"--{error}") from error
         parts.append(to_pixels(x_0).numpy())

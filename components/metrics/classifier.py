@@ -4,7 +4,6 @@ It is trained once for a dataset and kept; its digest is part of the metric's na
 """
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,32 +15,50 @@ from ..data.images import to_model_range
 from ..errors import DataError
 from ..model.checkpoint import read_weights, sha256_of
 from ..streams import Purpose, stream
+from .features import full_precision
 
 WEIGHTS, RECORD = "classifier.safetensors", "classifier.json"
-RECIPE = "v1"
-FEATURES = 128
+RECIPE = "v2"
+WIDTH, FEATURES = 32, 192
 BATCH_SIZE = 128
-MIN_IMAGES_SEEN, MAX_EPOCHS, MIN_EPOCHS = 60_000, 30, 3
+IMAGES_SEEN, MAX_EPOCHS, MIN_EPOCHS = 120_000, 30, 4
+LEARNING_RATE, WEIGHT_DECAY, SMOOTHING = 5e-3, 0.05, 0.1
+MOST_SHIFT = 2
+MOST_SIDE = 64
+"""Larger images are averaged down to at most so many pixels a side: their layout tells classes apart, and the work stays bounded."""
 
 
 class Classifier(nn.Module):
-    """Three convolutions at full, half and quarter size, pooled to 128 features, and a linear layer to the classes."""
+    """Convolutions at full, half, quarter and eighth size, pooled to 192 features, and a linear layer to the classes."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
-        widths = (channels, 32, 64, FEATURES)
-        self.convs = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise(widths))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
+        self.stem = _convolution(channels, WIDTH)
+        self.at_half = _convolution(WIDTH, 2 * WIDTH)
+        self.at_quarter = _convolution(2 * WIDTH, 4 * WIDTH)
+        self.residual = _convolution(4 * WIDTH, 4 * WIDTH)
+        self.at_eighth = _convolution(4 * WIDTH, FEATURES)
         self.head = nn.Linear(FEATURES, num_classes)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns (B, 128) features of images in -1..1."""
-        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = F.silu(norm(conv(F.avg_pool2d(x, 2) if index and min(x.shape[2:]) > 1 else x)))
-        return x.mean(dim=(2, 3))
+        """Returns (B, 192) features of images in -1..1."""
+        while min(x.shape[2:]) > MOST_SIDE:
+            x = F.avg_pool2d(x, 2)
+        x = self.at_half(_smaller(self.stem(x)))
+        x = self.at_quarter(_smaller(x))
+        x = x + self.residual(x)
+        return self.at_eighth(_smaller(x)).mean(dim=(2, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x))
+
+
+def _convolution(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU())
+
+
+def _smaller(x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(x, 2) if min(x.shape[2:]) > 1 else x
 
 
 class ClassifierExtractor:
@@ -68,14 +85,15 @@ class ClassifierExtractor:
 
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
-        return self._network.features(to_model_range(pixels.to(self._device))).cpu().numpy()
+        with full_precision():
+            return self._network.features(to_model_range(pixels.to(self._device))).cpu().numpy()
 
 
 def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path) -> None:
     """Trains a classifier and writes it to a folder, the record last.
 
-    A tenth of the rows is held out to measure its accuracy. Adam at 2e-3 with a cosine decay; 60,000 images seen, at least 3 epochs and
-    at most 30.
+    A tenth of the rows is held out to measure its accuracy. AdamW with one cycle of the learning rate (Smith & Topin 2019), smoothed labels, and images
+    shifted by up to two pixels; 120,000 images seen, at least 4 epochs and at most 30.
 
     Args:
         pixels: (N, C, H, W) uint8.
@@ -88,14 +106,16 @@ def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path) -> N
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Classifier(pixels.shape[1], int(classes.max()) + 1)
-    epochs = int(np.clip(MIN_IMAGES_SEEN // max(1, len(train)), MIN_EPOCHS, MAX_EPOCHS))
-    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(train) // BATCH_SIZE))
+    epochs = int(np.clip(IMAGES_SEEN // max(1, len(train)), MIN_EPOCHS, MAX_EPOCHS))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    steps = epochs * max(1, len(train) // BATCH_SIZE)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2)
     for epoch in range(1, epochs + 1):
-        rows = stream(Purpose.CLASSIFIER, 0, epoch).permutation(train)
-        for first in range(0, len(rows), BATCH_SIZE):
-            _step(network, optimizer, pixels, classes, rows[first : first + BATCH_SIZE])
-            decay.step()
+        draw = stream(Purpose.CLASSIFIER, 0, epoch)
+        for rows in np.array_split(draw.permutation(train), max(1, len(train) // BATCH_SIZE)):
+            _step(network, optimizer, _shifted(to_model_range(torch.from_numpy(pixels[rows])), draw), torch.from_numpy(classes[rows]))
+            cycle.step()
+    network.eval()
     accuracy = _accuracy(network, pixels, classes, held_out)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), folder / WEIGHTS)
@@ -103,8 +123,15 @@ def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path) -> N
     (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
 
 
-def _step(network: Classifier, optimizer: torch.optim.Optimizer, pixels: np.ndarray, classes: np.ndarray, rows: np.ndarray) -> None:
-    loss = F.cross_entropy(network(to_model_range(torch.from_numpy(pixels[rows]))), torch.from_numpy(classes[rows]))
+def _shifted(x: torch.Tensor, draw: np.random.Generator) -> torch.Tensor:
+    """Returns images moved together by a few pixels, mirrored at their edges; by none where they are tiny."""
+    most = min(MOST_SHIFT, x.shape[2] // 8)
+    down, right = draw.integers(0, 2 * most + 1, 2)
+    return F.pad(x, (most, most, most, most), mode="reflect")[:, :, down : down + x.shape[2], right : right + x.shape[3]]
+
+
+def _step(network: Classifier, optimizer: torch.optim.Optimizer, x: torch.Tensor, classes: torch.Tensor) -> None:
+    loss = F.cross_entropy(network(x), classes, label_smoothing=SMOOTHING)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -1,6 +1,8 @@
 """DINOv2 features, whose Frechet distance follows the judgement of people better than FID does (Stein et al. 2023)."""
 
 import hashlib
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ from safetensors import SafetensorError
 
 from ..errors import DataError
 from ..model.checkpoint import sha256_of
+from ..storage import Location
 from .features import full_precision
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -31,7 +34,7 @@ class DinoExtractor:
     preprocessing = f"uint8 RGB, PIL bicubic to {IMAGE_SIZE}x{IMAGE_SIZE}, / 255, ImageNet mean and deviation"
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        check_dino(folder)
+        check_dino(Location.of(folder))
         hashes = "".join(sha256_of(folder / name) for name in (CONFIG, WEIGHTS))
         self.digest = hashlib.sha256(hashes.encode()).hexdigest()
         self.name = f"fd_dinov2_{self.digest[:8]}"
@@ -47,15 +50,30 @@ class DinoExtractor:
         return features.float().cpu().numpy()
 
 
-def check_dino(folder: Path) -> None:
-    """Checks that a folder holds the files of a DINOv2 model.
+def check_dino(folder: Location) -> None:
+    """Checks that a folder holds the files of a DINOv2 model, and that the package which runs it is installed.
 
     Raises:
-        DataError: if it does not.
+        DataError: if not.
     """
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        raise DataError(f"{folder} lacks {' and '.join(missing)}; name a folder with DINOv2 in Hugging Face's form")
+        raise DataError(f"evaluate.dinov2_weights={folder} lacks {' and '.join(missing)}; name a folder with DINOv2 in Hugging Face's form")
+    num_features(folder)
+    if find_spec("transformers") is None:
+        raise DataError(f"evaluate.dinov2_weights={folder} needs the package transformers; pip install 'transformers>=5'")
+
+
+def num_features(folder: Location) -> int:
+    """Returns how many features a DINOv2 model gives.
+
+    Raises:
+        DataError: if its configuration cannot be read.
+    """
+    try:
+        return int(json.loads((folder / CONFIG).read_text())["hidden_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"evaluate.dinov2_weights={folder / CONFIG} is no configuration of DINOv2 ({error}); name another folder") from error
 
 
 def _load(folder: Path) -> torch.nn.Module:

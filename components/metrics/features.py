@@ -17,6 +17,7 @@ from ..errors import DataError
 from ..model.checkpoint import sha256_of
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FEATURES = 2048
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -61,10 +62,18 @@ class DctExtractor:
         self.digest = hashlib.sha256(b"dct8_v1").hexdigest()
 
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
-        block = 8 if min(pixels.shape[2:]) >= 28 else 4
-        coefficients = _block_dct(pixels.double() / 255.0, block)
+        coefficients = _block_dct(pixels.double() / 255.0, _block(min(pixels.shape[2:])))
         features = torch.cat([coefficients.abs().mean(dim=2), coefficients.std(dim=2, correction=0)], dim=2)
         return features.flatten(1).float().numpy()
+
+
+def dct_features(channels: int, image_size: int) -> int:
+    """Returns how many features `DctExtractor` gives of images (channels, image_size, image_size)."""
+    return 2 * channels * _block(image_size) ** 2
+
+
+def _block(image_size: int) -> int:
+    return 8 if image_size >= 28 else 4
 
 
 def _block_dct(values: torch.Tensor, block: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,10 @@ class DenoiserSpec(BaseModel):
     def null_label(self) -> int | None:
         """The label that tells no class, one past the classes; None for a network that is told none."""
         return len(self.label_names) or None
+
+    def labels_by_turns(self, seeds: Sequence[int]) -> torch.Tensor | None:
+        """Returns a class for each seed, (len(seeds),) int64: all by turns; None for a network that is told none."""
+        return torch.tensor([seed % len(self.label_names) for seed in seeds]) if self.label_names else None
 
     @property
     def shape(self) -> tuple[int, int, int]:

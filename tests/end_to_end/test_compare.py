@@ -10,7 +10,6 @@ from PIL import Image
 from support import TINY, Finished
 
 Command = Callable[..., Finished]
-MODEL = [*TINY, "data.holdout_fraction=0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +19,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weak(home: Path, command: Command) -> dict[str, Any]:
-    done = command("run", "digits", *MODEL, "--name", "weak", "--json", cwd=home)
+    done = command("run", "digits", *TINY, "--name", "weak", "--json", cwd=home)
     assert done.code == 0, done.stderr
     return done.json
 
@@ -28,7 +27,7 @@ def weak(home: Path, command: Command) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def strong(home: Path, weak: dict[str, Any], command: Command) -> dict[str, Any]:
     """Returns a longer run of a conditional model, whose evaluation also elects an average."""
-    done = command("run", "digits", *MODEL, "train.steps=60", "train.checkpoint_every=60", "model.conditional=true", "--name", "strong", "--json", cwd=home)
+    done = command("run", "digits", *TINY, "train.steps=60", "train.checkpoint_every=60", "model.conditional=true", "--name", "strong", "--json", cwd=home)
     assert done.code == 0, done.stderr
     return done.json
 
@@ -40,7 +39,8 @@ def test_a_better_model_is_promoted_on_two_blocks_of_common_seeds(weak: dict[str
     assert strong["register"]["decision"].startswith("better: ")
     assert test["candidate"] == pytest.approx(strong["evaluate"]["metric"]["value"])
     assert test["champion"] == pytest.approx(weak["evaluate"]["metric"]["value"])
-    assert (test["first_seed"], confirmation["first_seed"]) == (0, 64)
+    assert test["first_seed"] == 0
+    assert confirmation["first_seed"] >= 2**61
     assert test["difference"] + 1.645 * test["standard_error"] < 0
     assert confirmation["difference"] + 1.645 * confirmation["standard_error"] < 0
     assert confirmation["candidate"] != test["candidate"]
@@ -84,7 +84,8 @@ def test_compare_shows_both_models_with_intervals_and_a_picture(home: Path, stro
     test = measured["ddpm-digits v1", "ddim, 4 steps"]["against_first"]
     assert test["difference"] == pytest.approx(-strong["register"]["contest"]["test"]["difference"], rel=1e-9)
     assert measured["ddpm-digits v1", "ddim, 4 steps"]["verdict"] == "worse"
-    assert Image.open(home / "compare" / "samples.png").width > 500
+    with Image.open(home / "compare" / "samples.png") as picture:
+        assert picture.width > 500
     assert "ddpm-digits v1" in (home / "compare" / "compare.html").read_text()
 
 
@@ -96,7 +97,7 @@ def test_a_reference_file_takes_the_place_of_the_dataset_and_is_another_unit(hom
     with np.load(home / "stats.npz", allow_pickle=False) as saved:
         assert (saved["mu"].shape, saved["sigma"].shape) == ((32,), (32, 32))
         np.savez(home / "theirs.npz", mu=saved["mu"], sigma=saved["sigma"])
-    done = command("run", "digits", *MODEL, "evaluate.reference=theirs.npz", "--name", "weak", "--json", cwd=home)
+    done = command("run", "digits", *TINY, "evaluate.reference=theirs.npz", "--name", "weak", "--json", cwd=home)
     assert done.code == 0, done.stderr
     assert done.json["evaluate"]["metric"]["value"] == pytest.approx(weak["evaluate"]["metric"]["value"], rel=1e-6)
     assert done.json["evaluate"]["metric"]["unit"]["reference_split"] == "file"
@@ -112,10 +113,10 @@ def test_a_reference_file_takes_the_place_of_the_dataset_and_is_another_unit(hom
         (["compare", "models:/ddpm-digits/1", "--samplers", "euler"], "--samplers euler --steps 4"),
         (["compare", "models:/ddpm-digits/1", "--set", "evaluate.nonsense=1"], "evaluate.nonsense is not a setting"),
         (["compare", "models:/ddpm-digits/1", "--dataset", "zzz"], "dataset 'zzz' is neither a dataset's folder nor the beginning of a name"),
-        (["run", "digits", *MODEL, "evaluate.eta=0.5", "evaluate.sampler=unipc"], "evaluate.eta=0.5 means nothing to sampler=unipc"),
-        (["run", "digits", *MODEL, "evaluate.guidance=2"], "evaluate.guidance=2.0 needs a conditional model"),
-        (["run", "digits", *MODEL, "evaluate.reference=absent.npz"], "absent.npz"),
-        (["run", "digits", *MODEL, "evaluate.dinov2_weights=absent"], "absent lacks config.json and model.safetensors"),
+        (["run", "digits", *TINY, "evaluate.eta=0.5", "evaluate.sampler=unipc"], "evaluate.eta=0.5 means nothing to sampler=unipc"),
+        (["run", "digits", *TINY, "evaluate.guidance=2"], "evaluate.guidance=2.0 needs a conditional model"),
+        (["run", "digits", *TINY, "evaluate.reference=absent.npz"], "absent.npz"),
+        (["run", "digits", *TINY, "evaluate.dinov2_weights=absent"], "absent lacks config.json and model.safetensors"),
         (["reference", "zzz"], "dataset 'zzz' is neither a dataset's folder nor the beginning of a name"),
     ],
     ids=lambda value: f"{value[0]} {value[-1]}" if isinstance(value, list) else "",

@@ -62,6 +62,18 @@ def test_the_champion_falls_only_to_a_gain_beyond_chance_on_both_blocks_of_seeds
     assert "champion v3 has" in decision.reason
 
 
+def test_a_candidate_that_copies_training_images_is_kept_and_told_so():
+    decision = decide(metric(1), Champion(3, metric(5)), contest(-4, -4), 0.0, copies=True)
+    assert not decision.promote
+    assert "copies training images" in decision.reason
+
+
+def test_why_there_is_no_test_is_told():
+    decision = decide(metric(1), Champion(3, metric(5)), "its checkpoint is gone", 0.0)
+    assert not decision.promote
+    assert decision.reason == "kept: champion v3 could not be measured beside it: its checkpoint is gone"
+
+
 def test_a_lower_number_alone_promotes_nobody():
     decision = decide(metric(1), Champion(3, metric(5)), None, 0.0)
     assert not decision.promote

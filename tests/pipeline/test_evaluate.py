@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import write_dataset
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, ClusterError
 from cluster.connect import connect, disconnect
 from cluster.placement import Placement, place
 from components.data.catalog import find_dataset
@@ -27,7 +27,8 @@ from components.storage import Location
 from pipeline.bench import Bench, EvaluateConfig
 from pipeline.compare import shard_set_of
 from pipeline.context import Reporter, StageContext
-from pipeline.draw import ExtractorChoice, features_file, parts_of, pixels_file
+from pipeline.draw import ExtractorChoice, SampleSet, features_file, parts_of, pixels_file
+from pipeline.extractors import check_extractor
 from pipeline.keep import keep_samples
 from pipeline.measure import Sampled, paired_test
 from pipeline.team import Team
@@ -140,10 +141,41 @@ def test_an_actor_that_is_killed_changes_nothing(bench: Callable[..., Bench], mo
     assert killed
 
 
+def test_work_that_kills_every_actor_ends_with_a_message(bench: Callable[..., Bench]):
+    with pytest.raises(ClusterError, match="sampling actors died 5 times of one piece of work"):
+        bench(2).team.first("__ray_terminate__")
+
+
+def test_a_file_of_statistics_of_other_features_is_refused(bench: Callable[..., Bench], dataset: Location, tmp_path: Path):
+    reference, _ = bench().reference()
+    other = replace(reference, unit='{"extractor": "fd_clf_deadbeef", "extractor_digest": "deadbeef"}')
+    other.save(Location.of(tmp_path / "other.npz"))
+    config = CONFIG.model_copy(update={"reference": str(tmp_path / "other.npz")})
+    with pytest.raises(DataError, match=r"other\.npz is of extractor fd_clf_deadbeef, and fd_dct8_v1 decides"):
+        bench(config=config).reference()
+    short = replace(reference, mean=reference.mean[:7], covariance=reference.covariance[:7, :7], root=np.sqrt(np.diag(np.diag(reference.covariance[:7, :7]))))
+    replace(short, covariance=short.root @ short.root).save(Location.of(tmp_path / "short.npz"))
+    config = CONFIG.model_copy(update={"reference": str(tmp_path / "short.npz")})
+    with pytest.raises(DataError, match=r"evaluate\.reference=.*short\.npz has 7 features, and dct8 has 32"):
+        check_extractor(config, shard_set_of(dataset), Location.of(tmp_path))
+
+
+def test_classes_are_drawn_as_often_as_the_training_images_have_them(tmp_path: Path):
+    samples = SampleSet(Location.of(tmp_path), "", "ema", CONFIG.recipe, (300, 0, 100))
+    labels = samples.labels(range(2000))
+    assert labels is not None
+    counts = np.bincount(labels, minlength=3) / 2000
+    assert counts[1] == 0
+    assert abs(counts[0] - 0.75) < 4 * (0.75 * 0.25 / 2000) ** 0.5
+    again = samples.labels([1999, 7])
+    assert again is not None
+    assert again.tolist() == labels[[1999, 7]].tolist()
+
+
 def test_what_was_drawn_before_is_not_drawn_again_and_what_is_missing_is(bench: Callable[..., Bench], models: list[Location]):
     one = bench()
     samples, parts = one.samples_of(models[0], "ema"), parts_of(CONFIG.seeds, 256)
-    work = [(samples, part, 64, "drop") for part in parts]
+    work = [(samples, part, 64) for part in parts]
     whole = evaluated(one, models[0])
     assert [drawn for _, drawn in one.team.map("part", iter(work))] == [0, 0, 0]
     features_file(samples.folder, one.team.identities[0], parts[1]).remove()
@@ -165,26 +197,26 @@ def test_overlapping_blocks_share_their_parts():
 def test_kept_samples_are_a_dataset_of_the_same_contract(bench: Callable[..., Bench], models: list[Location]):
     one = bench()
     samples = one.samples_of(models[0], "ema")
-    one.draw(samples, CONFIG.seeds, "need")
-    folder = keep_samples(one.context.storage, samples, CONFIG.seeds, one.manifest.recipe, [])
+    pixels_folder = one.context.folder / "pixels"
+    one.draw(samples, CONFIG.seeds, pixels_folder, need=True)
+    folder = keep_samples(one.context.storage, samples, pixels_folder, CONFIG.seeds, one.manifest.recipe, [])
     manifest = find_dataset(str(folder), one.context.storage).manifest
     pixels = RowReader(folder, manifest).pixels(np.arange(600))
     assert np.array_equal(pixels, one.team.first("draw", samples, list(CONFIG.seeds), 64))
     assert manifest.num_rows == 600
     before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
-    assert keep_samples(one.context.storage, samples, CONFIG.seeds, one.manifest.recipe, []) == folder
+    assert keep_samples(one.context.storage, samples, pixels_folder, CONFIG.seeds, one.manifest.recipe, []) == folder
     assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
 
 
 def test_pixels_that_were_kept_are_those_that_are_drawn_again(bench: Callable[..., Bench], models: list[Location]):
     one = bench()
     samples = one.samples_of(models[0], "ema")
-    one.draw(samples, CONFIG.seeds, "keep")
+    folder = one.context.folder / "pixels"
+    one.draw(samples, CONFIG.seeds, folder)
+    assert all(pixels_file(folder, part).is_file() for part in parts_of(CONFIG.seeds, 256))
     seeds = [511, 3, 3, 599]
-    kept = one.pixels(samples, seeds, CONFIG.seeds)
-    for part in parts_of(CONFIG.seeds, 256):
-        pixels_file(samples.folder, part).remove()
-    assert np.array_equal(one.pixels(samples, seeds, CONFIG.seeds), kept)
+    assert np.array_equal(one.pixels(samples, seeds, CONFIG.seeds, folder), one.pixels(samples, seeds))
 
 
 def test_a_model_of_other_images_is_refused(bench: Callable[..., Bench], tmp_path: Path):
