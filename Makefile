@@ -14,7 +14,7 @@ demo: $(READY)
 	$(BIN)/ddpm run digits
 
 test: check
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check .

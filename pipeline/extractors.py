@@ -35,7 +35,7 @@ def check_files(config: "EvaluateConfig") -> None:
 
         weights = Location.of(config.inception_weights)
         if weights.is_local:
-            check_inception_weights(weights.path)
+            check_inception_weights(Path(config.inception_weights).expanduser())
         elif not weights.is_file():
             raise DataError(f"evaluate.inception_weights={weights} does not exist; name torch-fidelity's weights file")
     if config.dinov2_weights is not None:
