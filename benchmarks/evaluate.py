@@ -4,7 +4,7 @@
 
 Sampling: our `sample` and diffusers' DDIMPipeline draw as many images, by the same network (ours carried over), DDIM with as many steps.
 Metrics: the Inception network has random weights, which cost what the trained ones do. Our features, statistics, distance, Inception score,
-kernel distance, precision and recall of two folders of images, beside one call of torch-fidelity's `calculate_metrics` for the same numbers.
+kernel distance of two folders of images, beside one call of torch-fidelity's `calculate_metrics` for the same numbers.
 Distance: the Frechet distance of 2048-dimensional statistics, beside torch-fidelity's and scipy's way.
 """
 
@@ -34,7 +34,6 @@ from components.metrics.features import InceptionExtractor
 from components.metrics.frechet import FeatureStats, frechet_distance
 from components.metrics.inception_score import inception_score
 from components.metrics.kernel import kernel_distance
-from components.metrics.neighbours import neighbourhoods
 from components.metrics.reference import Reference
 from components.model.checkpoint import sha256_of
 from components.model.diffusers_names import diffusers_config, to_diffusers
@@ -141,7 +140,6 @@ def metrics(folder: Path, count: int, device: torch.device) -> dict[str, Callabl
         reference = Reference.of(FeatureStats.of(real, real.astype(np.float64).mean(axis=0)))
         frechet_distance(FeatureStats.of(fake, reference.mean), reference)
         kernel_distance(fake, real)
-        neighbourhoods(fake, real)
         inception_score(logits)
 
     def theirs() -> None:
@@ -152,7 +150,6 @@ def metrics(folder: Path, count: int, device: torch.device) -> dict[str, Callabl
             isc=True,
             fid=True,
             kid=True,
-            prc=True,
             kid_subset_size=min(1000, count),
             batch_size=BATCH,
             cache=False,
