@@ -152,8 +152,21 @@ class Memorisation(_Record):
     num_searched: int
     """Training images among which neighbours were sought."""
     extractor: str
+    nearer_than_all: int
+    """Samples nearer to a training image than every image that the threshold was taken of."""
+    suspicious: bool
+    """Whether more samples lie next to training images than chance explains, if only a few."""
     copies: bool
-    """Whether the lower bound is above the limit."""
+    """Whether the lower bound is above the limit: such a model takes no champion's place."""
+
+    @property
+    def verdict(self) -> str:
+        """What is said of it, in a few words."""
+        if self.copies:
+            return "copies of training images among the samples"
+        if self.suspicious:
+            return f"more samples next to training images than chance explains ({self.nearer_than_all} nearer than any honest image): look at the closest pairs"
+        return "no sign of copied training images"
 
 
 class Standing(_Record):

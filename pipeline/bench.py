@@ -309,8 +309,6 @@ def _warnings(unit: MetricUnit, dimensions: int, copies: "tuple[Memorisation, tu
         warnings.append(
             f"evaluate.num_samples={unit.num_samples} is below {fewest}, so that {unit.extractor} over {dimensions} features says little; use more samples"
         )
-    if copies is not None and copies[0].copies:
-        warnings.append(
-            f"{copies[0].copy_rate:.1%} of the samples are as near to a training image as only {copies[0].expected:.0%} of unseen images are: copies"
-        )
+    if copies is not None and (copies[0].copies or copies[0].suspicious):
+        warnings.append(f"{copies[0].verdict}; {copies[0].copy_rate:.1%} of them are as near to one as only {copies[0].expected:.0%} of honest images are")
     return warnings

@@ -188,6 +188,8 @@ def find_copies(sampled: Sampled, train: Reals, holdout: Reals | None) -> "tuple
         num_samples=found.num_samples,
         num_searched=sum(map(len, train.kept_parts())),
         extractor=train.identity.name,
+        nearer_than_all=found.nearer_than_all,
+        suspicious=found.is_suspicious,
         copies=found.is_copying,
     )
     return verdict, found.pairs

@@ -154,7 +154,7 @@ def _verdict(evaluation: Evaluation) -> Verdict:
         text += f"; {floor.count:,} real images score {floor.value:.4g} ({floor.measured})"
     copies = evaluation.memorisation
     if copies is not None:
-        text += f"; {'copies of training images among the samples' if copies.copies else 'no sign of copied training images'}"
+        text += f"; {copies.verdict}"
     return Verdict(f"{text}.", "bad" if copies is not None and copies.copies else "neutral")
 
 
@@ -171,7 +171,10 @@ def _sections(evaluation: Evaluation, pictures: Pictures) -> list[Section]:
         )
         sections.append(
             Section(
-                "Memorisation", f"Threshold taken of {copies.calibration}.", _shown(pictures, _COPIES), Verdict(verdict, "bad" if copies.copies else "good")
+                "Memorisation",
+                f"Threshold taken of {copies.calibration}.",
+                _shown(pictures, _COPIES),
+                Verdict(verdict, "bad" if copies.copies else "neutral" if copies.suspicious else "good"),
             )
         )
     return sections

@@ -331,8 +331,7 @@ images = mlflow.pyfunc.load_model("models:/{name}/{number}").predict({{"num_imag
 
 
 def _memory(copies: Memorisation) -> str:
-    verdict = "copies found" if copies.copies else "no copies found"
-    return f"{verdict}: copy rate {copies.copy_rate:.2%}, about {copies.expected:.0%} expected"
+    return f"{copies.verdict}: copy rate {copies.copy_rate:.2%}, about {copies.expected:.0%} expected"
 
 
 def fetch_checkpoint(tracking: Tracking, model: str, storage: Location) -> Location:

@@ -4,6 +4,7 @@ An honest image comes as near as the nearest 1 % of images that the model never 
 left out. The share of samples nearer than that is the copy rate; a model that copies nothing has one of 1 %.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ from .neighbours import squared_distances
 QUANTILE = 0.01
 LIMIT = 0.02
 CONFIDENCE = 0.99
+MOST_Z, LEAST_P = 3.0, 1e-3
 BLOCK = 2048  # queries, and training images, compared at a time: 32 MiB of distances
 
 
@@ -65,6 +67,7 @@ class Memorisation:
         calibration_count: how many.
         calibration_rate: share of those images at most `threshold` away: 1 %, or more where the dataset holds many copies of its own.
         num_samples: how many samples were compared.
+        nearer_than_all: samples that lie nearer to a training image than every calibration image does.
         limit: what `lower` must exceed: 2 %, or more where the calibration cannot exclude that honest images reach that.
         pairs: the closest ones, nearest first.
     """
@@ -77,6 +80,7 @@ class Memorisation:
     calibration_count: int
     calibration_rate: float
     num_samples: int
+    nearer_than_all: int
     limit: float
     pairs: tuple[Pair, ...]
 
@@ -86,6 +90,21 @@ class Memorisation:
         rate = self.calibration_rate
         variance = rate * (1 - rate) * (1 / self.num_samples + 1 / self.calibration_count)
         return (self.copy_rate - rate) / variance**0.5 if variance else 0.0
+
+    @property
+    def p_value(self) -> float:
+        """How often honest samples would hold as many, or more, that are nearer than every calibration image.
+
+        Of N honest samples and M calibration images in a random order of their distances, the first k are all samples with the probability
+        of N (N - 1) ... (N - k + 1) over (N + M) (N + M - 1) ... (N + M - k + 1). It sees a few exact copies that the rate does not.
+        """
+        total = self.num_samples + self.calibration_count
+        return math.prod((self.num_samples - place) / (total - place) for place in range(self.nearer_than_all))
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether more samples lie next to training images than chance explains, if only a few."""
+        return self.z_score > MOST_Z or self.p_value < LEAST_P
 
     @property
     def is_copying(self) -> bool:
@@ -202,6 +221,7 @@ def _judge(samples: Nearest, honest: np.ndarray, kind: Literal["held-out", "leav
         calibration_count=len(honest),
         calibration_rate=false_alarms / len(honest),
         num_samples=count,
+        nearer_than_all=int((samples.distances < honest.min()).sum()),
         limit=max(LIMIT, binomial_bounds(false_alarms, len(honest))[1]),
         pairs=tuple(Pair(int(index), int(samples.rows[index]), float(samples.distances[index])) for index in closest),
     )

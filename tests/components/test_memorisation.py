@@ -1,6 +1,7 @@
 """Copies of training images among samples are counted, and honest samples raise no alarm."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -41,6 +42,8 @@ def test_honest_samples_raise_no_alarm(calibration: Calibration):
     assert found.calibration == calibration.kind
     assert found.calibration_rate == pytest.approx(0.01, abs=1e-3)
     assert abs(found.z_score) < 3
+    assert found.p_value > 0.01
+    assert not found.is_suspicious
     assert not found.is_copying
 
 
@@ -50,6 +53,7 @@ def test_one_copy_in_a_hundred_samples_is_seen(calibration: Calibration):
     assert found.copy_rate - measured(SAMPLES, calibration).copy_rate == pytest.approx(0.01, abs=1e-3)
     assert found.lower > 0.01
     assert found.z_score > 3
+    assert found.p_value < 1e-6
     assert {pair.distance for pair in found.pairs} == {0.0}
     assert all(pair.training_row == 3999 - pair.sample for pair in found.pairs)
 
@@ -141,3 +145,11 @@ def test_features_that_are_not_finite_are_refused(broken: str):
     features[broken][4, 2] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         memorisation(features["samples"], chunks(features["training"]), Calibration(HELD_OUT[:9]))
+
+
+def test_the_chance_of_so_many_nearest_samples_is_that_of_shuffles():
+    found, rng = measured(SAMPLES), np.random.default_rng(0)
+    few = replace(found, num_samples=6, calibration_count=4, nearer_than_all=2)
+    first_two = [set(rng.permutation(10)[:2]) <= set(range(6)) for _ in range(20_000)]
+    assert few.p_value == pytest.approx(6 / 10 * 5 / 9)
+    assert few.p_value == pytest.approx(np.mean(first_two), abs=4 * (0.25 / 20_000) ** 0.5)

@@ -17,20 +17,32 @@ from cluster.connect import connect, disconnect
 from cluster.placement import Placement, place
 from components.data.catalog import find_dataset
 from components.data.reader import RowReader
-from components.data.shards import read_manifest
+from components.data.shards import Split, read_manifest
 from components.diffusion.schedule import DiffusionConfig
 from components.errors import DataError
-from components.metrics.frechet import FeatureStats, frechet_distance
+from components.metrics.frechet import FeatureStats, Reference, frechet_distance
 from components.model.checkpoint import DenoiserSpec, write_checkpoint
 from components.model.unet import UNetConfig
 from components.storage import Location
 from pipeline.bench import Bench, EvaluateConfig
 from pipeline.compare import shard_set_of
 from pipeline.context import Reporter, StageContext
-from pipeline.draw import ExtractorChoice, SampleSet, features_file, parts_of, pixels_file
+from pipeline.draw import (
+    ROWS_PER_PART,
+    SEEDS_PER_PART,
+    ExtractorChoice,
+    Identity,
+    RealSet,
+    SampleSet,
+    features_file,
+    parts_of,
+    pixels_file,
+    write_array,
+)
 from pipeline.extractors import check_extractor
 from pipeline.keep import keep_samples
-from pipeline.measure import Sampled, paired_test
+from pipeline.measure import Sampled, find_copies, paired_test
+from pipeline.reals import Reals
 from pipeline.team import Team
 
 SPEC = DenoiserSpec(
@@ -158,6 +170,30 @@ def test_a_file_of_statistics_of_other_features_is_refused(bench: Callable[..., 
     config = CONFIG.model_copy(update={"reference": str(tmp_path / "short.npz")})
     with pytest.raises(DataError, match=r"evaluate\.reference=.*short\.npz has 7 features, and dct8 has 32"):
         check_extractor(config, shard_set_of(dataset), Location.of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("copied", "verdict"), [(0, "no sign"), (30, "more samples next to training images than chance explains"), (150, "copies of training images")]
+)
+def test_copies_among_the_samples_are_told(tmp_path: Path, copied: int, verdict: str):
+    rng, identity, folder = np.random.default_rng(0), Identity("fd_x", "0" * 64, ""), Location.of(tmp_path)
+    training, unseen, samples = (rng.standard_normal((count, 16)).astype(np.float32) for count in (4096, 2048, 3000))
+    samples[:copied] = training[:copied]
+    for part in parts_of(range(3000), SEEDS_PER_PART):
+        write_array(features_file(folder, identity, part), samples[part.start : part.stop])
+    reals = []
+    splits: dict[Split, np.ndarray] = {"train": training, "holdout": unseen}
+    for split, values in splits.items():
+        real = RealSet(folder / "real", "", split)
+        for part in parts_of(range(len(values)), ROWS_PER_PART):
+            write_array(real.features_file(identity, part), values[part.start : part.stop])
+        reals.append(Reals(real, identity, len(values), Reference.of(FeatureStats.of(values, np.zeros(16)))))
+    found = find_copies(Sampled(folder, identity, range(3000)), reals[0], reals[1])
+    assert found is not None
+    assert verdict in found[0].verdict
+    assert (found[0].num_samples, found[0].num_searched, found[0].calibration) == (3000, 4096, "2,048 held-out images")
+    if copied:
+        assert all(pair.distance == 0 and pair.training_row == pair.sample for pair in found[1])
 
 
 def test_classes_are_drawn_as_often_as_the_training_images_have_them(tmp_path: Path):
