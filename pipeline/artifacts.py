@@ -4,6 +4,9 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from components.data.shards import Manifest
+from components.storage import Location
+
 StageName = Literal["preprocess", "train", "evaluate", "register"]
 STAGES: tuple[StageName, ...] = ("preprocess", "train", "evaluate", "register")
 
@@ -43,6 +46,28 @@ class ShardSet(Receipt):
     num_shards: int
     image_size: int
     channels: int
+
+    @classmethod
+    def of(cls, folder: Location, manifest: Manifest, *, inputs: str, num_opened: int = 0, num_decoded: int = 0) -> "ShardSet":
+        """Returns the receipt of the dataset in a folder."""
+        return cls(
+            inputs=inputs,
+            path=str(folder),
+            digest=manifest.digest,
+            source=manifest.source,
+            num_rows=manifest.num_rows,
+            num_train=manifest.num_train,
+            num_listed=manifest.num_listed,
+            num_quarantined=manifest.num_quarantined,
+            num_ignored=manifest.num_ignored,
+            num_opened=num_opened,
+            num_decoded=num_decoded,
+            quarantined=manifest.quarantined,
+            num_labels=len(manifest.labels),
+            num_shards=len(manifest.shards),
+            image_size=manifest.image_size,
+            channels=manifest.channels,
+        )
 
 
 class TrainedModel(Receipt):

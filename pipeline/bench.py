@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from components.metrics.frechet import Reference
     from components.metrics.memorisation import Pair
 
-FEWEST_SAMPLES_OF_AN_FID = 2048
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
 
 
@@ -303,8 +302,10 @@ def _frechet(distance: Distance, unit: MetricUnit) -> Metric:
 
 def _warnings(unit: MetricUnit, dimensions: int, copies: "tuple[Memorisation, tuple[Pair, ...]] | None") -> list[str]:
     """Returns what a reader must know before trusting the numbers, in sentences."""
+    from components.metrics.frechet import MIN_FID_SAMPLES
+
     warnings = []
-    fewest = max(dimensions, FEWEST_SAMPLES_OF_AN_FID if unit.extractor == "fid" else 0)
+    fewest = max(dimensions, MIN_FID_SAMPLES if unit.extractor == "fid" else 0)
     if unit.num_samples < fewest:
         warnings.append(
             f"evaluate.num_samples={unit.num_samples} is below {fewest}, so that {unit.extractor} over {dimensions} features says little; use more samples"

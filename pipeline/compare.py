@@ -128,21 +128,4 @@ def shard_set_of(dataset: Location) -> ShardSet:
         DataError: if there is no dataset in the folder.
     """
     manifest = read_manifest(dataset)
-    return ShardSet(
-        inputs=manifest.digest,
-        path=str(dataset),
-        digest=manifest.digest,
-        source=manifest.source,
-        num_rows=manifest.num_rows,
-        num_train=manifest.num_train,
-        num_listed=manifest.num_listed,
-        num_quarantined=manifest.num_quarantined,
-        num_ignored=manifest.num_ignored,
-        num_opened=0,
-        num_decoded=0,
-        quarantined=manifest.quarantined,
-        num_labels=len(manifest.labels),
-        num_shards=len(manifest.shards),
-        image_size=manifest.image_size,
-        channels=manifest.channels,
-    )
+    return ShardSet.of(dataset, manifest, inputs=manifest.digest)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cluster.placement import Placement
-from components.data.reader import RowReader
+from components.data.reader import NO_LABEL, RowReader
 from components.data.shards import read_manifest
 from components.errors import DataError
 from components.storage import Location
@@ -64,14 +64,12 @@ def check_extractor(config: "EvaluateConfig", shards: ShardSet, storage: Locatio
 
 def _check_reference(config: "EvaluateConfig", shards: ShardSet) -> None:
     """Checks that a file of statistics has as many features as those that decide."""
-    import numpy as np
-
     from components.metrics import classifier, dino, features
 
     kind = deciding_kind(config, shards)
     numbers = {"inception": features.INCEPTION_FEATURES, "classifier": classifier.FEATURES, "dct8": features.dct_features(shards.channels, shards.image_size)}
     needed = dino.num_features(Location.of(str(config.dinov2_weights))) if kind == "dinov2" else numbers[kind]
-    found = len(np.asarray(read_reference(Location.of(str(config.reference))).mean))
+    found = len(read_reference(Location.of(str(config.reference))).mean)
     if found != needed:
         raise DataError(f"evaluate.reference={config.reference} has {found} features, and {kind} has {needed}; name a file of {kind} features")
 
@@ -139,19 +137,16 @@ def make_classifier(dataset: str, folder: str, threads: int) -> None:
     """Trains the classifier of a dataset, up to CLASSIFIER_ROWS and CLASSIFIER_BYTES of its labelled rows, and moves it into place."""
     import torch
 
-    from components.data.shards import read_rows
     from components.metrics.classifier import RECORD, train_classifier
 
     torch.set_num_threads(threads)
     source = Location.of(dataset)
     manifest = read_manifest(source)
-    numbers = {name: number for number, name in enumerate(manifest.label_names)}
-    rows = read_rows(source, manifest, ["label", "split"])
-    labels = [label for label, split in zip(rows["label"].to_pylist(), rows["split"].to_pylist(), strict=True) if split == "train"]
-    labelled = np.flatnonzero([label is not None for label in labels])
+    reader = RowReader(source, manifest)
+    classes = reader.labels(np.arange(len(reader)))
+    labelled = np.flatnonzero(classes != NO_LABEL)
     most = min(CLASSIFIER_ROWS, max(MIN_CLASSES, CLASSIFIER_BYTES // manifest.row_bytes))
     labelled = labelled[:: -(-len(labelled) // most)]  # spread over all labels, by which rows are sorted
-    classes = np.asarray([numbers[labels[row]] for row in labelled], np.int64)
     with tempfile.TemporaryDirectory(prefix="ddpm-classifier-") as staging:
-        train_classifier(RowReader(source, manifest).pixels(labelled), classes, Path(staging) / "made")
+        train_classifier(reader.pixels(labelled), classes[labelled].astype(np.int64), Path(staging) / "made")
         Location.of(folder).upload(Path(staging) / "made", last=RECORD)

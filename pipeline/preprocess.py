@@ -383,24 +383,7 @@ def _too_many_bad(config: DataConfig, lines: list[dict[str, Any]], listed: int, 
 
 
 def _receipt(folder: Location, manifest: Manifest, counts: _Counts, inputs: str) -> ShardSet:
-    return ShardSet(
-        inputs=inputs,
-        path=str(folder),
-        digest=manifest.digest,
-        source=manifest.source,
-        num_rows=manifest.num_rows,
-        num_train=manifest.num_train,
-        num_listed=manifest.num_listed,
-        num_quarantined=manifest.num_quarantined,
-        num_ignored=manifest.num_ignored,
-        num_opened=counts.opened,
-        num_decoded=counts.decoded,
-        quarantined=manifest.quarantined,
-        num_labels=len(manifest.labels),
-        num_shards=len(manifest.shards),
-        image_size=manifest.image_size,
-        channels=manifest.channels,
-    )
+    return ShardSet.of(folder, manifest, inputs=inputs, num_opened=counts.opened, num_decoded=counts.decoded)
 
 
 def is_intact(receipt: ShardSet) -> bool:
