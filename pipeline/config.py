@@ -14,8 +14,8 @@ from cluster.config import ClusterConfig
 from components.diffusion.schedule import DiffusionConfig
 from components.ingest.sources import DataConfig
 from components.model.unet import UNetConfig
-from pipeline.bench import EvaluateConfig
 from pipeline.errors import ConfigError
+from pipeline.measurement.bench import EvaluateConfig
 from pipeline.register import RegistryConfig
 from pipeline.train import TrainConfig
 

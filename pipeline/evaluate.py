@@ -7,12 +7,12 @@ from dataclasses import replace
 from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, ShardSet, Standing, TrainedModel
-from pipeline.bench import Bench, EvaluateConfig, open_bench
 from pipeline.context import StageContext
-from pipeline.draw import SampleSet, checksum_of
-from pipeline.keep import keep_samples
-from pipeline.measure import Sampled, measure_distance
-from pipeline.pictures import draw_pictures, write_page
+from pipeline.measurement.bench import Bench, EvaluateConfig, open_bench
+from pipeline.measurement.draw import SampleSet, checksum_of
+from pipeline.measurement.keep import keep_samples
+from pipeline.measurement.measure import Sampled, measure_distance
+from pipeline.measurement.pictures import draw_pictures, write_page
 from pipeline.tracking import Tracking
 
 ELECTION_SEEDS = 2**62

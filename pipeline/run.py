@@ -24,14 +24,17 @@ from pipeline import register as register_stage
 from pipeline import train as train_stage
 from pipeline.artifacts import STAGES, AnyReceipt, Contest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
 from pipeline.config import RunConfig, config_digest, digest_of, flatten
-from pipeline.contest import Contender, contest
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError, RegistryError
-from pipeline.extractors import check_extractor, check_files
 from pipeline.follow import Delivery, forget_deliveries
 from pipeline.lease import HeldError, alone, held
+from pipeline.measurement.contest import Contender, contest
+from pipeline.measurement.extractors import check_extractor, check_files
 from pipeline.notebook import read_metrics
 from pipeline.ready import check_cluster
+from pipeline.registry.decide import Champion
+from pipeline.registry.versions import fetch_checkpoint
+from pipeline.registry.versions import is_intact as registered_intact
 from pipeline.tracking import Tracking, connect, git_commit, public_uri
 
 RUN_FILE = "mlflow_run.json"
@@ -231,9 +234,9 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
         evaluate_stage.publish(evaluation, model, tracking, run_id)
         measured = model.model_copy(update={"config_digest": config_digest(pipeline.config)})
 
-        def ask(champion: register_stage.Champion) -> Contest | str:
+        def ask(champion: Champion) -> Contest | str:
             model_uri = f"models:/{config.model_name}/{champion.version}"
-            contender = Contender(champion.samples or "", lambda: register_stage.fetch_checkpoint(tracking, model_uri, pipeline.storage))
+            contender = Contender(champion.samples or "", lambda: fetch_checkpoint(tracking, model_uri, pipeline.storage))
             try:
                 return contest(pipeline.config.evaluate, evaluation, contender, shards, min_gain=config.min_gain, version=champion.version, context=context)
             except (DataError, RegistryError) as error:
@@ -245,7 +248,7 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
         "register",
         Registration,
         inputs,
-        lambda receipt: register_stage.is_intact(receipt, tracking),
+        lambda receipt: registered_intact(receipt, tracking),
         call,
         lambda context: None,
     )

@@ -289,7 +289,7 @@ def models(
     """List registered models: versions, metrics with their units, aliases, decisions."""
     with stdout_to_stderr() as stdout:
         from components.storage import Location
-        from pipeline.register import list_models
+        from pipeline.registry.versions import list_models
         from pipeline.tracking import connect
         from workflows.tables import print_models
 

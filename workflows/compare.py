@@ -26,14 +26,14 @@ from components.report.page import format_estimate, write_report
 from components.report.records import Compared, Estimate, Picture, Report, Section, Verdict
 from components.report.records import Comparison as Side
 from components.storage import Location
-from pipeline.bench import EvaluateConfig, open_bench
-from pipeline.compare import Comparison, Entrant, Result, compare, shard_set_of
 from pipeline.config import load_sections
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
-from pipeline.extractors import check_extractor, check_files
-from pipeline.pictures import unit_of
-from pipeline.register import SETTINGS_TAG, fetch_checkpoint, find_model
+from pipeline.measurement.bench import EvaluateConfig, open_bench
+from pipeline.measurement.compare import Comparison, Entrant, Result, compare, shard_set_of
+from pipeline.measurement.extractors import check_extractor, check_files
+from pipeline.measurement.pictures import unit_of
+from pipeline.registry.versions import SETTINGS_TAG, fetch_checkpoint, find_model
 from pipeline.run import check_storage
 from pipeline.tracking import Tracking, connect
 

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from pipeline.artifacts import Contest, Metric, MetricUnit, PairedTest
-from pipeline.register import Champion, decide, unlike_parts
+from pipeline.registry.decide import Champion, decide, unlike_parts
 
 UNIT = MetricUnit(
     extractor="fd_dct8_v1",

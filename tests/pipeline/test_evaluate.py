@@ -24,10 +24,10 @@ from components.metrics.frechet import FeatureStats, Reference, frechet_distance
 from components.model.checkpoint import DenoiserSpec, write_checkpoint
 from components.model.unet import UNetConfig
 from components.storage import Location
-from pipeline.bench import Bench, EvaluateConfig
-from pipeline.compare import shard_set_of
 from pipeline.context import Reporter, StageContext
-from pipeline.draw import (
+from pipeline.measurement.bench import Bench, EvaluateConfig
+from pipeline.measurement.compare import shard_set_of
+from pipeline.measurement.draw import (
     ROWS_PER_PART,
     SEEDS_PER_PART,
     ExtractorChoice,
@@ -39,11 +39,11 @@ from pipeline.draw import (
     pixels_file,
     write_array,
 )
-from pipeline.extractors import check_extractor
-from pipeline.keep import keep_samples
-from pipeline.measure import Sampled, find_copies, paired_test
-from pipeline.reals import Reals
-from pipeline.team import Team
+from pipeline.measurement.extractors import check_extractor
+from pipeline.measurement.keep import keep_samples
+from pipeline.measurement.measure import Sampled, find_copies, paired_test
+from pipeline.measurement.reals import Reals
+from pipeline.measurement.team import Team
 
 SPEC = DenoiserSpec(
     model=UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), num_groups=4, dropout=0.0),

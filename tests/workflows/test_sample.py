@@ -47,7 +47,7 @@ def test_an_unknown_sampler_and_too_many_steps_are_refused_by_option(checkpoint:
 
 @pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning")
 def test_a_served_model_offers_every_sampler_and_names_them_to_who_asks_for_another(checkpoint: str):
-    from pipeline.served_model import Sampler
+    from pipeline.registry.served_model import Sampler
 
     served: Any = Sampler()
     served.load_context(SimpleNamespace(artifacts={"checkpoint": checkpoint}))

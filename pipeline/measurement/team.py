@@ -9,7 +9,7 @@ from typing import Any
 from cluster.config import ClusterConfig, ClusterError
 from cluster.placement import Placement
 from components.errors import DataError
-from pipeline.draw import ExtractorChoice, Identity, Sampler
+from pipeline.measurement.draw import ExtractorChoice, Identity, Sampler
 
 MOST_DEATHS = 5
 """Actors that one piece of work may take with it: a lost node takes one or two, an image that kills its process takes all."""

@@ -15,8 +15,8 @@ from components.report.page import write_report
 from components.report.records import Estimate, Number, Picture, Report, Section, Verdict
 from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
-from pipeline.bench import Bench, Numbers
-from pipeline.draw import RealSet, SampleSet
+from pipeline.measurement.bench import Bench, Numbers
+from pipeline.measurement.draw import RealSet, SampleSet
 from pipeline.notebook import read_metrics
 from pipeline.tracking import git_commit
 

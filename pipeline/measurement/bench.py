@@ -23,11 +23,20 @@ from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import Floor, Memorisation, Metric, MetricUnit, ShardSet
 from pipeline.context import StageContext
-from pipeline.draw import SEEDS_PER_PART, Identity, SampleSet, parts_of, pixels_file, read_array, sample_set
-from pipeline.extractors import choose_extractors
-from pipeline.measure import FEWEST_COMPARED, Distance, Sampled, find_copies, measure_distance, measure_floor, measure_inception_score, measure_scores
-from pipeline.reals import Reals, measure_reals, read_reference
-from pipeline.team import Team
+from pipeline.measurement.draw import SEEDS_PER_PART, Identity, SampleSet, parts_of, pixels_file, read_array, sample_set
+from pipeline.measurement.extractors import choose_extractors
+from pipeline.measurement.measure import (
+    FEWEST_COMPARED,
+    Distance,
+    Sampled,
+    find_copies,
+    measure_distance,
+    measure_floor,
+    measure_inception_score,
+    measure_scores,
+)
+from pipeline.measurement.reals import Reals, measure_reals, read_reference
+from pipeline.measurement.team import Team
 
 if TYPE_CHECKING:
     from components.metrics.frechet import Reference

@@ -8,8 +8,8 @@ import numpy as np
 
 from components.storage import Location
 from pipeline.artifacts import Floor, Memorisation, Metric, MetricUnit, PairedTest
-from pipeline.draw import SEEDS_PER_PART, Identity, features_file, logits_file, parts_of, read_parts
-from pipeline.reals import Reals
+from pipeline.measurement.draw import SEEDS_PER_PART, Identity, features_file, logits_file, parts_of, read_parts
+from pipeline.measurement.reals import Reals
 
 if TYPE_CHECKING:
     from components.metrics.frechet import FeatureStats, Reference

@@ -11,9 +11,9 @@ from components.data.shards import Manifest, Split
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
-from pipeline.draw import ROWS_PER_PART, Identity, RealSet, parts_of, read_parts
 from pipeline.lease import alone
-from pipeline.team import Team
+from pipeline.measurement.draw import ROWS_PER_PART, Identity, RealSet, parts_of, read_parts
+from pipeline.measurement.team import Team
 
 if TYPE_CHECKING:
     from components.metrics.frechet import Reference

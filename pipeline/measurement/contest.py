@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import Contest, Evaluation, PairedTest, ShardSet
-from pipeline.bench import EvaluateConfig, open_bench
 from pipeline.context import StageContext
-from pipeline.draw import Identity
-from pipeline.measure import Sampled, paired_test
-from pipeline.reals import read_reference, reference_file
+from pipeline.measurement.bench import EvaluateConfig, open_bench
+from pipeline.measurement.draw import Identity
+from pipeline.measurement.measure import Sampled, paired_test
+from pipeline.measurement.reals import read_reference, reference_file
 
 FRESH_SEEDS = 2**61
 

@@ -10,10 +10,10 @@ from components.data.shards import read_manifest
 from components.diffusion.recipe import Recipe
 from components.storage import Location
 from pipeline.artifacts import Metric, PairedTest, ShardSet
-from pipeline.bench import Bench, EvaluateConfig, open_bench
 from pipeline.context import StageContext
-from pipeline.draw import SampleSet
-from pipeline.measure import Sampled, measure_distance, measure_floor, paired_test
+from pipeline.measurement.bench import Bench, EvaluateConfig, open_bench
+from pipeline.measurement.draw import SampleSet
+from pipeline.measurement.measure import Sampled, measure_distance, measure_floor, paired_test
 
 GRID_IMAGES = 16
 

@@ -20,7 +20,7 @@ from components.data.shards import (
     write_shard,
 )
 from components.storage import Location
-from pipeline.draw import SEEDS_PER_PART, SampleSet, parts_of, pixels_file, read_parts
+from pipeline.measurement.draw import SEEDS_PER_PART, SampleSet, parts_of, pixels_file, read_parts
 
 SHARD_BYTES = 16 << 20
 

@@ -13,12 +13,12 @@ from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
-from pipeline.draw import ExtractorChoice, Kind
 from pipeline.lease import held
-from pipeline.reals import read_reference
+from pipeline.measurement.draw import ExtractorChoice, Kind
+from pipeline.measurement.reals import read_reference
 
 if TYPE_CHECKING:
-    from pipeline.bench import EvaluateConfig
+    from pipeline.measurement.bench import EvaluateConfig
 
 MIN_CLASSES = 2
 CLASSIFIER_ROWS, CLASSIFIER_BYTES = 100_000, 2 << 30

@@ -1,0 +1,1 @@
+"""How samples are drawn and measured: actors, features, numbers, tests, pictures."""

@@ -1,0 +1,1 @@
+"""The model registry: what a version holds, who is champion, and why."""

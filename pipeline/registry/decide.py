@@ -1,0 +1,78 @@
+"""Whether the champion falls: pure, so that every case can be tested."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.artifacts import Contest, Metric, MetricUnit, PairedTest
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the champion falls, and why, in a sentence."""
+
+    promote: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version that the alias points to.
+
+    Attributes:
+        metric: its number, if it carries one.
+        samples: folder of its samples' features, if it says so.
+    """
+
+    version: int
+    metric: Metric | None
+    samples: str | None = None
+
+
+Ask = Callable[[Champion], Contest | str]
+
+
+def unlike_parts(one: MetricUnit, other: MetricUnit) -> list[str]:
+    """Returns which parts of two units differ, with both values."""
+    first, second = one.model_dump(), other.model_dump()
+    return [f"{part} {first[part]} against {second[part]}" for part in first if first[part] != second[part]]
+
+
+def decide(candidate: Metric, champion: Champion | None, contest: Contest | str | None, min_gain: float, *, copies: bool = False) -> Decision:
+    """Promotes a first version, and one that is better by more than chance and `min_gain`, twice; numbers of unlike units are never compared.
+
+    Better means: the difference to the champion on the same seeds plus 1.645 of its standard errors is below -min_gain (one-sided, 95 %),
+    and so it is on fresh seeds. A candidate that copies training images takes no champion's place.
+
+    Args:
+        contest: the test, or why there is none.
+    """
+    if champion is None:
+        return Decision(True, f"first version: {candidate.name} is {candidate.value:.4g}, and there was no champion")
+    refused = why_not_compared(candidate, champion)
+    if refused:
+        return Decision(False, f"kept: {refused}")
+    if copies:
+        return Decision(False, f"kept: the candidate copies training images; champion v{champion.version} stays")
+    if contest is None or isinstance(contest, str):
+        return Decision(False, f"kept: champion v{champion.version} could not be measured beside it{f': {contest}' if contest else ''}")
+    numbers = f"{candidate.name} is {contest.test.candidate:.4g}, champion v{champion.version} has {contest.test.champion:.4g} on the same seeds"
+    wanted = f"below {-min_gain:g}" if min_gain else "below 0"
+    first = f"difference {_interval(contest.test)}"
+    if not contest.test.upper < -min_gain:
+        return Decision(False, f"kept: {numbers}; {first}: its upper end must be {wanted}")
+    if contest.confirmation is None or not contest.confirmation.upper < -min_gain:
+        again = "was not confirmed" if contest.confirmation is None else f"on fresh seeds only {_interval(contest.confirmation)}"
+        return Decision(False, f"kept: {numbers}; {first}, {again}: the upper end must be {wanted} both times")
+    return Decision(True, f"better: {numbers}; {first}, on fresh seeds {_interval(contest.confirmation)}")
+
+
+def why_not_compared(candidate: Metric, champion: Champion) -> str:
+    """Returns why a candidate's number cannot be held against the champion's, nothing where it can."""
+    if champion.metric is None:
+        return f"champion v{champion.version} carries no metric to compare with; evaluate it, or move the alias by hand"
+    unlike = unlike_parts(candidate.unit, champion.metric.unit)
+    return f"not comparable with champion v{champion.version}, whose unit differs: {'; '.join(unlike)}" if unlike else ""
+
+
+def _interval(test: PairedTest) -> str:
+    return f"{test.difference:+.4g} ± {1.645 * test.standard_error:.2g} (90 %)"
