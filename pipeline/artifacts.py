@@ -47,6 +47,11 @@ class ShardSet(Receipt):
     image_size: int
     channels: int
 
+    @property
+    def name(self) -> str:
+        """What MLflow's pages call it."""
+        return Location(self.source).name or "images"
+
     @classmethod
     def of(cls, folder: Location, manifest: Manifest, *, inputs: str, num_opened: int = 0, num_decoded: int = 0) -> "ShardSet":
         """Returns the receipt of the dataset in a folder."""
@@ -85,6 +90,8 @@ class TrainedModel(Receipt):
     """Mean training loss over the last logged steps."""
     images_per_second: float
     """Median over the run, all workers together."""
+    seconds: float = 0.0
+    """What all steps take at that speed."""
     precision: Literal["float32", "bfloat16"]
     num_workers: int
     device: str

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,15 +13,16 @@ from pipeline.artifacts import Contest, Evaluation, Registration, ShardSet, Trai
 from pipeline.context import StageContext
 from pipeline.lease import alone
 from pipeline.registry.decide import Ask, Decision, decide, why_not_compared
+from pipeline.registry.gate import pass_gate
+from pipeline.registry.ledger import Ledger
+from pipeline.registry.move import Move
 from pipeline.registry.package import log_model
-from pipeline.registry.page import describe
-from pipeline.registry.versions import CHAMPION, INPUTS_TAG, SAMPLES_TAG, SETTINGS_TAG, find_champion, find_version
-from pipeline.tracking import Tracking, as_tags, git_commit, public_uri, translated
+from pipeline.registry.page import Address, Made, version_page
+from pipeline.registry.versions import CANDIDATE, DECISION_TAG, INPUTS_TAG, SAMPLES_TAG, SETTINGS_TAG, alias_of, find_version, read_champion
+from pipeline.tracking import Tracking, as_tags, git_commit, public_uri, translated, ui_fragment
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
-
-DESCRIPTION_LIMIT = 5000
 
 
 class RegistryConfig(BaseModel):
@@ -39,42 +41,47 @@ def register(
 ) -> Registration:
     """Logs the model to its run, makes a version of it, decides about the champion, and returns the receipt.
 
-    A version that an interrupted call already made for the same inputs is taken up again.
+    A version that an interrupted call already made for the same inputs is taken up again, and so is a decision.
 
     Args:
-        ask: measures the candidate beside a champion; called while no other process decides, so that the champion is the one it is told from.
+        ask: measures the candidate beside a champion. Where another process decides meanwhile, it is asked again about the champion that there is then.
 
     Raises:
         RegistryError: if the registry cannot be reached or refuses.
     """
-    with translated(tracking.uri), _one_at_a_time(context, config.model_name):
-        made = find_version(tracking, config.model_name, context.inputs)
-        if made is None:
-            made = _make_version(config, shards, model, evaluation, context, tracking, run_id)
-        number = int(made.version)
-        champion = find_champion(tracking, config.model_name)
-        if champion is not None and champion.version == number:
-            decision, previous, contest = Decision(True, made.tags["ddpm.decision"]), None, None
-        else:
-            contest = ask(champion) if champion is not None and not why_not_compared(evaluation.metric, champion) else None
-            decision = decide(
-                evaluation.metric, champion, contest, config.min_gain, copies=evaluation.memorisation is not None and evaluation.memorisation.copies
-            )
-            previous = champion.version if champion else None
-            _carry_out(decision, number, shards, model, evaluation, config.model_name, tracking, run_id)
+    name, made = config.model_name, Made(shards, model, evaluation, context.run_name)
+    with translated(tracking.uri), _one_at_a_time(context, name):
+        version = find_version(tracking, name, context.inputs) or _make_version(config, made, context, tracking, run_id)
+        number = int(version.version)
+        _name_candidate(tracking, name, number)
+        ledger = Ledger.of(tracking, name)
+        move = pass_gate(ledger, number, lambda champion: _judge(config, evaluation, champion, ask, tracking), context.reporter)
+        _tell(made, move, _address(tracking, name, number, run_id), tracking)
+        ledger.settle()
+        ledger.show()
+    promoted = move.kind == "promoted"
     return Registration(
         inputs=context.inputs,
-        model_name=config.model_name,
+        model_name=name,
         version=number,
-        uri=f"models:/{config.model_name}/{number}",
+        uri=f"models:/{name}/{number}",
         tracking_uri=public_uri(tracking.uri),
         mlflow_run_id=run_id,
-        promoted=decision.promote,
-        decision=decision.reason,
-        previous_champion=previous,
+        promoted=promoted,
+        decision=move.why,
+        previous_champion=move.previous if promoted else move.champion,
         metric=evaluation.metric,
-        contest=contest if isinstance(contest, Contest) else None,
+        contest=move.contest,
     )
+
+
+def _judge(config: RegistryConfig, evaluation: Evaluation, number: int | None, ask: Ask, tracking: Tracking) -> tuple[Decision, Contest | None]:
+    """Returns the decision about a candidate beside a champion, and the test that it was made by."""
+    champion = None if number is None else read_champion(tracking, config.model_name, number)
+    contest = ask(champion) if champion is not None and not why_not_compared(evaluation.metric, champion) else None
+    copies = evaluation.memorisation is not None and evaluation.memorisation.copies
+    decision = decide(evaluation.metric, champion, contest, config.min_gain, copies=copies)
+    return decision, contest if isinstance(contest, Contest) else None
 
 
 @contextmanager
@@ -85,55 +92,86 @@ def _one_at_a_time(context: StageContext, name: str) -> Iterator[None]:
         yield
 
 
-def _make_version(
-    config: RegistryConfig, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, context: StageContext, tracking: Tracking, run_id: str
-) -> "ModelVersion":
+def _make_version(config: RegistryConfig, made: Made, context: StageContext, tracking: Tracking, run_id: str) -> "ModelVersion":
     from mlflow.exceptions import MlflowException
 
     client = tracking.client
     try:
         client.get_registered_model(config.model_name)
     except MlflowException:
-        client.create_registered_model(config.model_name)
-    logged = log_model(config.model_name, model, evaluation, run_id)
-    tags = _version_tags(shards, model, evaluation, context)
-    return client.create_model_version(config.model_name, source=f"models:/{logged}", run_id=run_id, tags=tags, model_id=logged)
+        _create_model(config.model_name, tracking)
+    logged = log_model(config.model_name, made.model, made.evaluation, run_id)
+    numbers = {metric.name: metric.value for metric in (made.evaluation.metric, *made.evaluation.guards)}
+    tracking.log_model_metrics(run_id, logged, made.evaluation.step, numbers, dataset=made.shards.name, digest=made.shards.digest)
+    tags = _version_tags(made, context)
+    version = client.create_model_version(config.model_name, source=f"models:/{logged}", run_id=run_id, tags=tags, model_id=logged)
+    client.set_logged_model_tags(logged, {"mlflow.modelVersions": json.dumps([{"name": config.model_name, "version": int(version.version)}])})
+    return version
 
 
-def _version_tags(shards: ShardSet, model: TrainedModel, evaluation: Evaluation, context: StageContext) -> dict[str, str]:
-    metric = evaluation.metric
+def _create_model(name: str, tracking: Tracking) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tracking.client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # two first runs at once
+            raise
+
+
+def _name_candidate(tracking: Tracking, name: str, number: int) -> None:
+    """Points the alias `candidate` to the newest version."""
+    if number >= (alias_of(tracking, name, CANDIDATE) or 0):
+        tracking.client.set_registered_model_alias(name, CANDIDATE, str(number))
+
+
+def _version_tags(made: Made, context: StageContext) -> dict[str, str]:
+    shards, evaluation = made.shards, made.evaluation
+    metric, copies = evaluation.metric, evaluation.memorisation
     return as_tags(
         {
-            INPUTS_TAG: context.inputs,
-            SAMPLES_TAG: evaluation.samples,
-            SETTINGS_TAG: json.dumps(evaluation.settings),
             "ddpm.run": context.run_name,
             "metric.name": metric.name,
             "metric.value": repr(metric.value),
+            "metric.standard_error": repr(metric.standard_error),
             "metric.unit": metric.unit.model_dump_json(),
             "metric.extractor": metric.unit.extractor,
             "metric.num_samples": metric.unit.num_samples,
             "dataset.digest": shards.digest,
             "dataset.source": shards.source,
-            "config.digest": model.config_digest,
+            "dataset.rows": shards.num_rows,
+            "dataset.quarantined": shards.num_quarantined,
+            "config.digest": made.model.config_digest,
             "weights.sha256": evaluation.weights_sha256,
             "weights.average": evaluation.weights,
             "weights.checkpoint": evaluation.checkpoint,
             "weights.election": "; ".join(f"{standing.step} {standing.weights} {standing.metric.value:.6g}" for standing in evaluation.election) or "none",
+            "memorisation.copies": "unknown" if copies is None else copies.copies,
+            "memorisation.verdict": "not measured" if copies is None else copies.verdict,
             "git.commit": git_commit(),
+            INPUTS_TAG: context.inputs,
+            SAMPLES_TAG: evaluation.samples,
+            SETTINGS_TAG: json.dumps(evaluation.settings),
         }
     )
 
 
-def _carry_out(
-    decision: Decision, number: int, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, name: str, tracking: Tracking, run_id: str
-) -> None:
-    """Writes the reason and the description, then moves the alias."""
-    client = tracking.client
-    client.set_model_version_tag(name, str(number), "ddpm.decision", decision.reason[:DESCRIPTION_LIMIT])
-    description = describe(decision, number, shards, model, evaluation, name, tracking.uri, run_id)
-    client.update_model_version(name, str(number), description[:DESCRIPTION_LIMIT])
-    tracking.note(run_id, description)
-    if decision.promote:
-        client.set_registered_model_alias(name, CHAMPION, str(number))
-        client.update_registered_model(name, description[:DESCRIPTION_LIMIT])
+def _address(tracking: Tracking, name: str, number: int, run_id: str) -> Address:
+    experiment = tracking.client.get_run(run_id).info.experiment_id
+    return Address(public_uri(tracking.uri), name, number, experiment, run_id)
+
+
+def _tell(made: Made, move: Move, address: Address, tracking: Tracking) -> None:
+    """Writes the reason and the description to the version, and where the version is to the run."""
+    client, page = tracking.client, version_page(made, move, address)
+    tags = {DECISION_TAG: move.why}
+    if move.contest is not None:
+        test = move.contest.test
+        tags |= {"champion.version": str(move.contest.champion_version), "champion.value": repr(test.champion)}
+        tags |= {"champion.difference": repr(test.difference), "champion.difference_standard_error": repr(test.standard_error)}
+    for key, value in as_tags(tags).items():
+        client.set_model_version_tag(address.name, str(address.version), key, value)
+    client.update_model_version(address.name, str(address.version), page)
+    link = ui_fragment(f"models/{quote(address.name)}/versions/{address.version}")
+    tracking.note(address.run_id, f"[{address.name} version {address.version}]({link}): {page}")
+    client.set_tag(address.run_id, "ddpm.version", f"models:/{address.name}/{address.version}")

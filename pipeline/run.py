@@ -236,9 +236,13 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
 
         def ask(champion: Champion) -> Contest | str:
             model_uri = f"models:/{config.model_name}/{champion.version}"
-            contender = Contender(champion.samples or "", lambda: fetch_checkpoint(tracking, model_uri, pipeline.storage))
+            candidate = Contender("candidate", evaluation.samples, lambda: (Location.of(evaluation.checkpoint), evaluation.weights))
+            contender = Contender(
+                f"champion v{champion.version}", champion.samples or "", lambda: (fetch_checkpoint(tracking, model_uri, pipeline.storage), "ema")
+            )
+            settings, unit = pipeline.config.evaluate, evaluation.metric.unit
             try:
-                return contest(pipeline.config.evaluate, evaluation, contender, shards, min_gain=config.min_gain, version=champion.version, context=context)
+                return contest(settings, unit, candidate, contender, shards, min_gain=config.min_gain, version=champion.version, context=context)
             except (DataError, RegistryError) as error:
                 return str(error)
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import subprocess
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,15 @@ class Tracking:
             for first in range(0, len(metrics), BATCH_METRICS):
                 self.client.log_batch(run_id, metrics=metrics[first : first + BATCH_METRICS])
 
+    def log_model_metrics(self, run_id: str, model_id: str, step: int, values: Mapping[str, float], *, dataset: str, digest: str) -> None:
+        """Shows numbers on the page of a logged model, beside the dataset that they were measured on, so that models can be sorted by them."""
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(key, value, now, step, model_id=model_id, dataset_name=dataset, dataset_digest=digest) for key, value in values.items()]
+        with translated(self.uri):
+            self.client.log_batch(run_id, metrics=metrics)
+
     def log_picture(self, run_id: str, picture: Path, *, key: str, step: int) -> None:
         """Logs a picture of a step, so that the run's page shows it under a slider."""
         from PIL import Image
@@ -270,7 +280,12 @@ def git_commit() -> str:
 
 def ui_link(base: str, fragment: str) -> str:
     """Returns the address of a page of MLflow's site, in the mode that shows models."""
-    return f"{base.rstrip('/')}/#/{fragment}?workflowType=machine_learning"
+    return f"{base.rstrip('/')}/{ui_fragment(fragment)}"
+
+
+def ui_fragment(fragment: str) -> str:
+    """Returns the address of a page from another page of the same site."""
+    return f"#/{fragment}?workflowType=machine_learning"
 
 
 def as_tags(values: Mapping[str, Any]) -> dict[str, str]:

@@ -145,7 +145,7 @@ def train(
     context.reporter.line(_derived(config, placement, context))
     with Follower(context, tracking, run_id, config.steps):
         outcome = _fit(plan, placement, context)
-    return _receipt(outcome, shards, context, tracking.uri, run_id, config_digest)
+    return _receipt(outcome, config, shards, context, tracking.uri, run_id, config_digest)
 
 
 def _derived(config: TrainConfig, placement: Placement, context: StageContext) -> str:
@@ -217,7 +217,9 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _receipt(outcome: TrainOutcome, shards: ShardSet, context: StageContext, tracking_uri: str, run_id: str, config_digest: str) -> TrainedModel:
+def _receipt(
+    outcome: TrainOutcome, config: TrainConfig, shards: ShardSet, context: StageContext, tracking_uri: str, run_id: str, config_digest: str
+) -> TrainedModel:
     lines = read_metrics(context.folder)
     speeds = [line.metrics["perf/images_per_second"] for line in lines if "perf/images_per_second" in line.metrics]
     losses = [line.metrics["train/loss"] for line in lines if "train/loss" in line.metrics]
@@ -232,6 +234,7 @@ def _receipt(outcome: TrainOutcome, shards: ShardSet, context: StageContext, tra
         parameters=outcome.parameters,
         loss=statistics.fmean(losses[-5:]),
         images_per_second=statistics.median(speeds),
+        seconds=outcome.steps * config.global_batch_size / statistics.median(speeds),
         precision=outcome.precision,
         num_workers=outcome.num_workers,
         device=outcome.device,

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import os
 import re
 import signal
 import sys
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workflows.data import data_app
+from workflows.models import models_app
+from workflows.streams import stdout_to_stderr
 
 if TYPE_CHECKING:
     from pipeline.artifacts import StageName
@@ -41,6 +42,7 @@ jobs_app = typer.Typer(
 )
 app.add_typer(jobs_app, rich_help_panel="Cluster")
 app.add_typer(data_app, rich_help_panel="Look")
+app.add_typer(models_app, rich_help_panel="Look")
 
 JobName = Annotated[str, typer.Argument(metavar="NAME", help="The run's name, or a job's id.")]
 Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name (digits, cifar10, cifar10-small, celeba64) or the path of a YAML file.")]
@@ -281,23 +283,6 @@ def manifest(
 
 
 @app.command(rich_help_panel="Look")
-def models(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One registered model; all by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
-    storage: Storage = "./storage",
-) -> None:
-    """List registered models: versions, metrics with their units, aliases, decisions."""
-    with stdout_to_stderr() as stdout:
-        from components.storage import Location
-        from pipeline.registry.versions import list_models
-        from pipeline.tracking import connect
-        from workflows.tables import print_models
-
-        found = list_models(connect(Location.of(storage), create=False), name)
-        stdout.write(json.dumps(found, indent=2) + "\n") if as_json else print_models(stdout, found)
-
-
-@app.command(rich_help_panel="Look")
 def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000, storage: Storage = "./storage") -> None:
     """Serve MLflow's pages on this machine: runs, curves, pictures, models."""
     from components.storage import Location
@@ -331,21 +316,6 @@ def find_preset(preset: str) -> Path:
             return path
     names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
     raise ConfigError(f"preset {preset} is neither a file nor one of {names}; name one of these or the path of a YAML file")
-
-
-@contextlib.contextmanager
-def stdout_to_stderr() -> Iterator[Any]:
-    """Sends all that any library or child process prints to stderr, and gives the block the real stdout."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as stdout:
-            yield stdout
-    finally:
-        sys.stdout.flush()
-        os.dup2(saved, 1)
-        os.close(saved)
 
 
 def check_packages() -> None:

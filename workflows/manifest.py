@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 import yaml
 
@@ -37,7 +37,7 @@ class Options:
     code: Path | None = None
 
 
-def print_manifest(stdout: TextIO, kind: str, config: RunConfig, run_name: str, options: Options) -> None:
+def print_manifest(stdout: IO[str], kind: str, config: RunConfig, run_name: str, options: Options) -> None:
     """Writes the manifest, and with `options.code` the code into a file instead of the manifest.
 
     Raises:

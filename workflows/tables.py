@@ -3,22 +3,24 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from datetime import UTC, datetime
+from typing import IO
+from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.artifacts import Evaluation, Metric, Registration, ShardSet, StageName, TrainedModel
 from pipeline.config import RunConfig, config_digest, section_fields
+from pipeline.registry.browse import Contrast, VersionFacts
+from pipeline.registry.move import Move
 from pipeline.run import StageReport
+from pipeline.tracking import public_uri, ui_fragment
 
 
 def print_summary(out: IO[str], reports: Mapping[StageName, StageReport], name: str, config: RunConfig) -> None:
     """Prints stages, times and results, and where to look."""
-    console = Console(file=out, highlight=False, force_terminal=out.isatty(), width=None if out.isatty() else 140)
-    table = Table(title=f"run {name}", title_justify="left")
-    for column in ("stage", "time", "result"):
-        table.add_column(column, overflow="fold")
+    console, table = _console(out), _table(f"run {name}", "stage", "time", "result")
     for stage, report in reports.items():
         table.add_row(stage, "skipped" if report.skipped else f"{report.seconds:.1f} s", _result(report))
     console.print(table)
@@ -69,16 +71,93 @@ def print_config(config: RunConfig) -> None:
     sys.stdout.write("\n".join([*lines, f"# digest {config_digest(config)} (of all but the cluster section)", ""]))
 
 
-def print_models(out: IO[str], models: Sequence[Mapping[str, Any]]) -> None:
+def _console(out: IO[str]) -> Console:
+    return Console(file=out, highlight=False, force_terminal=out.isatty(), width=None if out.isatty() else 140)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def print_models(out: IO[str], models: Mapping[str, Sequence[VersionFacts]]) -> None:
     """Prints registered models with their versions."""
-    console = Console(file=out, highlight=False, force_terminal=out.isatty(), width=None if out.isatty() else 140)
+    console = _console(out)
     if not models:
         console.print("no models yet; ddpm run digits makes one")
-    for model in models:
-        table = Table(title=str(model["name"]), title_justify="left")
-        for column in ("version", "aliases", "metric", "value", "run", "decision"):
-            table.add_column(column, overflow="fold")
-        for version in model["versions"]:
-            value = "" if version["value"] is None else f"{version['value']:.4g}"
-            table.add_row(str(version["version"]), ", ".join(version["aliases"]), version["metric"], value, version["run"], version["decision"])
+    for name, versions in models.items():
+        table = _table(name, "version", "aliases", "metric", "value", "run", "decision")
+        for version in versions:
+            name_of = version.metric.name if version.metric else ""
+            table.add_row(str(version.version), ", ".join(version.aliases), name_of, _value(version.metric), version.run or "", version.decision or "")
         console.print(table)
+
+
+def _value(metric: Metric | None) -> str:
+    return "" if metric is None else f"{metric.value:.4g}{_error(metric)}"
+
+
+def print_version(out: IO[str], facts: VersionFacts, moves: Sequence[Move], uri: str) -> None:
+    """Prints all that is known of a version, the moves that concern it, and how to use it."""
+    console, tags = _console(out), facts.tags
+    table = _table(f"{facts.name} {facts.label}", "", "")
+    table.show_header = False
+    unit = facts.metric.unit if facts.metric else None
+    rows = {
+        "metric": f"{facts.metric.name} = {_value(facts.metric)} (95 %), lower is better" if facts.metric else "none",
+        "unit": f"{unit.num_samples} samples from seed {unit.first_seed}, {unit.sampler}, against {unit.reference_count} images of {unit.reference_digest}"
+        if unit
+        else "",
+        "decision": facts.decision or "none yet",
+        "memorisation": tags.get("memorisation.verdict", ""),
+        "dataset": f"{tags.get('dataset.digest')}: {tags.get('dataset.rows')} rows, {tags.get('dataset.quarantined')} quarantined",
+        "source": tags.get("dataset.source", ""),
+        "run": f"{facts.run} ({facts.run_id})",
+        "weights": f"{tags.get('weights.average')} of {tags.get('weights.checkpoint')}",
+        "config": tags.get("config.digest", ""),
+        "commit": tags.get("git.commit", ""),
+        "created": datetime.fromtimestamp(facts.created_ms / 1000, UTC).isoformat(" ", "seconds"),
+    }
+    for key, value in rows.items():
+        if value:
+            table.add_row(key, value)
+    console.print(table)
+    if moves:
+        print_moves(out, f"moves of v{facts.version}", moves)
+    page = ui_fragment(f"models/{quote(facts.name)}/versions/{facts.version}")
+    where = f"{public_uri(uri).rstrip('/')}/{page}" if uri.startswith("http") else f"ddpm ui, then http://127.0.0.1:5000/{page}"
+    console.print(f"page        {where}", soft_wrap=True, markup=False)
+    console.print(f"draw        ddpm sample models:/{facts.name}/{facts.version} --num 64 --out grid.png", soft_wrap=True, markup=False)
+
+
+def print_contrast(out: IO[str], name: str, found: Contrast) -> None:
+    """Prints versions side by side: numbers, then the settings that differ."""
+    console = _console(out)
+    table = _table(name, "", *(version.label for version in found.versions))
+    rows = {
+        "metric": [version.metric.name if version.metric else "none" for version in found.versions],
+        "value": [_value(version.metric) for version in found.versions],
+        "decision": [version.decision or "" for version in found.versions],
+        "dataset": [version.tags.get("dataset.digest", "") for version in found.versions],
+        "memorisation": [version.tags.get("memorisation.verdict", "") for version in found.versions],
+        "commit": [version.tags.get("git.commit", "")[:12] for version in found.versions],
+    }
+    for key, values in (rows | found.settings).items():
+        table.add_row(key, *values)
+    console.print(table)
+    for version, unlike in zip(found.versions, found.unlike, strict=True):
+        if unlike:
+            console.print(f"v{version.version} is not comparable with v{found.versions[0].version}: {'; '.join(unlike)}", soft_wrap=True, markup=False)
+    models = " ".join(f"models:/{name}/{version.version}" for version in found.versions)
+    console.print(f"on the same seeds, with pictures: ddpm compare {models}", soft_wrap=True, markup=False)
+
+
+def print_moves(out: IO[str], name: str, moves: Sequence[Move]) -> None:
+    """Prints the log of a model, oldest first."""
+    table = _table(name, "when", "what", "champion", "who", "why")
+    for move in moves:
+        about = "" if move.version is None else f"v{move.version} "
+        table.add_row(move.when[:19].replace("T", " "), f"{about}{move.kind}", "none" if move.champion is None else f"v{move.champion}", move.who, move.why)
+    _console(out).print(table)

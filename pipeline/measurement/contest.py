@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from components.errors import DataError
 from components.storage import Location
-from pipeline.artifacts import Contest, Evaluation, PairedTest, ShardSet
+from pipeline.artifacts import Contest, MetricUnit, PairedTest, ShardSet
 from pipeline.context import StageContext
 from pipeline.measurement.bench import EvaluateConfig, open_bench
 from pipeline.measurement.draw import Identity
@@ -20,35 +20,48 @@ class Contender:
     """A model in a contest.
 
     Attributes:
+        name: how the log calls it.
         samples: folder of its samples' features.
-        fetch: returns the folder of its checkpoint; called only where something is to be drawn.
+        fetch: returns the folder of its checkpoint, and which of its averages; called only where something is to be drawn.
     """
 
+    name: str
     samples: str
-    fetch: Callable[[], Location]
+    fetch: Callable[[], tuple[Location, str]]
 
 
 def contest(
-    config: EvaluateConfig, evaluation: Evaluation, champion: Contender, shards: ShardSet, *, min_gain: float, version: int, context: StageContext
+    config: EvaluateConfig,
+    unit: MetricUnit,
+    candidate: Contender,
+    champion: Contender,
+    shards: ShardSet,
+    *,
+    min_gain: float,
+    version: int,
+    context: StageContext,
 ) -> Contest:
-    """Returns the paired test of a candidate that was just evaluated against a champion measured in the same unit, and its confirmation on fresh seeds.
+    """Returns the paired test of a candidate against a champion, both in one unit, and its confirmation on fresh seeds.
 
     The confirmation is drawn only where the first test says better: one lucky block of seeds among many challengers promotes nobody.
 
+    Args:
+        unit: of the candidate's number.
+        version: the champion's.
+
     Raises:
-        DataError: if the champion's checkpoint or the reference cannot be read.
+        DataError: if a checkpoint or the reference cannot be read.
     """
-    test = _kept_test(config, evaluation, champion, context)
+    test = _kept_test(config, unit, candidate, champion, context)
     if test is not None and not test.upper < -min_gain:
         return Contest(champion_version=version, test=test, confirmation=None)
     with open_bench(config, shards, context) as bench:
         reference, _ = bench.reference()
-        ours = bench.samples_of(Location.of(evaluation.checkpoint), evaluation.weights)
-        theirs = bench.samples_of(champion.fetch(), "ema")
+        ours, theirs = bench.samples_of(*candidate.fetch()), bench.samples_of(*champion.fetch())
         identity = bench.team.identities[0]
 
         def test_on(seeds: range) -> PairedTest:
-            for name, samples in (("candidate", ours), (f"champion v{version}", theirs)):
+            for name, samples in ((candidate.name, ours), (champion.name, theirs)):
                 context.reporter.line(f"  {name} on seeds {seeds.start} to {seeds.stop - 1}")
                 bench.draw(samples, seeds)
             return paired_test(Sampled(ours.folder, identity, seeds), Sampled(theirs.folder, identity, seeds), reference)
@@ -69,12 +82,11 @@ def _fresh_seeds(key: str, count: int) -> range:
     return range(first, first + count)
 
 
-def _kept_test(config: EvaluateConfig, evaluation: Evaluation, champion: Contender, context: StageContext) -> PairedTest | None:
+def _kept_test(config: EvaluateConfig, unit: MetricUnit, candidate: Contender, champion: Contender, context: StageContext) -> PairedTest | None:
     """Returns the test on what both have kept from their evaluations, None where something is gone."""
-    unit = evaluation.metric.unit
     identity = Identity(unit.extractor, unit.extractor_digest, unit.preprocessing)
     file = Location.of(config.reference) if config.reference else reference_file(context.storage, unit.reference_digest, "train", identity)
-    sampled = [Sampled(Location.of(folder), identity, config.seeds) for folder in (evaluation.samples, champion.samples)]
+    sampled = [Sampled(Location.of(folder), identity, config.seeds) for folder in (candidate.samples, champion.samples)]
     if not file.is_file() or not all(each.is_there() for each in sampled):
         return None
     try:

@@ -1,39 +1,184 @@
-"""A version's page in Markdown."""
+"""The pages of a version and of a registered model, in the Markdown that MLflow shows."""
 
-from pipeline.artifacts import Evaluation, Memorisation, ShardSet, TrainedModel
-from pipeline.registry.decide import Decision
-from pipeline.tracking import public_uri
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.artifacts import Contest, Evaluation, Memorisation, Metric, PairedTest, ShardSet, TrainedModel
+from pipeline.registry.move import Move
+from pipeline.tracking import ui_fragment
+
+DESCRIPTION_LIMIT = 5000
+MOST_MOVES, MOST_WORDS, MOST_REASONS = 20, 160, 4
 
 
-def describe(decision: Decision, number: int, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, name: str, uri: str, run_id: str) -> str:
-    """Returns a version's page in Markdown: number, picture, data, recipe, how to load it."""
+@dataclass(frozen=True)
+class Made:
+    """What a version is made of.
+
+    Attributes:
+        run_name: what a person calls the run.
+    """
+
+    shards: ShardSet
+    model: TrainedModel
+    evaluation: Evaluation
+    run_name: str
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a version is found.
+
+    Attributes:
+        uri: the tracking store, without a password.
+    """
+
+    uri: str
+    name: str
+    version: int
+    experiment_id: str
+    run_id: str
+
+
+def version_page(made: Made, move: Move | None, address: Address) -> str:
+    """Returns a version's page: number with unit and interval, decision, picture, what it was made of, how to load it.
+
+    Args:
+        move: the gate's decision, None before there is one.
+    """
+    metric, decision = made.evaluation.metric, move.why if move else "the gate has not decided yet"
+    rows = [*_numbers(made, move), *_origins(made, address)]
+    facts = "\n".join(f"- **{name}**: {value}" for name, value in rows)
+    return f"""{_headline(metric, move)}
+
+{decision}
+
+![samples, seeds from {metric.unit.first_seed}](get-artifact?run_id={address.run_id}&path=evaluate%2Fgrid.png)
+
+{facts}
+
+{_how_to_load(address)}"""[:DESCRIPTION_LIMIT]
+
+
+def _headline(metric: Metric, move: Move | None) -> str:
+    """Returns the one line that the list of versions shows."""
+    unit = metric.unit
+    before = f" (champion v{move.contest.champion_version}: {move.contest.test.champion:.4g})" if move and move.contest else ""
+    became = {"promoted": ": became champion", "kept": ": champion kept"}.get(move.kind, "") if move else ""
+    return f"{metric.name} {metric.value:.4g}{_error(metric)}{before}{became} - {unit.num_samples} samples, {unit.sampler}"
+
+
+def _error(metric: Metric) -> str:
+    return "" if metric.standard_error is None else f" ± {1.96 * metric.standard_error:.2g}"
+
+
+def _numbers(made: Made, move: Move | None) -> list[tuple[str, str]]:
+    evaluation = made.evaluation
     metric, unit = evaluation.metric, evaluation.metric.unit
-    guards = "".join(f"| {guard.name} | {guard.value:.4g} |\n" for guard in evaluation.guards)
-    error = "" if metric.standard_error is None else f" ± {1.96 * metric.standard_error:.2g}"
-    floor, copies = evaluation.floor, evaluation.memorisation
-    real = "" if floor is None else f"| real images | {floor.value:.4g}: {floor.count} {floor.measured} |\n"
-    memory = "" if copies is None else f"| memorisation | {_memory(copies)} |\n"
-    return f"""{metric.name} {metric.value:.4g} - {decision.reason}
+    rows = [
+        (metric.name, f"{metric.value:.4g}{_error(metric)} (95 %), a squared Frechet distance; lower is better"),
+        (
+            "unit",
+            f"{unit.extractor} ({unit.extractor_digest[:12]}), {unit.num_samples} samples from seed {unit.first_seed}, {unit.sampler}, "
+            f"against {unit.reference_count} images ({unit.reference_split}) of {unit.reference_digest[:16]}",
+        ),
+    ]
+    if move and move.contest:
+        rows.append(("against the champion", _against(move.contest)))
+    if evaluation.floor is not None:
+        rows.append(("real images score", f"{evaluation.floor.value:.4g} ({evaluation.floor.count} {evaluation.floor.measured})"))
+    rows += [(guard.name, f"{guard.value:.4g}{_error(guard)}") for guard in evaluation.guards]
+    if evaluation.memorisation is not None:
+        rows.append(("memorisation", _memory(evaluation.memorisation)))
+    return rows
 
-![samples](get-artifact?run_id={run_id}&path=evaluate%2Fgrid.png)
 
-| | |
-|---|---|
-| {metric.name} | {metric.value:.4g}{error} (Frechet distance, lower is better) |
-{guards}{real}{memory}| samples | {unit.num_samples}, {unit.sampler}, seeds from {unit.first_seed} |
-| reference | dataset {unit.reference_digest}, {unit.reference_count} images |
-| data | {shards.source}: {shards.num_rows} images of {shards.image_size}x{shards.image_size}x{shards.channels}, {shards.num_quarantined} quarantined |
-| training | {evaluation.step} steps, loss {model.loss:.4g}, {model.parameters / 1e6:.2f} M parameters, {model.precision} |
-| hardware | {model.num_workers} x {model.device}, {model.images_per_second:.0f} images/s |
-| config | {model.config_digest} |
+def _against(contest: Contest) -> str:
+    again = f"; on fresh seeds {_difference(contest.confirmation)}" if contest.confirmation else ""
+    return f"v{contest.champion_version} has {contest.test.champion:.4g} on the same seeds: difference {_difference(contest.test)}{again}"
 
-```python
-import mlflow
-mlflow.set_tracking_uri("{public_uri(uri)}")
-images = mlflow.pyfunc.load_model("models:/{name}/{number}").predict({{"num_images": 16, "steps": 50, "seed": 0}})
-```
-"""
+
+def _difference(test: PairedTest) -> str:
+    return f"{test.difference:+.4g} ± {1.645 * test.standard_error:.2g} (90 %)"
 
 
 def _memory(copies: Memorisation) -> str:
     return f"{copies.verdict}: copy rate {copies.copy_rate:.2%}, about {copies.expected:.0%} expected"
+
+
+def _origins(made: Made, address: Address) -> list[tuple[str, str]]:
+    shards, model, evaluation = made.shards, made.model, made.evaluation
+    run = ui_fragment(f"experiments/{address.experiment_id}/runs/{address.run_id}")
+    artifacts = ui_fragment(f"experiments/{address.experiment_id}/runs/{address.run_id}/artifacts")
+    size = f"{shards.image_size}x{shards.image_size}x{shards.channels}"
+    held_out = shards.num_rows - shards.num_train
+    return [
+        (
+            "dataset",
+            f"[{shards.digest}]({artifacts}): {shards.num_rows} images of {size}{f', {held_out} held out' if held_out else ''}, "
+            f"{_quarantined(shards)}; from `{shards.source}`",
+        ),
+        (
+            "recipe",
+            f"{evaluation.step} steps, loss {model.loss:.4g}, {model.parameters / 1e6:.2f} M parameters, {model.precision}, "
+            f"average `{evaluation.weights}`; config {model.config_digest}",
+        ),
+        ("hardware", f"{model.num_workers} x {model.device}, {model.images_per_second:.0f} images/s, {_duration(model.seconds)} of training"),
+        ("run", f"[{made.run_name}]({run}): every setting, curves, [artifacts]({artifacts}) with report.html"),
+    ]
+
+
+def _quarantined(shards: ShardSet) -> str:
+    if not shards.num_quarantined:
+        return "none quarantined"
+    worst = sorted(shards.quarantined.items(), key=lambda item: (-item[1], item[0]))
+    reasons = ", ".join(f"{count} {reason}" for reason, count in worst[:MOST_REASONS])
+    return f"{shards.num_quarantined} quarantined ({reasons}{', ...' if len(worst) > MOST_REASONS else ''})"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _how_to_load(address: Address) -> str:
+    return f"""```python
+import mlflow; mlflow.set_tracking_uri("{address.uri}")
+model = mlflow.pyfunc.load_model("models:/{address.name}/{address.version}")
+pngs = model.predict({{"num_images": 16, "steps": 50, "seed": 0}})
+```
+"""
+
+
+def model_page(name: str, champion_page: str, moves: Sequence[Move]) -> str:
+    """Returns a registered model's page: the champion's, and the last moves, as many as fit.
+
+    Args:
+        champion_page: the page of its champion's version; empty where there is none.
+        moves: the whole log, oldest first.
+    """
+    champion = moves[-1].champion if moves else None
+    head = f"Champion: version {champion}. {champion_page}" if champion else "There is no champion."
+    if champion:
+        head = head.replace(f'"models:/{name}/{champion}"', f'"models:/{name}@champion"')
+    lines = ["", "", "| when | who | what | why |", "|---|---|---|---|"]
+    more = f"\nAll {len(moves)} moves: `ddpm models log {name}`\n"
+    room = DESCRIPTION_LIMIT - len("\n".join([head, *lines])) - len(more)
+    for move in list(reversed(moves))[:MOST_MOVES]:
+        cells = (move.when[:16].replace("T", " "), move.who, _what(move), move.why)
+        line = f"| {' | '.join(_cell(text) for text in cells)} |"
+        room -= len(line) + 1
+        if room < 0:
+            break
+        lines.append(line)
+    return "\n".join([head.rstrip(), *lines, more])[:DESCRIPTION_LIMIT]
+
+
+def _what(move: Move) -> str:
+    about = "" if move.version is None else f"v{move.version} "
+    return f"{about}{move.kind}; champion {f'v{move.champion}' if move.champion else 'none'}"
+
+
+def _cell(text: str) -> str:
+    """Returns text as a cell; MLflow draws its tables without a gap between columns, so a wide space ends it."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    return f"{text if len(text) <= MOST_WORDS else f'{text[: MOST_WORDS - 3]}...'}\u2003"

@@ -1,7 +1,6 @@
 """What the registry holds: versions by address, their tags, their checkpoints."""
 
 import hashlib
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +16,10 @@ from pipeline.tracking import Tracking, translated
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION = "champion"
+CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 INPUTS_TAG = "ddpm.inputs"
-SAMPLES_TAG, SETTINGS_TAG = "ddpm.samples", "ddpm.evaluate"
+SAMPLES_TAG, SETTINGS_TAG, DECISION_TAG = "ddpm.samples", "ddpm.evaluate", "ddpm.decision"
+_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def find_version(tracking: Tracking, name: str, inputs: str) -> "ModelVersion | None":
@@ -28,23 +28,42 @@ def find_version(tracking: Tracking, name: str, inputs: str) -> "ModelVersion | 
     return max(found, key=lambda version: int(version.version), default=None)
 
 
-def find_champion(tracking: Tracking, name: str) -> Champion | None:
-    """Returns the version that the alias `champion` points to."""
+def alias_of(tracking: Tracking, name: str, alias: str) -> int | None:
+    """Returns the version that an alias points to, None where there is no such alias."""
     from mlflow.exceptions import MlflowException
 
     try:
-        version = tracking.client.get_model_version_by_alias(name, CHAMPION)
+        return int(tracking.client.get_model_version_by_alias(name, alias).version)
     except MlflowException as error:
-        if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+        if error.error_code in _NOT_THERE:
             return None
         raise
-    return Champion(int(version.version), read_metric(version.tags), version.tags.get(SAMPLES_TAG))
+
+
+def has_version(tracking: Tracking, name: str, version: int) -> bool:
+    """Tells whether a version is in the registry."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return tracking.client.get_model_version(name, str(version)).current_stage != "Deleted_Internal"
+    except MlflowException as error:
+        if error.error_code in _NOT_THERE:
+            return False
+        raise
+
+
+def read_champion(tracking: Tracking, name: str, version: int) -> Champion:
+    """Returns what a champion's tags say of it."""
+    tags = tracking.client.get_model_version(name, str(version)).tags
+    return Champion(version, read_metric(tags), tags.get(SAMPLES_TAG))
 
 
 def read_metric(tags: dict[str, str]) -> Metric | None:
     """Returns the number that a version's tags carry, None where they carry none."""
     try:
-        return Metric(value=float(tags["metric.value"]), unit=MetricUnit.model_validate_json(tags["metric.unit"]))
+        error = tags.get("metric.standard_error", "None")
+        unit = MetricUnit.model_validate_json(tags["metric.unit"])
+        return Metric(value=float(tags["metric.value"]), unit=unit, standard_error=None if error == "None" else float(error))
     except (KeyError, ValueError, ValidationError):
         return None
 
@@ -68,9 +87,23 @@ def find_model(tracking: Tracking, model: str) -> "ModelVersion":
                 return tracking.client.get_model_version_by_alias(alias_of, alias)
             return tracking.client.get_model_version(name, number)
         except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if error.error_code in _NOT_THERE:
                 raise RegistryError(f"{model} is not in the registry ({error.message}); `ddpm models` lists what is") from error
             raise
+
+
+def resolve(tracking: Tracking, model: str, alias: str) -> "ModelVersion":
+    """Returns the version that NAME/VERSION, NAME@ALIAS, or a NAME alone means, with or without models:/ before it.
+
+    Args:
+        alias: what a name alone means.
+
+    Raises:
+        RegistryError: if there is none.
+    """
+    address = model.removeprefix("models:/").rstrip("/")
+    is_complete = "@" in address or (address.rpartition("/")[2].isdigit() and "/" in address)
+    return find_model(tracking, f"models:/{address}" if is_complete else f"models:/{address}@{alias}")
 
 
 def fetch_checkpoint(tracking: Tracking, model: str, storage: Location) -> Location:
@@ -103,36 +136,3 @@ def is_intact(receipt: Registration, tracking: Tracking) -> bool:
     except MlflowException:
         return False
     return version.tags.get(INPUTS_TAG) == receipt.inputs
-
-
-def list_models(tracking: Tracking, name: str | None) -> list[dict[str, object]]:
-    """Returns registered models with their aliases and versions, newest first.
-
-    Raises:
-        RegistryError: if a name is given that the registry does not know.
-    """
-    with translated(tracking.uri):
-        models = [model for model in tracking.client.search_registered_models() if name in (None, model.name)]
-        if name is not None and not models:
-            known = ", ".join(model.name for model in tracking.client.search_registered_models()) or "none yet"
-            raise RegistryError(f"model {name} is not in the registry; it has {known}")
-        return [{"name": model.name, "aliases": dict(model.aliases), "versions": _list_versions(tracking, model.name, dict(model.aliases))} for model in models]
-
-
-def _list_versions(tracking: Tracking, name: str, aliases: dict[str, str]) -> list[dict[str, object]]:
-    versions = sorted(tracking.client.search_model_versions(f"name='{name}'"), key=lambda version: -int(version.version))
-    return [
-        {
-            "version": int(version.version),
-            "aliases": sorted(alias for alias, number in aliases.items() if str(number) == str(version.version)),
-            "metric": version.tags.get("metric.name"),
-            "value": float(version.tags["metric.value"]) if "metric.value" in version.tags else None,
-            "unit": json.loads(version.tags["metric.unit"]) if "metric.unit" in version.tags else None,
-            "decision": version.tags.get("ddpm.decision"),
-            "dataset": version.tags.get("dataset.digest"),
-            "run": version.tags.get("ddpm.run"),
-            "run_id": version.run_id,
-            "created_ms": version.creation_timestamp,
-        }
-        for version in versions
-    ]

@@ -161,7 +161,7 @@ def test_the_version_carries_its_number_its_origin_and_a_picture(client: Any, fi
     assert version.tags["dataset.digest"] == first["preprocess"]["digest"]
     assert version.tags["config.digest"] == first["train"]["config_digest"]
     assert version.tags["ddpm.decision"] == first["register"]["decision"]
-    assert f"![samples](get-artifact?run_id={first['register']['mlflow_run_id']}&path=evaluate%2Fgrid.png)" in version.description
+    assert f"![samples, seeds from 0](get-artifact?run_id={first['register']['mlflow_run_id']}&path=evaluate%2Fgrid.png)" in version.description
 
 
 LOAD_ELSEWHERE = """

@@ -132,3 +132,144 @@ def test_what_cannot_be_compared_is_told_in_one_message(
         cli.main()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def other_unit(home: Path, strong: dict[str, Any], command: Command) -> dict[str, Any]:
+    """Returns the strong run's evaluation by more samples, which the gate keeps from the alias."""
+    done = command(
+        "run",
+        "digits",
+        *TINY,
+        "train.steps=60",
+        "train.checkpoint_every=60",
+        "model.conditional=true",
+        "evaluate.num_samples=80",
+        "--name",
+        "strong",
+        "--json",
+        cwd=home,
+    )
+    assert done.code == 0, done.stderr
+    return done.json
+
+
+def aliases(home: Path, command: Command) -> dict[str, str]:
+    done = command("models", "ddpm-digits", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    return done.json[0]["aliases"]
+
+
+def test_show_says_what_a_version_is_and_what_became_of_it(home: Path, strong: dict[str, Any], command: Command):
+    done = command("models", "show", "ddpm-digits", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    shown, metric = done.json, strong["evaluate"]["metric"]
+    assert (shown["name"], shown["version"], shown["aliases"]) == ("ddpm-digits", 2, ["candidate", "champion"])
+    assert (shown["value"], shown["standard_error"], shown["unit"]) == (metric["value"], metric["standard_error"], metric["unit"])
+    assert shown["tags"]["champion.version"] == "1"
+    assert float(shown["tags"]["champion.difference"]) == strong["register"]["contest"]["test"]["difference"]
+    assert shown["tags"]["memorisation.verdict"] == "no sign of copied training images"
+    assert shown["settings"]["train.steps"] == "60"
+    assert [(move["kind"], move["champion"]) for move in shown["log"]] == [("promoted", 2)]
+    text = command("models", "show", "ddpm-digits@previous", cwd=home).stdout
+    assert "ddpm-digits v1 (previous)" in text
+    assert "ddpm sample models:/ddpm-digits/1" in text
+
+
+def test_models_compare_names_what_differs(home: Path, other_unit: dict[str, Any], command: Command):
+    done = command("models", "compare", "ddpm-digits", "2", "1", "3", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    assert [version["unlike"] for version in done.json["versions"]] == [[], [], ["num_samples 80 against 64"]]
+    assert done.json["settings"]["train.steps"] == ["60", "12", "60"]
+    assert done.json["settings"]["model.conditional"] == ["True", "False", "True"]
+    text = command("models", "compare", "ddpm-digits", cwd=home).stdout
+    assert "v3 is not comparable with v2: num_samples 80 against 64" in text
+
+
+def test_a_version_of_another_unit_is_a_candidate_and_not_promoted(home: Path, other_unit: dict[str, Any], command: Command):
+    assert other_unit["register"]["promoted"] is False
+    assert "num_samples 80 against 64" in other_unit["register"]["decision"]
+    assert aliases(home, command) == {"champion": "2", "previous": "1", "candidate": "3"}
+    refused = command("models", "promote", "ddpm-digits", cwd=home)
+    assert refused.code == 2
+    assert "version=3 of ddpm-digits is not promoted: kept: not comparable with champion v2" in refused.stderr
+    assert "num_samples 80 against 64; --force --why REASON" in refused.stderr
+    assert aliases(home, command)["champion"] == "2"
+
+
+def test_a_rollback_and_a_promotion_move_the_alias_back_and_forth_and_are_logged(home: Path, other_unit: dict[str, Any], command: Command):
+    back = command("models", "rollback", "ddpm-digits", "--why", "users see blur", cwd=home)
+    assert (back.code, back.stdout) == (0, "champion of ddpm-digits is version 1: users see blur\n")
+    assert aliases(home, command)["champion"] == "1"
+    again = command("models", "promote", "ddpm-digits/2", "--json", cwd=home)
+    assert again.code == 0, again.stderr
+    assert (again.json["champion"], again.json["kind"]) == (2, "promoted by hand")
+    assert again.json["contest"]["champion_version"] == 1
+    assert again.json["contest"]["confirmation"]["difference"] < 0
+    assert aliases(home, command) == {"champion": "2", "previous": "1", "candidate": "3"}
+    forced = command("models", "promote", "ddpm-digits/3", "--force", "--why", "the larger sample is trusted", cwd=home)
+    assert forced.code == 0, forced.stderr
+    command("models", "rollback", "ddpm-digits", cwd=home)
+    log = command("models", "log", "ddpm-digits", "--json", cwd=home).json
+    assert [(move["kind"], move["version"], move["champion"]) for move in log] == [
+        ("promoted", 1, 1),
+        ("promoted", 2, 2),
+        ("kept", 3, 2),
+        ("rolled back", 1, 1),
+        ("promoted by hand", 2, 2),
+        ("promoted by hand", 3, 3),
+        ("rolled back", 2, 2),
+    ]
+    assert [move["why"] for move in log][3:] == [
+        "users see blur",
+        strong_decision(log),
+        "the larger sample is trusted; not measured beside the champion",
+        "v3 taken back",
+    ]
+    refused = command("models", "delete", "ddpm-digits/2", cwd=home)
+    assert refused.code == 2
+    assert "version=2 of ddpm-digits is champion" in refused.stderr
+
+
+def strong_decision(log: list[dict[str, Any]]) -> str:
+    """Returns the gate's sentence about the strong version, which asking the gate again repeats."""
+    return next(move["why"] for move in log if move["kind"] == "promoted" and move["version"] == 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["models", "promote", "ddpm-digits/2", "--force"], "--force needs --why REASON"),
+        (["models", "show", "nobody"], "models:/nobody@champion is not in the registry"),
+        (["models", "rollback", "nobody"], "model nobody is not in the registry; it has ddpm-digits"),
+        (["models", "rollback", "ddpm-digits", "--to", "77"], "--to 77 is none of the earlier champions"),
+        (["models", "compare", "ddpm-digits", "first"], "models:/ddpm-digits@first is not in the registry"),
+        (["models", "delete", "ddpm-digits"], "ddpm-digits names no single version; write NAME/VERSION"),
+        (["models", "promote", "ddpm-digits@nobody"], "models:/ddpm-digits@nobody is not in the registry"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_about_a_move_is_told(home: Path, strong: dict[str, Any], command: Command, arguments: list[str], told: str):
+    done = command(*arguments, cwd=home)
+    assert done.code == 2
+    assert told in done.stderr
+
+
+def test_the_version_page_tells_number_picture_dataset_recipe_and_how_to_load(home: Path, strong: dict[str, Any]):
+    import mlflow
+
+    version = mlflow.MlflowClient(tracking_uri=f"sqlite:///{home / 'storage' / 'mlflow' / 'mlflow.db'}").get_model_version("ddpm-digits", "2")
+    page, metric = version.description or "", strong["evaluate"]["metric"]
+    error = 1.96 * metric["standard_error"]
+    assert page.startswith(f"fd_dct8_v1_64 {metric['value']:.4g} ± {error:.2g} (champion v1: ")
+    for part in (
+        strong["register"]["decision"],
+        f"&path=evaluate%2Fgrid.png)\n\n- **fd_dct8_v1_64**: {metric['value']:.4g} ± {error:.2g} (95 %)",
+        "- **against the champion**: v1 has ",
+        f"- **dataset**: [{strong['preprocess']['digest']}](#/experiments/",
+        "- **memorisation**: no sign of copied training images",
+        "- **hardware**: 2 x cpu, ",
+        'model = mlflow.pyfunc.load_model("models:/ddpm-digits/2")\n',
+    ):
+        assert part in page
+    assert len(page) <= 5000
