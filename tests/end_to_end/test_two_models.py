@@ -89,7 +89,9 @@ def test_compare_shows_both_models_with_intervals_and_a_picture(home: Path, stro
     assert "ddpm-digits v1" in (home / "compare" / "compare.html").read_text()
 
 
-def test_a_reference_file_takes_the_place_of_the_dataset_and_is_another_unit(home: Path, weak: dict[str, Any], command: Command):
+@pytest.fixture(scope="module")
+def other_unit(home: Path, weak: dict[str, Any], strong: dict[str, Any], command: Command) -> dict[str, Any]:
+    """Returns the weak run measured against a file of statistics, registered after the strong one."""
     digest = weak["preprocess"]["digest"]
     written = command("reference", digest, "--out", "stats.npz", "--set", "evaluate.extractor=dct8", cwd=home)
     assert written.code == 0, written.stderr
@@ -99,9 +101,13 @@ def test_a_reference_file_takes_the_place_of_the_dataset_and_is_another_unit(hom
         np.savez(home / "theirs.npz", mu=saved["mu"], sigma=saved["sigma"])
     done = command("run", "digits", *TINY, "evaluate.reference=theirs.npz", "--name", "weak", "--json", cwd=home)
     assert done.code == 0, done.stderr
-    assert done.json["evaluate"]["metric"]["value"] == pytest.approx(weak["evaluate"]["metric"]["value"], rel=1e-6)
-    assert done.json["evaluate"]["metric"]["unit"]["reference_split"] == "file"
-    assert "reference_split file against train" in done.json["register"]["decision"]
+    return done.json
+
+
+def test_a_reference_file_takes_the_place_of_the_dataset_and_is_another_unit(weak: dict[str, Any], other_unit: dict[str, Any]):
+    assert other_unit["evaluate"]["metric"]["value"] == pytest.approx(weak["evaluate"]["metric"]["value"], rel=1e-6)
+    assert other_unit["evaluate"]["metric"]["unit"]["reference_split"] == "file"
+    assert "reference_split file against train" in other_unit["register"]["decision"]
 
 
 @pytest.mark.parametrize(
@@ -134,43 +140,23 @@ def test_what_cannot_be_compared_is_told_in_one_message(
     assert message in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def other_unit(home: Path, strong: dict[str, Any], command: Command) -> dict[str, Any]:
-    """Returns the strong run's evaluation by more samples, which the gate keeps from the alias."""
-    done = command(
-        "run",
-        "digits",
-        *TINY,
-        "train.steps=60",
-        "train.checkpoint_every=60",
-        "model.conditional=true",
-        "evaluate.num_samples=80",
-        "--name",
-        "strong",
-        "--json",
-        cwd=home,
-    )
-    assert done.code == 0, done.stderr
-    return done.json
-
-
 def aliases(home: Path, command: Command) -> dict[str, str]:
     done = command("models", "ddpm-digits", "--json", cwd=home)
     assert done.code == 0, done.stderr
     return done.json[0]["aliases"]
 
 
-def test_show_says_what_a_version_is_and_what_became_of_it(home: Path, strong: dict[str, Any], command: Command):
+def test_show_says_what_a_version_is_and_what_became_of_it(home: Path, strong: dict[str, Any], other_unit: dict[str, Any], command: Command):
     done = command("models", "show", "ddpm-digits", "--json", cwd=home)
     assert done.code == 0, done.stderr
     shown, metric = done.json, strong["evaluate"]["metric"]
-    assert (shown["name"], shown["version"], shown["aliases"]) == ("ddpm-digits", 2, ["candidate", "champion"])
+    assert (shown["name"], shown["version"], shown["aliases"]) == ("ddpm-digits", 2, ["champion"])
     assert (shown["value"], shown["standard_error"], shown["unit"]) == (metric["value"], metric["standard_error"], metric["unit"])
     assert shown["tags"]["champion.version"] == "1"
     assert float(shown["tags"]["champion.difference"]) == strong["register"]["contest"]["test"]["difference"]
     assert shown["tags"]["memorisation.verdict"] == "no sign of copied training images"
     assert shown["settings"]["train.steps"] == "60"
-    assert [(move["kind"], move["champion"]) for move in shown["log"]] == [("promoted", 2)]
+    assert [(move["kind"], move["version"]) for move in shown["log"]] == [("promoted", 2), ("kept", 3)]
     text = command("models", "show", "ddpm-digits@previous", cwd=home).stdout
     assert "ddpm-digits v1 (previous)" in text
     assert "ddpm sample models:/ddpm-digits/1" in text
@@ -179,21 +165,23 @@ def test_show_says_what_a_version_is_and_what_became_of_it(home: Path, strong: d
 def test_models_compare_names_what_differs(home: Path, other_unit: dict[str, Any], command: Command):
     done = command("models", "compare", "ddpm-digits", "2", "1", "3", "--json", cwd=home)
     assert done.code == 0, done.stderr
-    assert [version["unlike"] for version in done.json["versions"]] == [[], [], ["num_samples 80 against 64"]]
-    assert done.json["settings"]["train.steps"] == ["60", "12", "60"]
-    assert done.json["settings"]["model.conditional"] == ["True", "False", "True"]
+    unlike = [version["unlike"] for version in done.json["versions"]]
+    assert unlike[:2] == [[], []]
+    assert "reference_split file against train" in unlike[2]
+    assert done.json["settings"]["train.steps"] == ["60", "12", "12"]
+    assert done.json["settings"]["model.conditional"] == ["True", "False", "False"]
     text = command("models", "compare", "ddpm-digits", cwd=home).stdout
-    assert "v3 is not comparable with v2: num_samples 80 against 64" in text
+    assert "v3 is not comparable with v2: reference_digest " in text
 
 
 def test_a_version_of_another_unit_is_a_candidate_and_not_promoted(home: Path, other_unit: dict[str, Any], command: Command):
     assert other_unit["register"]["promoted"] is False
-    assert "num_samples 80 against 64" in other_unit["register"]["decision"]
     assert aliases(home, command) == {"champion": "2", "previous": "1", "candidate": "3"}
     refused = command("models", "promote", "ddpm-digits", cwd=home)
     assert refused.code == 2
     assert "version=3 of ddpm-digits is not promoted: kept: not comparable with champion v2" in refused.stderr
-    assert "num_samples 80 against 64; --force --why REASON" in refused.stderr
+    assert "reference_split file against train" in refused.stderr
+    assert "; --force --why REASON" in refused.stderr
     assert aliases(home, command)["champion"] == "2"
 
 
@@ -207,7 +195,7 @@ def test_a_rollback_and_a_promotion_move_the_alias_back_and_forth_and_are_logged
     assert again.json["contest"]["champion_version"] == 1
     assert again.json["contest"]["confirmation"]["difference"] < 0
     assert aliases(home, command) == {"champion": "2", "previous": "1", "candidate": "3"}
-    forced = command("models", "promote", "ddpm-digits/3", "--force", "--why", "the larger sample is trusted", cwd=home)
+    forced = command("models", "promote", "ddpm-digits/3", "--force", "--why", "their statistics are trusted", cwd=home)
     assert forced.code == 0, forced.stderr
     command("models", "rollback", "ddpm-digits", cwd=home)
     log = command("models", "log", "ddpm-digits", "--json", cwd=home).json
@@ -223,7 +211,7 @@ def test_a_rollback_and_a_promotion_move_the_alias_back_and_forth_and_are_logged
     assert [move["why"] for move in log][3:] == [
         "users see blur",
         strong_decision(log),
-        "the larger sample is trusted; not measured beside the champion",
+        "their statistics are trusted; not measured beside the champion",
         "v3 taken back",
     ]
     refused = command("models", "delete", "ddpm-digits/2", cwd=home)
