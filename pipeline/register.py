@@ -18,7 +18,7 @@ from pipeline.registry.ledger import Ledger
 from pipeline.registry.move import Move
 from pipeline.registry.package import log_model
 from pipeline.registry.page import Address, Made, version_page
-from pipeline.registry.versions import CANDIDATE, DECISION_TAG, INPUTS_TAG, SAMPLES_TAG, SETTINGS_TAG, alias_of, find_version, read_champion
+from pipeline.registry.versions import CANDIDATE, DECISION_TAG, GAIN_TAG, INPUTS_TAG, SAMPLES_TAG, SETTINGS_TAG, alias_of, find_version, read_champion
 from pipeline.tracking import Tracking, as_tags, git_commit, public_uri, translated, ui_fragment
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _make_version(config: RegistryConfig, made: Made, context: StageContext, tra
     logged = log_model(config.model_name, made.model, made.evaluation, run_id)
     numbers = {metric.name: metric.value for metric in (made.evaluation.metric, *made.evaluation.guards)}
     tracking.log_model_metrics(run_id, logged, made.evaluation.step, numbers, dataset=made.shards.name, digest=made.shards.digest)
-    tags = _version_tags(made, context)
+    tags = _version_tags(made, context) | {GAIN_TAG: repr(config.min_gain)}
     version = client.create_model_version(config.model_name, source=f"models:/{logged}", run_id=run_id, tags=tags, model_id=logged)
     client.set_logged_model_tags(logged, {"mlflow.modelVersions": json.dumps([{"name": config.model_name, "version": int(version.version)}])})
     return version

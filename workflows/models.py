@@ -66,7 +66,7 @@ def show(
         moves = [move for move in log_of(tracking, facts.name) if facts.version in (move.version, move.champion)]
         if as_json:
             known = {"name": facts.name} | facts.to_json() | {"tags": facts.tags, "settings": facts.settings}
-            stdout.write(json.dumps(known | {"log": [move.model_dump(mode="json") for move in moves]}, indent=2) + "\n")
+            stdout.write(json.dumps(known | {"log": [move.to_json() for move in moves]}, indent=2) + "\n")
         else:
             print_version(stdout, facts, moves, tracking.uri)
 
@@ -101,7 +101,7 @@ def log(name: ModelName, as_json: AsJson = False, storage: Storage = "./storage"
         from workflows.tables import print_moves
 
         moves = log_of(tracking, name)
-        stdout.write(json.dumps([move.model_dump(mode="json") for move in moves], indent=2) + "\n") if as_json else print_moves(stdout, name, moves)
+        stdout.write(json.dumps([move.to_json() for move in moves], indent=2) + "\n") if as_json else print_moves(stdout, name, moves)
 
 
 @models_app.command()
@@ -177,7 +177,7 @@ def _meant(tracking: "Tracking", name: str, versions: list[str]) -> list:
 
 
 def _say(stdout: IO[str], move: "Move", name: str, as_json: bool) -> None:
-    stdout.write(move.model_dump_json(indent=2) + "\n" if as_json else f"champion of {name} is version {move.champion}: {move.why}\n")
+    stdout.write(json.dumps(move.to_json(), indent=2) + "\n" if as_json else f"champion of {name} is version {move.champion}: {move.why}\n")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pipeline.measurement.contest import Contender, contest
 from pipeline.measurement.extractors import check_files
 from pipeline.registry.decide import Champion, Decision, decide, why_not_compared
 from pipeline.registry.gate import Judge
-from pipeline.registry.versions import SAMPLES_TAG, SETTINGS_TAG, fetch_checkpoint, read_champion, read_metric
+from pipeline.registry.versions import GAIN_TAG, SAMPLES_TAG, SETTINGS_TAG, fetch_checkpoint, read_champion, read_metric
 from pipeline.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def judge_of(version: "ModelVersion", tracking: Tracking, storage: Location, rep
     metric = read_metric(version.tags)
     if metric is None:
         raise RegistryError(f"version={version.version} of {version.name} carries no metric to compare by; --force --why REASON moves the alias all the same")
-    gain = _min_gain(tracking, version)
+    gain = float(version.tags.get(GAIN_TAG, 0.0))
 
     def judge(number: int | None) -> tuple[Decision, Contest | None]:
         champion = None if number is None else read_champion(tracking, version.name, number)
@@ -46,13 +46,6 @@ def judge_of(version: "ModelVersion", tracking: Tracking, storage: Location, rep
         return decision, found if isinstance(found, Contest) else None
 
     return judge
-
-
-def _min_gain(tracking: Tracking, version: "ModelVersion") -> float:
-    """Returns registry.min_gain of the run that a version came from, 0 where it is gone."""
-    if not version.run_id or not tracking.has_run(version.run_id):
-        return 0.0
-    return float(tracking.client.get_run(version.run_id).data.params.get("registry.min_gain", 0.0))
 
 
 def _contest(

@@ -42,3 +42,7 @@ class Move(BaseModel):
     def by_gate(self) -> bool:
         """Whether the gate decided it, after a run."""
         return self.kind in ("promoted", "kept")
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the entry for a script, the champion after it among its fields."""
+        return self.model_dump(mode="json") | {"champion": self.champion, "previous": self.previous}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 INPUTS_TAG = "ddpm.inputs"
-SAMPLES_TAG, SETTINGS_TAG, DECISION_TAG = "ddpm.samples", "ddpm.evaluate", "ddpm.decision"
+SAMPLES_TAG, SETTINGS_TAG, DECISION_TAG, GAIN_TAG = "ddpm.samples", "ddpm.evaluate", "ddpm.decision", "registry.min_gain"
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 

@@ -1,13 +1,17 @@
 """Two models of the digits: the gate between them, and what `ddpm compare` and `ddpm reference` say of them."""
 
-from collections.abc import Callable
+import subprocess
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, read_page
 from PIL import Image
-from support import TINY, Finished
+from servers import environment, free_ports
+from support import TINY, Finished, ddpm_command
 
 Command = Callable[..., Finished]
 
@@ -261,3 +265,45 @@ def test_the_version_page_tells_number_picture_dataset_recipe_and_how_to_load(ho
     ):
         assert part in page
     assert len(page) <= 5000
+
+
+@pytest.fixture(scope="module")
+def pages(home: Path, strong: dict[str, Any]) -> Iterator[str]:
+    """Serves MLflow's pages as `ddpm ui` does; gives their address."""
+    port = free_ports(1)[0]
+    with subprocess.Popen(ddpm_command("ui", "--port", str(port)), cwd=home, env=environment({}), stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline().startswith("models  ")
+        yield f"http://127.0.0.1:{port}"
+        running.terminate()
+        running.wait(timeout=60)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+def test_a_browser_shows_description_picture_alias_and_tags_of_a_version(pages: str, strong: dict[str, Any], tmp_path: Path):
+    run_id = strong["register"]["mlflow_run_id"]
+    shown = read_page(f"{pages}/#/models/ddpm-digits/versions/2?workflowType=machine_learning", tmp_path, "metric.value")
+    picture = f"get-artifact?run_id={run_id}&path=evaluate%2Fgrid.png"
+    assert "Version 2" in shown
+    assert "@ champion" in shown
+    assert strong["register"]["decision"] in shown
+    assert f"[{picture}]" in shown
+    assert f"dataset : {strong['preprocess']['digest']} : {strong['preprocess']['num_rows']} images of 8x8x1" in shown
+    assert 'mlflow.pyfunc.load_model("models:/ddpm-digits/2")' in shown
+    for tag in ("champion.difference", "metric.value", str(strong["evaluate"]["metric"]["value"])):
+        assert tag in shown
+    with urllib.request.urlopen(f"{pages}/{picture}", timeout=60) as answer:
+        assert answer.read() == Path(strong["evaluate"]["grid"]).read_bytes()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+def test_a_browser_shows_champion_log_and_aliases_of_the_model_and_the_way_from_run_to_version(pages: str, strong: dict[str, Any], tmp_path: Path):
+    model = read_page(f"{pages}/#/models/ddpm-digits?workflowType=machine_learning", tmp_path, "@ champion")
+    assert "Champion: version 2. fd_dct8_v1_64" in model
+    assert "v2 promoted; champion v2" in model
+    assert "@ champion" in model
+    assert "@ previous" in model
+    run_id = strong["register"]["mlflow_run_id"]
+    run = read_page(f"{pages}/#/experiments/1/runs/{run_id}?workflowType=machine_learning", tmp_path, "train.steps")
+    assert "ddpm-digits version 2 : fd_dct8_v1_64" in run
+    assert f"digits ( {strong['preprocess']['digest']} )" in run
