@@ -185,12 +185,34 @@ class translated:
         if error is None or isinstance(error, RegistryError):
             return
         import requests
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        if isinstance(error, MlflowException | SQLAlchemyError | requests.RequestException):
-            message = " ".join(str(error).replace(self._uri, public_uri(self._uri)).split())[:300]
-            raise RegistryError(f"MLflow at {public_uri(self._uri)} failed: {message}; start it, or set MLFLOW_TRACKING_URI to one that answers") from error
+        if isinstance(error, MlflowException | SQLAlchemyError | requests.RequestException | Boto3Error | BotoCoreError | ClientError):
+            raise RegistryError(_told(self._uri, error)) from error
+
+
+def _told(uri: str, error: BaseException) -> str:
+    """Returns what happened and what would be right, without a password."""
+    public, user = public_uri(uri), os.environ.get("MLFLOW_TRACKING_USERNAME")
+    message = " ".join(str(error).replace(uri, public).split())[:300]
+    code = getattr(error, "error_code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", 401):
+        wrong = f"refuses MLFLOW_TRACKING_USERNAME={user} with its password" if user else "asks for a user and a password"
+        return f"MLFLOW_TRACKING_URI={public} {wrong}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of a user of that server"
+    if "Invalid Host header" in message:
+        host = public.partition("://")[2].partition("/")[0]
+        return f"MLFLOW_TRACKING_URI={public} is no name of that server; use one that it knows, or add {host} to its --allowed-hosts"
+    if code in ("PERMISSION_DENIED", 403):
+        return f"MLflow at {public} does not let {user or 'you'} do this ({message}); an administrator may grant EDIT on the experiment and the model"
+    if type(error).__module__.partition(".")[0] in ("boto3", "botocore"):
+        right = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL where it is not Amazon's"
+        return f"MLflow at {public} keeps files on S3, which refuses: {message}; set {right}"
+    if "mlflow-artifacts URI" in message and not uri.startswith("http"):
+        return f"MLflow at {public} names files that only the server can fetch which made them; set MLFLOW_TRACKING_URI to that server's address"
+    return f"MLflow at {public} failed: {message}; start it, or set MLFLOW_TRACKING_URI to one that answers"
 
 
 def public_uri(uri: str) -> str:
@@ -238,8 +260,20 @@ def _prepare_environment() -> None:
 def _check_answers(uri: str) -> None:
     import requests
 
+    # MLflow's client trusts what this variable names; requests would not look at it.
+    trusted = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() not in ("true", "1")
     try:
-        requests.get(uri.rstrip("/") + "/health", timeout=REACH_TIMEOUT_S).raise_for_status()
+        requests.get(uri.rstrip("/") + "/health", timeout=REACH_TIMEOUT_S, verify=trusted).raise_for_status()
+    except requests.exceptions.SSLError as error:
+        raise RegistryError(
+            f"MLFLOW_TRACKING_URI={public_uri(uri)} has a certificate that is not trusted here; set REQUESTS_CA_BUNDLE to the file of who signed it"
+        ) from error
+    except requests.HTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise RegistryError(_told(uri, error)) from error
+        raise RegistryError(
+            f"MLFLOW_TRACKING_URI={public_uri(uri)} is no MLflow server, or a broken one: /health answers {error.response.status_code}; look there"
+        ) from error
     except requests.RequestException as error:
         raise RegistryError(
             f"MLFLOW_TRACKING_URI={public_uri(uri)} does not answer ({type(error).__name__}); start the server, or unset it to use the local store"

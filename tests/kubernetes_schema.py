@@ -4,11 +4,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from jsonschema import Draft7Validator
 from support import ROOT
 
 CRDS = ROOT.parent / "shared" / "reference" / "crds"
+KUBERNETES_VERSION = "1.33"
 DROPPED = ("nullable", "format", "default", "description", "example")
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -49,6 +51,16 @@ def validator(kind: str) -> Draft7Validator:
 
 def schema_errors(document: dict[str, Any]) -> list[str]:
     return [f"{error.json_path}: {error.message[:200]}" for error in validator(document["kind"]).iter_errors(document)]
+
+
+def core_errors(document: dict[str, Any]) -> list[str]:
+    """Returns what Kubernetes' own API server would refuse in one of its own objects, unknown fields too."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed: it is in the extra dev")
+    try:
+        kubernetes_validate.validate(document, KUBERNETES_VERSION, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return [f"{document['kind']} {error.json_path}: {error.message[:200]}"]
+    return []
 
 
 def operator_errors(document: dict[str, Any]) -> list[str]:

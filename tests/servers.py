@@ -2,6 +2,7 @@
 
 import os
 import random
+import secrets
 import socket
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import keeper
+from support import ROOT
 
+SERVE = ROOT / "cluster" / "mlflow" / "serve.sh"
 _FETCH = """
 import sys, urllib.request
 method, url, token = sys.argv[1:]
@@ -34,6 +37,25 @@ class S3Server:
     url: str
     bucket: str
     env: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TeamServer:
+    """MLflow as `cluster/mlflow/serve.sh` runs it for a team.
+
+    Attributes:
+        password: the administrator's.
+        log: what the server writes.
+    """
+
+    url: str
+    password: str
+    log: Path
+
+    def env(self, user: str = "admin", password: str | None = None) -> dict[str, str]:
+        """Returns what a client process needs in its environment, by default the administrator's."""
+        password = self.password if password is None else password
+        return {"MLFLOW_TRACKING_URI": self.url, "MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
 
 
 def fetch(url: str, *, method: str = "GET", token: str = "", prefix: Sequence[str] = ()) -> bytes:
@@ -108,6 +130,29 @@ def mlflow_server(folder: Path, *, host: str = "127.0.0.1", prefix: Sequence[str
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
     with _server(command, folder / "mlflow.log", f"{url}/health", quiet | dict(env or {}), prefix):
         yield url
+
+
+@contextmanager
+def team_server(folder: Path, env: Mapping[str, str], password: str) -> Iterator[TeamServer]:
+    """Starts MLflow for a team by the launcher that Docker, compose and Kubernetes start, from an empty folder.
+
+    Args:
+        env: which database and artifact store to use, and what these need.
+        password: the administrator's.
+    """
+    port, log, cwd = free_ports(1)[0], folder / "mlflow.log", folder / "cwd"
+    cwd.mkdir(parents=True, exist_ok=True)
+    url = f"http://127.0.0.1:{port}"
+    settings = {
+        "MLFLOW_PORT": str(port),
+        "MLFLOW_WORKERS": "1",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": f"127.0.0.1:{port}",
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "https://mlflow.example.com",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+    }
+    with _server(["env", "-C", str(cwd), str(SERVE)], log, f"{url}/health", settings | dict(env), ()):
+        yield TeamServer(url, password, log)
 
 
 @contextmanager

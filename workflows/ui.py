@@ -5,8 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
 
 import typer
 
@@ -17,6 +21,10 @@ from pipeline.tracking import connect, public_uri, tracking_uri, ui_link
 HOST = "127.0.0.1"
 READY_TIMEOUT_S = 180
 _ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+_ASKED_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LINES_SHOWN = 5
+
+Server = subprocess.Popen[bytes]
 
 
 def serve(storage: Location, port: int) -> None:
@@ -24,7 +32,7 @@ def serve(storage: Location, port: int) -> None:
 
     Raises:
         ConfigError: if the port is taken.
-        RegistryError: if there is no store yet, or the server does not come up.
+        RegistryError: if there is no store yet, or the server does not come up or does not stay.
     """
     uri = tracking_uri(storage)
     if uri.startswith("http"):
@@ -32,30 +40,54 @@ def serve(storage: Location, port: int) -> None:
         return
     _check_free(port)
     connect(storage, create=False)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--artifacts-destination", str(storage / "mlflow" / "served")]
-    signal.signal(signal.SIGTERM, _interrupt)
-    server = subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    _heed_signals()
     try:
-        _wait_until_ready(server, port)
-        typer.echo(f"models  {ui_link(f'http://{HOST}:{port}', 'models')}")
-        typer.echo(f"runs    {ui_link(f'http://{HOST}:{port}', 'experiments')}")
-        typer.echo("Ctrl-C ends it")
-        server.wait()
+        with tempfile.TemporaryFile() as log, _server(storage, uri, port, log) as server:
+            typer.echo("starting MLflow, which takes some seconds", err=True)
+            _wait_until_ready(server, port, log)
+            typer.echo(f"models  {ui_link(f'http://{HOST}:{port}', 'models')}")
+            typer.echo(f"runs    {ui_link(f'http://{HOST}:{port}', 'experiments')}")
+            typer.echo("Ctrl-C ends it")
+            raise _ended(server.wait(), log)
     except KeyboardInterrupt:
-        pass
+        return
+
+
+@contextmanager
+def _server(storage: Location, uri: str, port: int, log: IO[bytes]) -> Iterator[Server]:
+    """Starts the server; ends it and all its processes when the block is left.
+
+    Files of an experiment that is made through it go where the local store keeps them, so that both can open them later.
+    """
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command += ["--no-serve-artifacts", "--default-artifact-root", (storage / "mlflow" / "artifacts").path.as_uri()]
+    command += ["--uvicorn-opts", "--log-level=warning --no-access-log"]
+    # By the environment: the address may hold a password, and the process list shows arguments.
+    env = {**os.environ, **_ENVIRONMENT, "MLFLOW_BACKEND_STORE_URI": uri}
+    server = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield server
     finally:
         _end(server)
 
 
-def _end(server: "subprocess.Popen[bytes]") -> None:
-    """Ends the server and the workers it started, the whole process group."""
+def _end(server: Server) -> None:
+    """Ends the server and the workers it started, the whole process group; a second Ctrl-C does not stop it from doing so."""
+    for number in _ASKED_TO_END:
+        signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)
             server.wait(timeout=10)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
+
+
+def _heed_signals() -> None:
+    """Makes a closed terminal and SIGTERM the same as Ctrl-C, but for what whoever started this has it ignore, as nohup does."""
+    for number in _ASKED_TO_END:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
 
 
 def _interrupt(*_: object) -> None:
@@ -71,13 +103,22 @@ def _check_free(port: int) -> None:
             raise ConfigError(f"--port {port} is taken ({error.strerror}); choose another") from error
 
 
-def _wait_until_ready(server: "subprocess.Popen[bytes]", port: int) -> None:
+def _wait_until_ready(server: Server, port: int, log: IO[bytes]) -> None:
+    # Straight to loopback: a proxy of the environment would not find it.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for _ in range(READY_TIMEOUT_S * 2):
         if server.poll() is not None:
-            raise RegistryError(f"the MLflow server ended with code {server.returncode}; run `mlflow server` by hand to see why")
+            raise _ended(server.returncode, log)
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2):
+            with opener.open(f"http://{HOST}:{port}/health", timeout=2):
                 return
         except OSError:
             time.sleep(0.5)
-    raise RegistryError(f"the MLflow server did not answer on port {port} within {READY_TIMEOUT_S} s")
+    raise RegistryError(f"the MLflow server did not answer on port {port} within {READY_TIMEOUT_S} s; look whether this machine is busy, and try again")
+
+
+def _ended(code: int, log: IO[bytes]) -> RegistryError:
+    """Returns what to say of a server that ended by itself: its last lines."""
+    log.seek(0)
+    said = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    return RegistryError(f"the MLflow server ended with code {code}; it said: {' | '.join(said[-_LINES_SHOWN:]) or 'nothing'}")
