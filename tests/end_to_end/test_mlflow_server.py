@@ -25,7 +25,7 @@ from support import ROOT, TINY, Finished
 
 from components.storage import Location
 from pipeline.errors import RegistryError
-from pipeline.register import fetch_checkpoint
+from pipeline.registry.versions import fetch_checkpoint
 from pipeline.tracking import connect
 
 PASSWORD, WRONG, ADAS = "planted-Secret-51b7", "planted-Secret-0d2e", "planted-Secret-a86f"
