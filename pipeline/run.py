@@ -1,21 +1,15 @@
 """The four stages in a row. A stage whose receipt already matches its inputs is not run again."""
 
-import json
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.connect import disconnect
-from components.data.copies import Copies
-from components.data.shards import read_manifest
-from components.data.summary import dataset_sheet, quarantine_by_reason
 from components.errors import DataError
 from components.storage import Location
 from pipeline import evaluate as evaluate_stage
@@ -23,22 +17,18 @@ from pipeline import preprocess as preprocess_stage
 from pipeline import register as register_stage
 from pipeline import train as train_stage
 from pipeline.artifacts import STAGES, AnyReceipt, Contest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
-from pipeline.config import RunConfig, config_digest, digest_of, flatten
+from pipeline.config import RunConfig, config_digest, digest_of
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError, RegistryError
-from pipeline.follow import Delivery, forget_deliveries
 from pipeline.lease import HeldError, alone, held
 from pipeline.measurement.contest import Contender, contest
 from pipeline.measurement.extractors import check_extractor, check_files
-from pipeline.notebook import read_metrics
 from pipeline.ready import check_cluster
 from pipeline.registry.decide import Champion
 from pipeline.registry.versions import fetch_checkpoint
 from pipeline.registry.versions import is_intact as registered_intact
-from pipeline.tracking import Tracking, connect, git_commit, public_uri
-
-RUN_FILE = "mlflow_run.json"
-DATASET_FOLDER, DATASET_FILES = "dataset", ("contact.png", "quarantine.json")
+from pipeline.tracked_run import TrackedRun
+from pipeline.tracking import Tracking, connect, public_uri
 
 
 class StageReport(BaseModel):
@@ -163,7 +153,7 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
     if until in ("evaluate", "register"):
         check_extractor(pipeline.config.evaluate, shards, pipeline.storage)
     inputs = digest_of(shards.digest, pipeline.config.model, pipeline.config.diffusion, pipeline.config.train)
-    with TrackedRun(pipeline, tracking, shards, inputs) as tracked:
+    with TrackedRun(pipeline.config, pipeline.context("train", inputs), tracking, shards) as tracked:
         model = _train(pipeline, shards, tracked, inputs)
         if until == "train":
             return
@@ -186,7 +176,7 @@ def _preprocess(pipeline: Pipeline) -> ShardSet:
     )
 
 
-def _train(pipeline: Pipeline, shards: ShardSet, tracked: "TrackedRun", inputs: str) -> TrainedModel:
+def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: str) -> TrainedModel:
     config = pipeline.config
 
     def call(context: StageContext) -> TrainedModel:
@@ -210,7 +200,7 @@ def _set_finished_aside(context: StageContext) -> None:
         train_stage.set_aside(context.folder)
 
 
-def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked: "TrackedRun") -> Evaluation:
+def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked: TrackedRun) -> Evaluation:
     config = pipeline.config.evaluate
     evaluation = pipeline.stage(
         "evaluate",
@@ -225,7 +215,7 @@ def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked
     return evaluation
 
 
-def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, tracked: "TrackedRun") -> Registration:
+def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, tracked: TrackedRun) -> Registration:
     config, tracking = pipeline.config.registry, tracked.tracking
     inputs = digest_of(evaluation.inputs, evaluation.metric.model_dump(mode="json"), evaluation.samples_sha256, config, public_uri(tracking.uri), pipeline.name)
 
@@ -256,95 +246,6 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
         call,
         lambda context: None,
     )
-
-
-def _profile(shards: ShardSet) -> dict[str, object]:
-    """Returns what a run's page says of its dataset, a line for each."""
-    return {
-        "rows": shards.num_rows,
-        "held_out": shards.num_rows - shards.num_train,
-        "labels": shards.num_labels,
-        "quarantined": shards.quarantined or 0,
-        "ignored_files": shards.num_ignored,
-        "image": f"{shards.channels}x{shards.image_size}x{shards.image_size} uint8",
-        "source": shards.source,
-    }
-
-
-class _RunAddress(BaseModel):
-    uri: str
-    run_id: str
-
-
-class TrackedRun:
-    """The MLflow run of a trained model: opened when something is to be logged, the same one each time, ended with the block.
-
-    Attributes:
-        is_new: whether this call made it, because the store had none.
-    """
-
-    def __init__(self, pipeline: Pipeline, tracking: Tracking, shards: ShardSet, train_inputs: str) -> None:
-        self.tracking, self._pipeline, self._shards = tracking, pipeline, shards
-        self._context = pipeline.context("train", train_inputs)
-        self._run_id: str | None = None
-        self.is_new = False
-
-    def open(self) -> str:
-        """Returns the run's id; finds or makes the run the first time."""
-        if self._run_id is None:
-            self._run_id = self._open()
-        return self._run_id
-
-    def _open(self) -> str:
-        pipeline, known = self._pipeline, self._known()
-        run_id = self.tracking.open_run(pipeline.config.registry.model_name, pipeline.name, known)
-        self.is_new = run_id != known
-        if self.is_new:
-            forget_deliveries(self._context.folder)
-            address = _RunAddress(uri=public_uri(self.tracking.uri), run_id=run_id)
-            (self._context.folder / RUN_FILE).write_text(address.model_dump_json() + "\n")
-        self._describe(run_id)
-        if self.is_new:
-            Delivery(self._context.folder, self.tracking, run_id).deliver(read_metrics(self._context.folder))
-        return run_id
-
-    def _known(self) -> str | None:
-        try:
-            address = _RunAddress.model_validate_json((self._context.folder / RUN_FILE).read_text())
-        except (OSError, ValidationError):
-            return None
-        return address.run_id if address.uri == public_uri(self.tracking.uri) else None
-
-    def _describe(self, run_id: str) -> None:
-        config, shards = self._pipeline.config, self._shards
-        tags = {"config.digest": config_digest(config), "dataset.digest": shards.digest, "git.commit": git_commit(), "ddpm.folder": str(self._context.folder)}
-        self.tracking.describe_run(run_id, flatten(config), tags)
-        self.tracking.log_dataset(
-            run_id, name=Location(shards.source).name or "images", digest=shards.digest, folder=Location.of(shards.path), profile=_profile(shards)
-        )
-        self._show_dataset(run_id)
-
-    def _show_dataset(self, run_id: str) -> None:
-        """Logs what the dataset looks like and what was left out of it, unless the run has that from a call before."""
-        if self.tracking.has_files(run_id, DATASET_FOLDER, DATASET_FILES):
-            return
-        dataset, cluster = Location.of(self._shards.path), self._pipeline.config.cluster
-        manifest = read_manifest(dataset)
-        sheet = dataset_sheet(dataset, manifest, Copies.of(cluster.cache, cluster.cache_bytes))
-        reasons = {reason: asdict(found) for reason, found in quarantine_by_reason(dataset, manifest).items()}
-        with tempfile.TemporaryDirectory(prefix="ddpm-dataset-") as folder:
-            picture, lines = (Path(folder) / name for name in DATASET_FILES)
-            sheet.save(picture)
-            lines.write_text(json.dumps(reasons, indent=2) + "\n", encoding="utf-8")
-            self.tracking.log_files(run_id, Location.of(folder), DATASET_FOLDER)
-
-    def __enter__(self) -> "TrackedRun":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._run_id is not None:
-            status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            self.tracking.close_run(self._run_id, status)
 
 
 def check_storage(storage: str) -> Location:
