@@ -1,23 +1,29 @@
-"""Follows a training run from the outside: the workers' notebook becomes a progress bar and MLflow's curves.
+"""Follows a training run from the outside: the workers' notebooks become a progress bar and MLflow's curves.
 
-Workers only write files. One process, the driver's, speaks to MLflow, and a cursor in the folder says how far it came; so an unreachable
-server costs training nothing, and a line is delivered once.
+Workers only write files. One process, the driver's, speaks to MLflow, and a cursor beside each notebook says how far it came; so a server
+that is slow or away costs training nothing, and a line is delivered once.
 """
 
 import contextlib
+import itertools
 import tempfile
 import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from components.storage import Location
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
-from pipeline.notebook import MetricsLine, NotebookReader
-from pipeline.tracking import Tracking
+from pipeline.notebook import SYSTEM_FOLDER, MetricsLine, NotebookReader, open_metrics
+from pipeline.tracking import BATCH_METRICS, Tracking
 
 CURSOR_FILE = "delivered_step.txt"
-POLL_LOCAL_S, POLL_REMOTE_S = 0.5, 5.0
+LOOK_LOCAL_S, LOOK_REMOTE_S = 0.5, 5.0
+DELIVER_EVERY_S = 5.0
+LAST_DELIVERY_S = 60.0
+PICTURES_KEY = "samples"
 _DELIVERED = ".delivered"
 
 
@@ -27,48 +33,51 @@ def samples_folder(folder: Location) -> Location:
 
 
 class Follower:
-    """Reads a training folder in a thread while a block runs, and delivers all that is left when it ends."""
+    """Reads a training folder while a block runs, and delivers what is left when it ends, for a minute at most."""
 
     def __init__(self, context: StageContext, tracking: Tracking, run_id: str, steps: int) -> None:
         self._context, self._steps = context, steps
-        self._reader = NotebookReader(context.folder)
+        self._reader = open_metrics(context.folder)
         self._delivery = Delivery(context.folder, tracking, run_id)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
+        self._ended, self._late = threading.Event(), threading.Event()
+        self._complete = False
+        self._showing = threading.Thread(target=self._show, name="progress", daemon=True)
+        self._delivering = threading.Thread(target=self._deliver, name="delivery", daemon=True)
 
     def __enter__(self) -> "Follower":
-        self._thread.start()
+        self._showing.start()
+        self._delivering.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop.set()
-        self._thread.join()
-        try:
-            self._delivery.deliver(self._reader.lines())
-        except (RegistryError, OSError):
-            if error is None:
-                raise
+        self._ended.set()
+        self._showing.join()
+        self._delivering.join(LAST_DELIVERY_S)
+        self._late.set()
+        if not self._complete:
+            self._context.reporter.line(f"  [yellow]warning[/] MLflow has not got all metrics yet; they wait in {self._context.folder}")
 
-    def _follow(self) -> None:
-        done = _last_step(self._look())
+    def _show(self) -> None:
+        done = self._last_step()
         with self._context.reporter.progress("train", self._steps, "steps", done) as advance:
-            while not self._stop.wait(POLL_LOCAL_S if self._context.folder.is_local else POLL_REMOTE_S):
-                lines = self._look()
-                now = _last_step(lines)
+            while not self._ended.wait(LOOK_LOCAL_S if self._context.folder.is_local else LOOK_REMOTE_S):
+                now = self._last_step()
                 advance(max(0, now - done))
                 done = max(done, now)
-                with contextlib.suppress(RegistryError, OSError):
-                    self._delivery.deliver(lines)
 
-    def _look(self) -> list[MetricsLine]:
-        try:
-            return self._reader.lines()
-        except OSError:
-            return []
+    def _last_step(self) -> int:
+        with contextlib.suppress(OSError):
+            lines = self._reader.lines()
+            return lines[-1].step if lines else 0
+        return 0
 
-
-def _last_step(lines: list[MetricsLine]) -> int:
-    return lines[-1].step if lines else 0
+    def _deliver(self) -> None:
+        """Delivers now and then, and once more when the block has ended."""
+        ended = False
+        while not ended:
+            ended = self._ended.wait(DELIVER_EVERY_S)
+            with contextlib.suppress(RegistryError, OSError):
+                self._complete = self._delivery.deliver(lambda: not self._late.is_set()) and ended
 
 
 class Delivery:
@@ -76,45 +85,86 @@ class Delivery:
 
     def __init__(self, folder: Location, tracking: Tracking, run_id: str) -> None:
         self._folder, self._tracking, self._run_id = folder, tracking, run_id
-        self._delivered: int | None = None
+        self._channels = {"": _Channel(open_metrics(folder), folder / CURSOR_FILE)}
 
-    def deliver(self, lines: list[MetricsLine]) -> None:
-        """Sends the lines and sample grids that the run has not got yet.
+    def deliver(self, go_on: Callable[[], bool] = lambda: True) -> bool:
+        """Sends the lines and sample grids that the run has not got yet, and returns whether it has all now.
+
+        Args:
+            go_on: asked before every request whether there is time for it.
 
         Raises:
             RegistryError: if the store cannot be reached; the next call goes on from there.
+            OSError: if the training folder cannot be reached; likewise.
         """
-        delivered = self._cursor()
-        fresh = [line for line in lines if line.step > delivered]
-        if fresh:
-            self._tracking.log_metrics(self._run_id, [(line.timestamp_ms, line.step, line.metrics) for line in fresh])
-            self._delivered = fresh[-1].step
-            (self._folder / CURSOR_FILE).write_text(f"{self._delivered}\n")
-        names = samples_folder(self._folder).files()
+        system = self._folder / SYSTEM_FOLDER
+        for node in system.folders():
+            if node not in self._channels:
+                self._channels[node] = _Channel(NotebookReader(system / node), system / node / CURSOR_FILE)
+        for channel in self._channels.values():
+            for batch in channel.fresh():
+                if not go_on():
+                    return False
+                self._tracking.log_metrics(self._run_id, [(line.timestamp_ms, line.step, line.metrics) for line in batch])
+                channel.note(batch[-1].step)
+        return self._send_pictures(go_on)
+
+    def _send_pictures(self, go_on: Callable[[], bool]) -> bool:
+        folder = samples_folder(self._folder)
+        names = folder.files()
         for name in names:
             if name.endswith(".png") and name + _DELIVERED not in names:
-                self._send_picture(samples_folder(self._folder) / name)
+                if not go_on():
+                    return False
+                self._send_picture(folder / name)
+        return True
 
-    def _cursor(self) -> int:
+    def _send_picture(self, picture: Location) -> None:
+        step = int(picture.name.removesuffix(".png").removeprefix("step_"))
+        if not self._tracking.has_picture(self._run_id, key=PICTURES_KEY, step=step):
+            with tempfile.TemporaryDirectory(prefix="ddpm-picture-") as folder:
+                copy = Path(folder) / picture.name
+                picture.download(copy)
+                self._tracking.log_picture(self._run_id, copy, key=PICTURES_KEY, step=step)
+        (picture.parent / (picture.name + _DELIVERED)).write_text("")
+
+
+class _Channel:
+    """A notebook, and how far a run has it."""
+
+    def __init__(self, reader: NotebookReader, cursor: Location) -> None:
+        self._reader, self._cursor = reader, cursor
+        self._delivered: int | None = None
+
+    def fresh(self) -> Iterator[Sequence[MetricsLine]]:
+        """Yields the lines that the run has not got, as many at a time as one request takes."""
+        lines = self._reader.lines()
+        first = bisect_right(lines, self._last(), key=lambda line: line.step)
+        while first < len(lines):
+            sums = itertools.accumulate(len(line.metrics) for line in lines[first : first + BATCH_METRICS])
+            count = max(1, sum(metrics <= BATCH_METRICS for metrics in sums))
+            yield lines[first : first + count]
+            first += count
+
+    def _last(self) -> int:
         if self._delivered is None:
             try:
-                self._delivered = int((self._folder / CURSOR_FILE).read_text())
+                self._delivered = int(self._cursor.read_text())
             except FileNotFoundError:
                 self._delivered = -1
         return self._delivered
 
-    def _send_picture(self, picture: Location) -> None:
-        step = int(picture.name.removesuffix(".png").removeprefix("step_"))
-        with tempfile.TemporaryDirectory(prefix="ddpm-picture-") as folder:
-            copy = Path(folder) / picture.name
-            picture.download(copy)
-            self._tracking.log_picture(self._run_id, copy, key="samples", step=step)
-        (picture.parent / (picture.name + _DELIVERED)).write_text("")
+    def note(self, step: int) -> None:
+        """Notes that the run has the lines up to a step."""
+        self._delivered = step
+        self._cursor.write_text(f"{step}\n")
 
 
 def forget_deliveries(folder: Location) -> None:
     """Makes the next delivery send everything, because the run is a new one."""
-    (folder / CURSOR_FILE).remove()
+    system = folder / SYSTEM_FOLDER
+    for notebook in (folder, *(system / node for node in system.folders())):
+        (notebook / CURSOR_FILE).remove()
     for name in samples_folder(folder).files():
         if name.endswith(_DELIVERED):
             (samples_folder(folder) / name).remove()

@@ -2,27 +2,36 @@
 
 import json
 import tempfile
+import time
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 
+import yaml
 from pydantic import BaseModel, ValidationError
+from rich.markup import escape
 
 from components.data.copies import Copies
-from components.data.shards import read_manifest
+from components.data.shards import MANIFEST, QUARANTINE, SHARDS, Manifest, read_manifest, shard_location
 from components.data.summary import dataset_sheet, quarantine_by_reason
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.config import RunConfig, config_digest, flatten
 from pipeline.context import StageContext
-from pipeline.follow import Delivery, forget_deliveries
-from pipeline.notebook import read_metrics
+from pipeline.errors import RegistryError
+from pipeline.follow import LAST_DELIVERY_S, Delivery, forget_deliveries
+from pipeline.provenance import ENVIRONMENT_FILES, write_environment
 from pipeline.tracking import Tracking, git_commit, public_uri
 
 RUN_FILE = "mlflow_run.json"
+CONFIG_FOLDER, CONFIG_FILES = "config", ("config.yaml",)
+ENVIRONMENT_FOLDER = "environment"
 DATASET_FOLDER, DATASET_FILES = "dataset", ("contact.png", "quarantine.json")
+MOST_SHARD_BYTES = 64 << 20
+"""Pixels up to here go with the run, so that its artifacts alone are the dataset; more would fill an artifact store with copies."""
 
 
-def _profile(shards: ShardSet) -> dict[str, object]:
+def _profile(shards: ShardSet, manifest: Manifest) -> dict[str, object]:
     """Returns what a run's page says of its dataset, a line for each."""
     return {
         "rows": shards.num_rows,
@@ -32,16 +41,31 @@ def _profile(shards: ShardSet) -> dict[str, object]:
         "ignored_files": shards.num_ignored,
         "image": f"{shards.channels}x{shards.image_size}x{shards.image_size} uint8",
         "source": shards.source,
+        "pixels": f"{_shard_bytes(manifest) / 1e6:.1f} MB in {SHARDS if _goes_along(manifest) else Location.of(shards.path).parent / SHARDS}",
     }
 
 
+def _shard_bytes(manifest: Manifest) -> int:
+    return sum(shard.bytes for shard in manifest.shards)
+
+
+def _goes_along(manifest: Manifest) -> bool:
+    """Tells whether the pixels are few enough to be kept with the run."""
+    return _shard_bytes(manifest) <= MOST_SHARD_BYTES
+
+
 class _RunAddress(BaseModel):
+    """Where the run is; `ended` is false from when it is opened until MLflow knows all of it and how it ended."""
+
     uri: str
     run_id: str
+    ended: bool = True
 
 
 class TrackedRun:
     """The MLflow run of a trained model: opened when something is to be logged, the same one each time, ended with the block.
+
+    A run that an earlier process left open, because it was killed or the server was away, is opened by the block itself.
 
     Attributes:
         is_new: whether this call made it, because the store had none.
@@ -60,52 +84,84 @@ class TrackedRun:
         return self._run_id
 
     def _open(self) -> str:
-        known = self._known()
+        found = self._known()
+        known = None if found is None else found.run_id
         run_id = self.tracking.open_run(self._config.registry.model_name, self._context.run_name, known)
         self.is_new = run_id != known
         if self.is_new:
             forget_deliveries(self._context.folder)
-            address = _RunAddress(uri=public_uri(self.tracking.uri), run_id=run_id)
-            (self._context.folder / RUN_FILE).write_text(address.model_dump_json() + "\n")
+        self._write_address(run_id, ended=False)
         self._describe(run_id)
-        if self.is_new:
-            Delivery(self._context.folder, self.tracking, run_id).deliver(read_metrics(self._context.folder))
+        Delivery(self._context.folder, self.tracking, run_id).deliver()
         return run_id
 
-    def _known(self) -> str | None:
+    def _known(self) -> _RunAddress | None:
         try:
             address = _RunAddress.model_validate_json((self._context.folder / RUN_FILE).read_text())
         except (OSError, ValidationError):
             return None
-        return address.run_id if address.uri == public_uri(self.tracking.uri) else None
+        return address if address.uri == public_uri(self.tracking.uri) else None
+
+    def _write_address(self, run_id: str, *, ended: bool) -> None:
+        address = _RunAddress(uri=public_uri(self.tracking.uri), run_id=run_id, ended=ended)
+        (self._context.folder / RUN_FILE).write_text(address.model_dump_json() + "\n")
 
     def _describe(self, run_id: str) -> None:
         config, shards = self._config, self._shards
         tags = {"config.digest": config_digest(config), "dataset.digest": shards.digest, "git.commit": git_commit(), "ddpm.folder": str(self._context.folder)}
         self.tracking.describe_run(run_id, flatten(config), tags)
-        self.tracking.log_dataset(
-            run_id, name=Location(shards.source).name or "images", digest=shards.digest, folder=Location.of(shards.path), profile=_profile(shards)
-        )
-        self._show_dataset(run_id)
-
-    def _show_dataset(self, run_id: str) -> None:
-        """Logs what the dataset looks like and what was left out of it, unless the run has that from a call before."""
-        if self.tracking.has_files(run_id, DATASET_FOLDER, DATASET_FILES):
-            return
-        dataset, cluster = Location.of(self._shards.path), self._config.cluster
+        dataset = Location.of(shards.path)
         manifest = read_manifest(dataset)
-        sheet = dataset_sheet(dataset, manifest, Copies.of(cluster.cache, cluster.cache_bytes))
+        name = Location(shards.source).name or "images"
+        self.tracking.log_dataset(run_id, name=name, digest=shards.digest, folder=dataset, profile=_profile(shards, manifest))
+        self._attach(run_id, CONFIG_FOLDER, CONFIG_FILES, self._write_config)
+        self._attach(run_id, ENVIRONMENT_FOLDER, ENVIRONMENT_FILES, write_environment)
+        records = (MANIFEST, QUARANTINE, manifest.rows_file)
+        self._attach(run_id, DATASET_FOLDER, (*DATASET_FILES, *records), lambda folder: self._write_dataset(folder, dataset, manifest, records))
+        if _goes_along(manifest):
+            files = {shard.name: shard_location(dataset, shard.name) for shard in manifest.shards}
+            self._attach(run_id, SHARDS, files, lambda folder: [file.download(folder / name) for name, file in files.items()])
+
+    def _attach(self, run_id: str, artifact_path: str, names: Collection[str], write: Callable[[Path], object]) -> None:
+        """Logs the files that a function writes into a folder, unless the run has those names from a call before: what it started with stays."""
+        if self.tracking.has_files(run_id, artifact_path, names):
+            return
+        with tempfile.TemporaryDirectory(prefix="ddpm-artifacts-") as staging:
+            write(Path(staging))
+            self.tracking.log_files(run_id, Location.of(staging), artifact_path)
+
+    def _write_config(self, folder: Path) -> None:
+        text = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
+        (folder / CONFIG_FILES[0]).write_text(text, encoding="utf-8")
+
+    def _write_dataset(self, folder: Path, dataset: Location, manifest: Manifest, records: Collection[str]) -> None:
+        """Writes what the dataset looks like, what was left out of it, and the records that make it one."""
+        for name in records:
+            (dataset / name).download(folder / name)
+        cluster = self._config.cluster
+        picture, lines = (folder / name for name in DATASET_FILES)
+        dataset_sheet(dataset, manifest, Copies.of(cluster.cache, cluster.cache_bytes)).save(picture)
         reasons = {reason: asdict(found) for reason, found in quarantine_by_reason(dataset, manifest).items()}
-        with tempfile.TemporaryDirectory(prefix="ddpm-dataset-") as folder:
-            picture, lines = (Path(folder) / name for name in DATASET_FILES)
-            sheet.save(picture)
-            lines.write_text(json.dumps(reasons, indent=2) + "\n", encoding="utf-8")
-            self.tracking.log_files(run_id, Location.of(folder), DATASET_FOLDER)
+        lines.write_text(json.dumps(reasons, indent=2) + "\n", encoding="utf-8")
 
     def __enter__(self) -> "TrackedRun":
+        known = self._known()
+        if known is not None and not known.ended:
+            self.open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._run_id is not None:
-            status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            self.tracking.close_run(self._run_id, status)
+        if self._run_id is None:
+            return
+        status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        try:
+            self._end(self._run_id, status)
+        except (RegistryError, OSError) as failure:
+            self._context.reporter.line(f"  [yellow]warning[/] {escape(str(failure))}; the same command tells it the rest")
+
+    def _end(self, run_id: str, status: str) -> None:
+        """Ends the run when MLflow has all of it; what a slow server has not taken by the deadline waits for the next call."""
+        deadline = time.monotonic() + LAST_DELIVERY_S
+        complete = Delivery(self._context.folder, self.tracking, run_id).deliver(lambda: time.monotonic() < deadline)
+        self.tracking.close_run(run_id, status)
+        self._write_address(run_id, ended=complete)

@@ -149,6 +149,13 @@ class Tracking:
         with translated(self.uri):
             self.client.log_batch(run_id, metrics=metrics)
 
+    def has_picture(self, run_id: str, *, key: str, step: int) -> bool:
+        """Tells whether a run has the picture of a step, both the large and the small one that its page shows."""
+        with translated(self.uri):
+            names = [file.path for file in self.client.list_artifacts(run_id, "images")]
+        ours = [name for name in names if name.startswith(f"images/{key}+step+{step}+")]
+        return all(any(name.endswith(suffix) for name in ours) for suffix in (".png", ".webp"))
+
     def log_picture(self, run_id: str, picture: Path, *, key: str, step: int) -> None:
         """Logs a picture of a step, so that the run's page shows it under a slider."""
         from PIL import Image

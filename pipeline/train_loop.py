@@ -39,7 +39,8 @@ from components.model.ema import Ema
 from components.storage import Location
 from components.streams import Purpose, stream
 from pipeline.follow import samples_folder
-from pipeline.notebook import Attempt, MetricsLine, NotebookWriter, SupersededError
+from pipeline.notebook import Attempt, MetricsLine, NotebookWriter, SupersededError, Ticket
+from pipeline.system_watch import SystemWatch
 from pipeline.train import TrainConfig, TrainFailure, TrainOutcome, TrainPlan
 
 Precision = Literal["float32", "bfloat16"]
@@ -255,18 +256,18 @@ def train_loop(config: dict[str, Any]) -> str:
     torch.set_num_threads(plan.threads)
     device, folder, dataset = get_device(), Location.of(plan.folder), Location.of(plan.dataset)
     manifest = read_manifest(dataset)
-    attempt = Attempt(folder) if rank == 0 else None
-    resumed = _agree_on_checkpoint(folder, rank)
+    attempt, resumed = _agree_on_start(folder, rank)
     trainer = make_trainer(plan, manifest, device, resumed)
     if world > 1:
         trainer.network = prepare_model(trainer.unet, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
     batch_plan = make_batch_plan(plan, manifest)
     reader = RowReader(dataset, manifest, copies=Copies.of(plan.cache, plan.cache_bytes))
     try:
-        newest = _run_steps(trainer, batch_plan, reader, attempt, rank, world) or resumed
+        with _watch(attempt, context) as watch:
+            newest = _run_steps(trainer, batch_plan, reader, attempt if rank == 0 else None, watch, rank, world) or resumed
     except (FloatingPointError, SupersededError) as error:
         return TrainFailure(failure=str(error)).model_dump_json()
-    return "" if newest is None or attempt is None else _outcome(trainer, newest, world, device).model_dump_json()
+    return "" if newest is None or rank else _outcome(trainer, newest, world, device).model_dump_json()
 
 
 def _outcome(trainer: Trainer, checkpoint: Location, world: int, device: torch.device) -> TrainOutcome:
@@ -281,40 +282,55 @@ def _outcome(trainer: Trainer, checkpoint: Location, world: int, device: torch.d
     )
 
 
-def _agree_on_checkpoint(folder: Location, rank: int) -> Location | None:
-    """The first worker finds the newest whole checkpoint; all use that one."""
+def _agree_on_start(folder: Location, rank: int) -> tuple[Attempt, Location | None]:
+    """The first worker takes the right to write and finds the newest whole checkpoint; all use these."""
     from ray.train.collective import broadcast_from_rank_zero
 
-    found = newest_whole_checkpoint(folder) if rank == 0 else None
-    name = broadcast_from_rank_zero(found.name if found else "")
-    return folder / name if name else None
+    if rank == 0:
+        attempt, found = Attempt(folder), newest_whole_checkpoint(folder)
+        broadcast_from_rank_zero([attempt.ticket.model_dump_json(), found.name if found else ""])
+        return attempt, found
+    ticket, name = broadcast_from_rank_zero(["", ""])
+    return Attempt(folder, Ticket.model_validate_json(ticket)), folder / name if name else None
 
 
-def _run_steps(trainer: Trainer, plan: BatchPlan, reader: RowReader, attempt: Attempt | None, rank: int, world: int) -> Location | None:
+def _watch(attempt: Attempt, context: Any) -> contextlib.AbstractContextManager[SystemWatch | None]:
+    """Returns the watch of this worker's node, if it is the node's first worker."""
+    if context.get_local_rank() != 0:
+        return contextlib.nullcontext()
+    return SystemWatch(attempt, context.get_node_rank(), alone=context.get_local_world_size() == context.get_world_size())
+
+
+def _run_steps(
+    trainer: Trainer, plan: BatchPlan, reader: RowReader, attempt: Attempt | None, watch: SystemWatch | None, rank: int, world: int
+) -> Location | None:
     """Trains to the end. The first worker, which holds the attempt, returns the last checkpoint that it wrote, the others None."""
     config, lanes, stretch = trainer.config, plan.lanes_of(rank, world), Stretch()
     trainer.share = len(lanes) * world / plan.order.lanes
-    notebook = NotebookWriter(attempt) if attempt else None
     newest = None
     if attempt and trainer.step == 0:
         _save_grid(trainer, attempt)
         stretch.reset()
     batches = plan.batches(reader, range(trainer.step, config.steps), lanes)
-    for batch, waited in _timed(batches):
-        loss, norm = trainer.update(batch, lanes[0])
-        stretch.add(loss, norm, waited)
-        at_checkpoint = trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps
-        if trainer.step % config.log_every == 0 or at_checkpoint:
-            loss_now = _mean_over_workers(stretch.mean_loss(), world)
-            if notebook:
-                notebook.append(stretch.line(trainer, loss_now))
-            stretch.reset()
-        if attempt and trainer.step % config.sample_every == 0:
-            _save_grid(trainer, attempt)
-            stretch.reset()
-        if attempt and at_checkpoint:
-            newest = _save_checkpoint(trainer, attempt)
-            stretch.reset()
+    with NotebookWriter(attempt) if attempt else contextlib.nullcontext() as notebook:
+        for batch, waited in _timed(batches):
+            loss, norm = trainer.update(batch, lanes[0])
+            stretch.add(loss, norm, waited)
+            at_checkpoint = trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps
+            if trainer.step % config.log_every == 0 or at_checkpoint:
+                loss_now = _mean_over_workers(stretch.mean_loss(), world)
+                if notebook:
+                    notebook.append(stretch.line(trainer, loss_now))
+                if watch:
+                    watch.look(trainer.step)
+                stretch.reset()
+            if attempt and trainer.step % config.sample_every == 0:
+                _save_grid(trainer, attempt)
+                stretch.reset()
+            if attempt and notebook and at_checkpoint:
+                notebook.flush()
+                newest = _save_checkpoint(trainer, attempt)
+                stretch.reset()
     return newest
 
 

@@ -1,37 +1,97 @@
 """What workers write down, and who may."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from components.storage import Location
 from pipeline import notebook
-from pipeline.notebook import Attempt, MetricsLine, NotebookReader, NotebookWriter, SupersededError, last_logged_step, read_metrics
+from pipeline.notebook import Attempt, MetricsLine, NotebookReader, NotebookWriter, SupersededError, open_metrics, read_metrics, system_folder
 
 
 def line(step: int, loss: float = 0.5) -> MetricsLine:
     return MetricsLine(step=step, timestamp_ms=1, metrics={"train/loss": loss})
 
 
+def steps_of(folder: Location) -> list[int]:
+    return [entry.step for entry in read_metrics(folder)]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_lines_are_read_while_they_are_written_file_after_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(notebook, "LINES_PER_FILE", 3)
     folder = Location.of(tmp_path)
-    writer, reader = NotebookWriter(Attempt(folder)), NotebookReader(folder)
-    assert (reader.lines(), last_logged_step(folder)) == ([], -1)
+    writer, reader = NotebookWriter(Attempt(folder)), open_metrics(folder)
+    assert reader.lines() == []
     for step in range(1, 9):
         writer.append(line(step))
+        writer.flush()
         assert [entry.step for entry in reader.lines()] == list(range(1, step + 1))
     assert list((folder / "metrics").files()) == ["0001-00000.jsonl", "0001-00001.jsonl", "0001-00002.jsonl"]
 
 
+def test_many_lines_at_once_fill_one_file_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(notebook, "LINES_PER_FILE", 3)
+    folder = Location.of(tmp_path)
+    writer = NotebookWriter(Attempt(folder))
+    for steps in (range(1, 3), range(3, 9)):
+        for step in steps:
+            writer.append(line(step))
+        writer.flush()
+    assert steps_of(folder) == list(range(1, 9))
+    assert [len((folder / "metrics" / name).read_text().splitlines()) for name in (folder / "metrics").files()] == [3, 3, 2]
+
+
+def test_a_block_writes_by_itself_and_the_rest_when_it_ends(tmp_path: Path):
+    folder = Location.of(tmp_path)
+    with NotebookWriter(Attempt(folder)) as writer:
+        writer.append(line(2))
+        wait_until(lambda: steps_of(folder) == [2])
+        writer.append(line(4))
+    assert steps_of(folder) == [2, 4]
+
+
+def test_lines_are_written_when_training_fails_in_the_block(tmp_path: Path):
+    folder = Location.of(tmp_path)
+    writer = NotebookWriter(Attempt(folder))
+
+    def fail() -> None:
+        with writer:
+            writer.append(line(2))
+            raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        fail()
+    assert steps_of(folder) == [2]
+
+
+def test_lines_wait_for_a_storage_that_is_away(tmp_path: Path):
+    folder = Location.of(tmp_path)
+    writer = NotebookWriter(Attempt(folder))
+    (tmp_path / "metrics").write_text("in the way")
+    writer.append(line(2))
+    with pytest.raises(OSError, match="metrics"):
+        writer.flush()
+    (tmp_path / "metrics").unlink()
+    writer.append(line(4))
+    writer.flush()
+    assert steps_of(folder) == [2, 4]
+
+
 def test_a_later_attempt_goes_on_after_the_last_line_and_leaves_the_earlier_ones_alone(tmp_path: Path):
     folder = Location.of(tmp_path)
-    first = NotebookWriter(Attempt(folder))
-    for step in (2, 4, 6):
-        first.append(line(step, 0.1))
-    second = NotebookWriter(Attempt(folder))
-    for step in (4, 6, 8):
-        second.append(line(step, 0.2))
+    for steps, loss in (((2, 4, 6), 0.1), ((4, 6, 8), 0.2)):
+        with NotebookWriter(Attempt(folder)) as writer:
+            for step in steps:
+                writer.append(line(step, loss))
     assert [(entry.step, entry.metrics["train/loss"]) for entry in read_metrics(folder)] == [(2, 0.1), (4, 0.1), (6, 0.1), (8, 0.2)]
 
 
@@ -40,11 +100,45 @@ def test_a_worker_whose_attempt_was_superseded_writes_nothing(tmp_path: Path):
     cut_off = Attempt(folder)
     writer = NotebookWriter(cut_off)
     writer.append(line(2))
+    writer.flush()
     present = Attempt(folder)
     assert (cut_off.number, present.number) == (1, 2)
+    writer.append(line(4))
     with pytest.raises(SupersededError, match=r"attempt 1 .* was superseded by attempt 2"):
-        writer.append(line(4))
+        writer.flush()
     with pytest.raises(SupersededError):
         cut_off.check()
     present.check()
-    assert [entry.step for entry in read_metrics(folder)] == [2]
+    assert steps_of(folder) == [2]
+
+
+def test_a_block_learns_that_its_attempt_was_superseded(tmp_path: Path):
+    folder = Location.of(tmp_path)
+    writer = NotebookWriter(Attempt(folder))
+    Attempt(folder)
+
+    def is_refused() -> bool:
+        try:
+            writer.append(line(2))
+        except SupersededError:
+            return True
+        return False
+
+    with pytest.raises(SupersededError), writer:
+        wait_until(is_refused)
+    assert steps_of(folder) == []
+
+
+def test_workers_of_one_attempt_share_its_right_and_lose_it_together(tmp_path: Path):
+    folder = Location.of(tmp_path)
+    first = Attempt(folder)
+    second = Attempt(folder, first.ticket)
+    writer = NotebookWriter(second, system_folder(folder, 1))
+    writer.append(line(2))
+    writer.flush()
+    assert [entry.step for entry in NotebookReader(folder / "system" / "1").lines()] == [2]
+    first.check()
+    Attempt(folder)
+    writer.append(line(4))
+    with pytest.raises(SupersededError):
+        writer.flush()

@@ -1,0 +1,255 @@
+"""What reaches MLflow, from real training and through real servers that come and go: everything, once, and without training waiting for it."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import servers
+from PIL import Image
+from support import TINY, Finished
+
+from cluster.config import ClusterConfig
+from cluster.machine import Gauges
+from components.data.reader import RowReader
+from components.data.shards import read_manifest
+from components.storage import Location
+from pipeline import follow, system_watch
+from pipeline.config import config_digest, load_config
+from pipeline.context import Reporter, StageContext
+from pipeline.errors import RegistryError
+from pipeline.follow import CURSOR_FILE, Delivery, Follower, samples_folder
+from pipeline.notebook import Attempt, MetricsLine, NotebookReader, NotebookWriter, system_folder
+from pipeline.system_watch import SystemWatch
+from pipeline.tracked_run import RUN_FILE
+from pipeline.tracking import Tracking, connect
+
+PLANTED = "planted-Secret-41c7"
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> StageContext:
+    storage = Location.of(tmp_path / "storage")
+    return StageContext(storage, storage / "train", "inputs", "run", ClusterConfig(storage=str(storage)), Reporter())
+
+
+@pytest.fixture
+def one_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives every server of the test the same port."""
+    ports = servers.free_ports(1)
+    monkeypatch.setattr(servers, "free_ports", lambda count: ports)
+
+
+def steps_of(tracking: Tracking, run_id: str, key: str = "train/loss") -> list[int]:
+    return [point.step for point in tracking.client.get_metric_history(run_id, key)]
+
+
+def pictures_of(tracking: Tracking, run_id: str) -> list[str]:
+    return [file.path for file in tracking.client.list_artifacts(run_id, "images") if file.path.endswith(".png")]
+
+
+def write_lines(writer: NotebookWriter, steps: range, key: str = "train/loss") -> None:
+    for step in steps:
+        writer.append(MetricsLine(step=step, timestamp_ms=time.time_ns() // 1_000_000, metrics={key: 1 / step}))
+    writer.flush()
+
+
+def write_picture(folder: Location, step: int) -> None:
+    with (samples_folder(folder) / f"step_{step:09d}.png").staged() as staging:
+        Image.new("RGB", (8, 4)).save(staging, format="PNG")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_server_that_is_killed_and_started_again_has_every_step_once(context: StageContext, one_port: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(follow, "DELIVER_EVERY_S", 0.2)
+    attempt = Attempt(context.folder)
+    metrics, machine = NotebookWriter(attempt), NotebookWriter(attempt, system_folder(context.folder, 0))
+    with ExitStack() as first, ExitStack() as second:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", first.enter_context(servers.mlflow_server(tmp_path / "mlflow")))
+        tracking = connect(context.storage)
+        run_id = tracking.open_run("ddpm-test", "outage", None)
+        with Follower(context, tracking, run_id, 3000):
+            write_picture(context.folder, 0)
+            write_lines(metrics, range(1, 1001))
+            write_lines(machine, range(1, 3), "system/cpu")
+            wait_until((context.folder / CURSOR_FILE).is_file)
+            first.close()
+            write_lines(metrics, range(1001, 2001))
+            write_lines(machine, range(3, 5), "system/cpu")
+            write_picture(context.folder, 2000)
+            with pytest.raises(RegistryError, match="failed"):
+                tracking.log_metrics(run_id, [(1, 1, {"other": 1.0})])
+            second.enter_context(servers.mlflow_server(tmp_path / "mlflow"))
+            write_lines(metrics, range(2001, 3001))
+        assert steps_of(tracking, run_id) == list(range(1, 3001))
+        assert steps_of(tracking, run_id, "system/cpu") == [1, 2, 3, 4]
+        assert len(pictures_of(tracking, run_id)) == 2
+        for forgotten in (context.folder / CURSOR_FILE, samples_folder(context.folder) / "step_000002000.png.delivered"):
+            assert forgotten.is_file()
+            forgotten.remove()
+        assert Delivery(context.folder, tracking, run_id).deliver()
+        assert steps_of(tracking, run_id) == list(range(1, 3001))
+        assert len(pictures_of(tracking, run_id)) == 2
+
+
+def test_a_server_that_never_answers_does_not_keep_a_training_from_its_end(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    import mlflow
+
+    monkeypatch.setattr(follow, "LAST_DELIVERY_S", 0.5)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10000")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        tracking = Tracking(uri, mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), None)
+        with Follower(context, tracking, "0" * 32, 10):
+            write_lines(NotebookWriter(Attempt(context.folder)), range(1, 11))
+    assert "MLflow has not got all metrics yet; they wait in" in capsys.readouterr().err
+
+
+def test_a_slow_server_gets_as_much_as_there_is_time_for_and_the_rest_the_next_time(context: StageContext):
+    tracking = connect(context.storage)
+    run_id = tracking.open_run("ddpm-test", "slow", None)
+    write_lines(NotebookWriter(Attempt(context.folder)), range(1, 2001))
+    answers = iter([True, False])
+    delivery = Delivery(context.folder, tracking, run_id)
+    assert not delivery.deliver(lambda: next(answers))
+    assert steps_of(tracking, run_id) == list(range(1, 901))
+    assert Delivery(context.folder, tracking, run_id).deliver()
+    assert steps_of(tracking, run_id) == list(range(1, 2001))
+
+
+def test_a_watch_notes_what_a_machine_does_and_goes_on_where_an_earlier_attempt_ended(context: StageContext, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(system_watch, "WATCH_EVERY_S", 0.0)
+    for steps in ((2, 4), (4, 6)):
+        watch = SystemWatch(Attempt(context.folder), 1, alone=False)
+        for step in steps:
+            with watch:
+                watch.look(step)
+    lines = NotebookReader(system_folder(context.folder, 1)).lines()
+    assert [line.step for line in lines] == [2, 4, 6]
+    assert {name.rpartition("/")[0] for line in lines for name in line.metrics} == {"system/1"}
+
+
+def test_a_watch_that_fails_says_nothing_and_writes_nothing(context: StageContext, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(system_watch, "WATCH_EVERY_S", 0.0)
+    watch = SystemWatch(Attempt(context.folder), 0, alone=True)
+    (context.folder.path / "system").write_text("in the way")
+    with watch:
+        watch.look(2)
+    assert (context.folder.path / "system").read_text() == "in the way"
+
+
+def test_gauges_tell_a_busy_cpu_from_any_thread():
+    import threading
+
+    gauges, found = Gauges(), {}
+    ended = time.process_time() + 1.0
+    while time.process_time() < ended:
+        pass
+    thread = threading.Thread(target=lambda: found.update(gauges.read()))
+    thread.start()
+    thread.join()
+    assert 0 < found["cpu_utilization_percentage"] <= 100
+    assert 0 < found["system_memory_usage_percentage"] <= 100
+    assert found["disk_available_megabytes"] > 0
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def trained(home: Path, command: Callable[..., Finished]) -> dict[str, Any]:
+    """Returns the receipts of a small training on Ray with two workers."""
+    done = command("train", "digits", *TINY, "cluster.num_workers=2", "--json", cwd=home, env={"DDPM_TEST_TOKEN": PLANTED})
+    assert done.code == 0, done.stderr
+    return done.json
+
+
+@pytest.fixture(scope="module")
+def client(home: Path, trained: dict[str, Any]) -> Any:
+    import mlflow
+
+    uri = f"sqlite:///{home / 'storage' / 'mlflow' / 'mlflow.db'}"
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@pytest.fixture(scope="module")
+def artifacts(client: Any, trained: dict[str, Any]) -> Path:
+    return Path(client.get_run(trained["train"]["mlflow_run_id"]).info.artifact_uri.removeprefix("file://"))
+
+
+def test_a_short_training_of_two_workers_has_system_metrics_of_its_one_node(client: Any, trained: dict[str, Any]):
+    run_id = trained["train"]["mlflow_run_id"]
+    names = {name for name in client.get_run(run_id).data.metrics if name.startswith("system/")}
+    assert names >= {
+        "system/cpu_utilization_percentage",
+        "system/system_memory_usage_percentage",
+        "system/disk_usage_percentage",
+        "system/network_receive_megabytes",
+    }
+    assert all(name.count("/") == 1 for name in names)
+    assert next(point.step for point in client.get_metric_history(run_id, "system/cpu_utilization_percentage")) == 2
+    assert list(Location.of(trained["train"]["folder"]).path.glob("system/*/*.jsonl"))
+
+
+def test_the_artifacts_alone_are_the_dataset(artifacts: Path, trained: dict[str, Any]):
+    ours, copy = Location.of(trained["preprocess"]["path"]), Location.of(artifacts / "dataset")
+    manifest = read_manifest(copy)
+    assert manifest.digest == trained["preprocess"]["digest"]
+    rows = np.arange(0, manifest.num_train, 97)
+    assert np.array_equal(RowReader(copy, manifest).pixels(rows), RowReader(ours, read_manifest(ours)).pixels(rows))
+    assert {manifest.rows_file, "quarantine.parquet", "quarantine.json", "contact.png"} <= {path.name for path in copy.path.iterdir()}
+
+
+def test_the_artifacts_tell_the_settings_as_they_were_resolved(artifacts: Path, client: Any, trained: dict[str, Any]):
+    config = load_config(artifacts / "config" / "config.yaml")
+    assert config_digest(config) == trained["train"]["config_digest"]
+    params = client.get_run(trained["train"]["mlflow_run_id"]).data.params
+    assert (params["train.steps"], params["cluster.num_workers"], params["model.channel_mults"]) == ("12", "2", "[1, 2]")
+
+
+def test_the_artifacts_tell_packages_and_machine_but_no_name_and_no_variable(artifacts: Path):
+    import torch
+
+    folder = artifacts / "environment"
+    lines = (folder / "requirements.txt").read_text().splitlines()
+    names = [line.partition("==")[0] for line in lines]
+    assert names == sorted(names)
+    assert f"torch=={torch.__version__.partition('+')[0]}" in [line.partition("+")[0] for line in lines]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["machine"]["cpus"] > 0
+    assert set(environment["packages"]) >= {"torch", "ray", "mlflow"}
+    written = (folder / "environment.json").read_text()
+    assert socket.gethostname() not in written
+    assert str(Path.home()) not in written
+    assert not [path for path in artifacts.rglob("*") if path.is_file() and PLANTED.encode() in path.read_bytes()]
+
+
+def test_a_run_that_was_left_open_is_ended_by_the_same_command_and_gets_nothing_twice(
+    home: Path, command: Callable[..., Finished], client: Any, artifacts: Path, trained: dict[str, Any]
+):
+    run_id, address = trained["train"]["mlflow_run_id"], Location.of(trained["train"]["folder"]) / RUN_FILE
+    before = {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.is_file()}
+    assert client.get_run(run_id).info.status == "FINISHED"
+    client.update_run(run_id, status="RUNNING")
+    address.write_text(json.dumps(json.loads(address.read_text()) | {"ended": False}))
+    done = command("train", "digits", *TINY, "cluster.num_workers=2", "--json", cwd=home)
+    assert done.code == 0, done.stderr
+    assert done.json["train"]["skipped"] is True
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == [2, 4, 6, 8, 10, 12]
+    assert {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.is_file()} == before
