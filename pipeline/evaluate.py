@@ -1,13 +1,15 @@
 """A checkpoint in, samples and what they score out: Ray actors draw and measure, each image from its own seed."""
 
+import contextlib
 import hashlib
-import time
 from dataclasses import replace
 
 from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, ShardSet, Standing, TrainedModel
 from pipeline.context import StageContext
+from pipeline.errors import RegistryError
+from pipeline.leaderboard import VIEW_TAG, view, view_key
 from pipeline.measurement.bench import Bench, EvaluateConfig, open_bench
 from pipeline.measurement.draw import SampleSet, checksum_of
 from pipeline.measurement.keep import keep_samples
@@ -150,8 +152,12 @@ def publish(evaluation: Evaluation, model: TrainedModel, tracking: Tracking, run
         values["eval/floor"] = evaluation.floor.value
     if evaluation.memorisation is not None:
         values["eval/copy_rate"] = evaluation.memorisation.copy_rate
-    tracking.log_metrics(run_id, [(time.time_ns() // 1_000_000, model.steps, values)])
+    measured_ms = int(Location.of(evaluation.report).modified() * 1000)  # not now: a call after one that failed halfway repeats the same points
+    tracking.log_metrics(run_id, [(measured_ms, model.steps, values)])
     tracking.log_files(run_id, folder, "evaluate")
+    if (ranking := view(evaluation, measured_ms)) is not None:
+        with contextlib.suppress(RegistryError):
+            tracking.tag_experiment(run_id, VIEW_TAG + view_key(evaluation), ranking)
     marker.write_text("")
 
 

@@ -210,7 +210,7 @@ def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked
         lambda context: evaluate_stage.evaluate(config, model, shards, context=context),
         lambda context: evaluate_stage.forget(context.folder),
     )
-    if not pipeline.reports["evaluate"].skipped:
+    if tracked.is_open or not pipeline.reports["evaluate"].skipped:
         evaluate_stage.publish(evaluation, model, tracked.tracking, tracked.open())
     return evaluation
 

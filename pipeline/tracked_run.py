@@ -77,6 +77,11 @@ class TrackedRun:
         self._run_id: str | None = None
         self.is_new = False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether something is logged in this block, or was to be by a process that did not come to its end."""
+        return self._run_id is not None
+
     def open(self) -> str:
         """Returns the run's id; finds or makes the run the first time."""
         if self._run_id is None:

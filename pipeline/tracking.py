@@ -168,6 +168,13 @@ class Tracking:
         with translated(self.uri):
             self.client.set_tag(run_id, "mlflow.note.content", markdown[:5000])
 
+    def tag_experiment(self, run_id: str, key: str, value: str) -> None:
+        """Sets a tag on the experiment of a run, unless it has that tag."""
+        with translated(self.uri):
+            experiment = self.client.get_experiment(self.client.get_run(run_id).info.experiment_id)
+            if key not in experiment.tags:
+                self.client.set_experiment_tag(experiment.experiment_id, key, value)
+
     def log_files(self, run_id: str, folder: Location, artifact_path: str) -> None:
         """Copies the files of a folder to the run's artifacts."""
         with translated(self.uri), folder.local_copy() as copy:

@@ -20,9 +20,11 @@ from components.data.reader import RowReader
 from components.data.shards import read_manifest
 from components.storage import Location
 from pipeline import follow, system_watch
+from pipeline.artifacts import Evaluation, TrainedModel
 from pipeline.config import config_digest, load_config
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import RegistryError
+from pipeline.evaluate import PUBLISHED, publish
 from pipeline.follow import CURSOR_FILE, Delivery, Follower, samples_folder
 from pipeline.notebook import Attempt, MetricsLine, NotebookReader, NotebookWriter, system_folder
 from pipeline.system_watch import SystemWatch
@@ -173,8 +175,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(home: Path, command: Callable[..., Finished]) -> dict[str, Any]:
-    """Returns the receipts of a small training on Ray with two workers."""
-    done = command("train", "digits", *TINY, "cluster.num_workers=2", "--json", cwd=home, env={"DDPM_TEST_TOKEN": PLANTED})
+    """Returns the receipts of a small training on Ray with two workers, and of its evaluation."""
+    done = command("evaluate", "digits", *TINY, "cluster.num_workers=2", "--json", cwd=home, env={"DDPM_TEST_TOKEN": PLANTED})
     assert done.code == 0, done.stderr
     return done.json
 
@@ -244,12 +246,46 @@ def test_a_run_that_was_left_open_is_ended_by_the_same_command_and_gets_nothing_
 ):
     run_id, address = trained["train"]["mlflow_run_id"], Location.of(trained["train"]["folder"]) / RUN_FILE
     before = {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.is_file()}
+    points = {name: len(client.get_metric_history(run_id, name)) for name in client.get_run(run_id).data.metrics}
     assert client.get_run(run_id).info.status == "FINISHED"
     client.update_run(run_id, status="RUNNING")
     address.write_text(json.dumps(json.loads(address.read_text()) | {"ended": False}))
-    done = command("train", "digits", *TINY, "cluster.num_workers=2", "--json", cwd=home)
+    done = command("evaluate", "digits", *TINY, "cluster.num_workers=2", "--json", cwd=home)
     assert done.code == 0, done.stderr
-    assert done.json["train"]["skipped"] is True
+    assert [done.json[stage]["skipped"] for stage in ("train", "evaluate")] == [True, True]
     assert client.get_run(run_id).info.status == "FINISHED"
-    assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == [2, 4, 6, 8, 10, 12]
+    assert {name: len(client.get_metric_history(run_id, name)) for name in points} == points
+    assert points["train/loss"] == 6
     assert {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.is_file()} == before
+
+
+def test_numbers_that_are_published_again_after_a_failure_are_there_once(client: Any, home: Path, trained: dict[str, Any]):
+    evaluation, model = Evaluation.model_validate(fields(trained["evaluate"])), TrainedModel.model_validate(fields(trained["train"]))
+    run_id, uri = model.mlflow_run_id, f"sqlite:///{home / 'storage' / 'mlflow' / 'mlflow.db'}"
+    marker = Path(evaluation.folder) / f"{PUBLISHED}{run_id}"
+    assert marker.is_file()
+    marker.unlink()
+    publish(evaluation, model, Tracking(uri, client, home / "storage" / "mlflow" / "artifacts"), run_id)
+    assert marker.is_file()
+    names = [name for name in client.get_run(run_id).data.metrics if name.startswith("eval/")]
+    assert f"eval/{evaluation.metric.name}" in names
+    assert all(len(client.get_metric_history(run_id, name)) == 1 for name in names)
+
+
+def test_an_experiment_has_a_view_that_ranks_its_runs_by_the_deciding_number(client: Any, trained: dict[str, Any]):
+    run = client.get_run(trained["train"]["mlflow_run_id"])
+    evaluation = Evaluation.model_validate(fields(trained["evaluate"]))
+    tags = client.get_experiment(run.info.experiment_id).tags
+    shared = json.loads(tags[f"mlflow.sharedViewState.leaderboard-{evaluation.metric.name}"])
+    state = json.loads(shared["state"])
+    assert shared["name"] == f"Leaderboard: {evaluation.metric.name}"
+    assert (state["orderByKey"], state["orderByAsc"]) == (f"metrics.`eval/{evaluation.metric.name}`", True)
+    columns = {column.removeprefix("metrics.").strip("`") for column in state["selectedColumns"] if column.startswith("metrics.")}
+    assert columns - {"eval/copy_rate"} <= set(run.data.metrics)
+    found = client.search_runs([run.info.experiment_id], order_by=[f"{state['orderByKey']} ASC"])
+    assert [other.info.run_id for other in found] == [run.info.run_id]
+
+
+def fields(report: dict[str, Any]) -> dict[str, Any]:
+    """Returns the receipt among what a command says of a stage."""
+    return {name: value for name, value in report.items() if name not in ("skipped", "reason", "seconds")}
