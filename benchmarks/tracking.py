@@ -203,10 +203,11 @@ def report(config: RunConfig, options: argparse.Namespace, meter: Meter, seconds
     spread = [max(values) / min(values) for values in seconds.values()]
     print(f"slowest / fastest round: bare {spread[1]:.3f}, tracked {spread[0]:.3f}")
     per_line = bare * config.train.log_every
-    waited = sum(meter.wall[label] for label in ("Stretch.line", "NotebookWriter.append", "SystemWatch.look")) / lines
+    on_its_way = ("Stretch.line", "NotebookWriter.append", "SystemWatch.look")
     beside = sum(meter.cpu[label] for label in ("NotebookWriter.flush", "SystemWatch._note")) / lines
     for what, cost in (
-        ("the training thread, waiting", waited),
+        ("the training thread, time", sum(meter.wall[label] for label in on_its_way) / lines),
+        ("the training thread, CPU", sum(meter.cpu[label] for label in on_its_way) / lines),
         ("other threads of the worker, CPU", beside),
         (f"driver and MLflow ({options.store}), CPU", processes / lines),
     ):

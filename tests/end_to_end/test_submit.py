@@ -101,6 +101,15 @@ def submitted(site: Site) -> dict[str, Any]:
     return {path.parent.parent.name: json.loads(path.read_text()) for path in receipts} | {"log": back.stdout}
 
 
+def test_each_node_that_trains_has_system_metrics_of_its_own(site: Site, submitted: dict[str, Any]):
+    import mlflow
+
+    run = mlflow.MlflowClient(tracking_uri=site.mlflow).get_run(submitted["register"]["mlflow_run_id"])
+    nodes = {name.split("/")[1] for name in run.data.metrics if name.startswith("system/")}
+    assert nodes == {"0", "1"}
+    assert {"system/0/cpu_utilization_percentage", "system/1/cpu_utilization_percentage"} <= set(run.data.metrics)
+
+
 def test_the_run_ends_without_the_process_that_submitted_it_and_is_registered(site: Site, submitted: dict[str, Any]):
     import mlflow
 
