@@ -67,6 +67,22 @@ class DenoiserSpec(BaseModel):
         """Returns a class for each seed, (len(seeds),) int64: all by turns; None for a network that is told none."""
         return torch.tensor([seed % len(self.label_names) for seed in seeds]) if self.label_names else None
 
+    def label_number(self, label: str) -> int:
+        """Returns the number of a class that is given by its name, or by its number where no class has that name.
+
+        Raises:
+            ValueError: if there is no such class.
+        """
+        names = self.label_names
+        if not names:
+            raise ValueError(f"label={label} means nothing to a model that is told no classes; leave it out, or train with model.conditional=true")
+        if label in names:
+            return names.index(label)
+        if label.isdecimal() and int(label) < len(names):
+            return int(label)
+        some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise ValueError(f"label={label} is unknown; use a class's name ({some}) or a number from 0 to {len(names) - 1}")
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
@@ -155,10 +171,10 @@ def write_checkpoint(
     with _staging(path) as staging:
         _write_json(staging / "denoiser.json", spec.model_dump(mode="json"))
         for name, average in {MAIN_AVERAGE: ema, **(more_averages or {})}.items():
-            _write_weights(staging / f"{name}.safetensors", average)
+            write_weights(staging / f"{name}.safetensors", average)
         if state is not None:
-            _write_weights(staging / "weights.safetensors", state.weights)
-            _write_weights(staging / "optimizer.safetensors", state.optimizer)
+            write_weights(staging / "weights.safetensors", state.weights)
+            write_weights(staging / "optimizer.safetensors", state.optimizer)
             _write_json(staging / "state.json", state.record.model_dump())
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(staging.iterdir())}
         _write_json(staging / MANIFEST, {"format": 1, "files": files})
@@ -185,10 +201,15 @@ def _staging(path: Location) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+def write_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file that is as readable to others as the files beside it."""
     from safetensors.torch import save_file
 
-    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path, None if metadata is None else dict(metadata))
+    # The library puts a file in its place that only its owner may read.
+    path.chmod(mode)
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -1,0 +1,89 @@
+"""A denoiser as a folder that diffusers loads, the format the field exchanges; written without diffusers.
+
+model_index.json                 a DDPMPipeline
+unet/                            config.json, diffusion_pytorch_model.safetensors
+scheduler/scheduler_config.json  the noise levels, and what the network predicts
+README.md                        how to load it; or alone, and why nothing else is here
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..diffusion.schedule import Schedule
+from .checkpoint import DenoiserSpec, write_weights
+from .diffusers_names import diffusers_config, to_diffusers
+
+_PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
+
+
+def write_diffusers(folder: Path, spec: DenoiserSpec, weights: Mapping[str, torch.Tensor]) -> None:
+    """Writes a diffusers pipeline, or a README alone where diffusers has no such network."""
+    folder.mkdir(parents=True)
+    if why_not := _inexpressible(spec):
+        (folder / "README.md").write_text(
+            f"No pipeline of diffusers is here, for {why_not}. The checkpoint beside this folder holds the model.\n", encoding="utf-8"
+        )
+        return
+    unet = spec.build()
+    unet.load_state_dict(weights)
+    (folder / "unet").mkdir()
+    (folder / "scheduler").mkdir()
+    _write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]})
+    config = diffusers_config(unet, image_size=spec.image_size, channels=spec.channels)
+    _write_json(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **config})
+    _write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDPMScheduler", **scheduler_config(spec)})
+    write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", to_diffusers(unet), {"format": "pt"})
+    (folder / "README.md").write_text(_readme(spec), encoding="utf-8")
+
+
+def scheduler_config(spec: DenoiserSpec) -> dict[str, object]:
+    """Returns the keyword arguments of the `diffusers.DDPMScheduler` that goes through the denoiser's noise levels."""
+    schedule = Schedule(spec.diffusion)
+    return {
+        "num_train_timesteps": schedule.num_steps,
+        # The numbers themselves, because diffusers' own linear betas know nothing of T.
+        "trained_betas": schedule.betas.tolist(),
+        "prediction_type": _PREDICTIONS[schedule.prediction],
+        "variance_type": "fixed_small",
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "timestep_spacing": "linspace",
+    }
+
+
+def _inexpressible(spec: DenoiserSpec) -> str:
+    """Returns why diffusers has no such network, nothing where it has one: there heads have one width, here a number."""
+    config = spec.model
+    levels = [level for level in range(len(config.channel_mults)) if spec.image_size >> level in config.attention_resolutions]
+    unlike = [level for level in levels if config.channel_mults[level] != config.channel_mults[-1]]
+    if config.num_heads == 1 or not unlike:
+        return ""
+    return f"a UNet2DModel cannot have num_heads={config.num_heads} at levels of different width (channel_mults={list(config.channel_mults)})"
+
+
+def _readme(spec: DenoiserSpec) -> str:
+    if not spec.label_names:
+        use = "images = DDPMPipeline.from_pretrained(folder)(batch_size=4).images"
+        return f"```python\nfrom diffusers import DDPMPipeline\n\n{use}\n```\n\n`DDIMPipeline.from_pretrained(folder)` takes fewer steps.\n"
+    names = "\n".join(f"| {number} | {name} |" for number, name in enumerate(spec.label_names))
+    return f"""This network is told a class, which `DDPMPipeline` does not pass on: take its parts.
+
+```python
+from diffusers import DDPMPipeline
+
+parts = DDPMPipeline.from_pretrained(folder)
+output = parts.unet(x_t, t, class_labels=labels).sample
+```
+
+| label | class |
+|---|---|
+{names}
+| {spec.null_label} | none told, for classifier-free guidance |
+"""
+
+
+def _write_json(path: Path, record: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
