@@ -201,6 +201,8 @@ def sample(
     steps: Annotated[int, typer.Option(min=1, help="Network evaluations per image.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; image i has seed + i.")] = 0,
     sampler: Annotated[str, typer.Option(help="ddim, ancestral, dpmpp_2m or unipc.")] = "ddim",
+    label: Annotated[str | None, typer.Option(help="Class to draw, by name or number, of a conditional model; all by turns by default.")] = None,
+    guidance: Annotated[float, typer.Option(help="Weight of the class in classifier-free guidance; 1 is none.")] = 1.0,
     out: Annotated[Path, typer.Option(help="Picture to write: PNG.")] = Path("grid.png"),
     storage: Storage = "./storage",
 ) -> None:
@@ -208,7 +210,7 @@ def sample(
     from workflows.sample import draw_grid
 
     with stdout_to_stderr() as stdout:
-        draw_grid(model, num=num, steps=steps, seed=seed, sampler=sampler, out=out, storage=storage)
+        draw_grid(model, num=num, steps=steps, seed=seed, sampler=sampler, out=out, storage=storage, label=label, guidance=guidance)
         stdout.write(f"{out}\n")
 
 

@@ -5,40 +5,35 @@ from pathlib import Path
 
 import numpy as np
 
-from components.data.images import to_pixels
 from components.diffusion.recipe import SAMPLERS, Recipe, SamplerName
-from components.diffusion.sampling import sample
 from components.figures import grid
 from components.model.checkpoint import Denoiser, load_denoiser
+from components.model.request import Request, draw
 from components.storage import Location
 from pipeline.errors import ConfigError, RegistryError
 from pipeline.tracking import connect, translated
 
-BATCH_SIZE = 64
 
+def draw_grid(model: str, *, num: int, steps: int, seed: int, sampler: str, out: Path, storage: str, label: str | None = None, guidance: float = 1.0) -> None:
+    """Draws images with seeds seed, seed + 1, ... and writes them side by side as a PNG.
 
-def draw_grid(model: str, *, num: int, steps: int, seed: int, sampler: str, out: Path, storage: str) -> None:
-    """Draws images with seeds seed, seed + 1, ... and writes them side by side as a PNG; a conditional model's classes by turns.
+    Args:
+        label: class name or number, for a conditional model; by default its classes by turns.
 
     Raises:
         ConfigError: if a value is out of range or the picture cannot be written.
         DataError: if the checkpoint folder is not whole.
         RegistryError: if the registry does not know the model.
     """
-    recipe = Recipe(_sampler(sampler), steps)
+    request = Request(Recipe(_sampler(sampler), steps, guidance=guidance), num, seed, label)
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out} is no PNG file; use a name that ends in .png")
     denoiser = _load(model, storage)
-    parts = []
-    for first in range(seed, seed + num, BATCH_SIZE):
-        seeds = range(first, min(first + BATCH_SIZE, seed + num))
-        try:
-            labels = denoiser.spec.labels_by_turns(seeds)
-            x_0 = sample(denoiser.network, denoiser.schedule, seeds, denoiser.spec.shape, recipe, labels=labels)
-        except ValueError as error:
-            raise ConfigError(f"--{error}") from error
-        parts.append(to_pixels(x_0).numpy())
-    _save(np.concatenate(parts), out)
+    try:
+        pixels = draw(denoiser, request)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
+    _save(pixels, out)
 
 
 def _sampler(name: str) -> SamplerName:

@@ -1,66 +1,145 @@
-"""A model as MLflow keeps it: weights as safetensors, its own code, pinned requirements, no pickle."""
+"""A model as MLflow keeps it: weights as safetensors, the code that draws from them, pinned requirements, no pickle."""
 
+import ast
 import hashlib
 import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import components
 from components.storage import Location
 from pipeline.artifacts import Evaluation, TrainedModel
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+    from components.model.checkpoint import DenoiserSpec
+
+SERVED_MODEL = Path(__file__).with_name("served_model.py")
+REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow", "pydantic", "torch")
+"""What a process needs to load and serve a version: all that the code in it imports, and pandas, without which MLflow serves nothing."""
 
 
 def log_model(name: str, model: TrainedModel, evaluation: Evaluation, run_id: str) -> str:
     """Logs a model that carries its own code and weights, without pickle; returns the logged model's id."""
     import mlflow
 
-    from components.model.checkpoint import DenoiserSpec, read_weights, write_checkpoint
-
     with tempfile.TemporaryDirectory(prefix="ddpm-register-") as staging:
         folder = Path(staging)
-        weights = f"{evaluation.weights}.safetensors"
-        with Location.of(evaluation.checkpoint).local_copy(["denoiser.json", weights]) as source:
-            spec = DenoiserSpec.model_validate_json((source / "denoiser.json").read_text(encoding="utf-8"))
-            write_checkpoint(Location.of(folder / "checkpoint"), spec, read_weights(source / weights))
-        package = _copy_components(folder)
-        code = folder / "sampler.py"
-        template = Path(__file__).with_name("served_model.py").read_text(encoding="utf-8")
-        code.write_text(template.replace('COMPONENTS = "components"', f'COMPONENTS = "{package.name}"'), encoding="utf-8")
+        spec = _write_weights(folder, evaluation)
+        package = copy_code(folder)
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-            # MLflow advises an example of the input; the signature is written out in full instead.
+            # MLflow advises type hints, which allow no more than one kind of input; the signature is written out in full instead.
             warnings.simplefilter("ignore", UserWarning)
             logged = mlflow.pyfunc.log_model(
                 name=re.sub(r"[ .]", "-", name),
-                python_model=str(code),
-                artifacts={"checkpoint": str(folder / "checkpoint")},
+                python_model=str(folder / "sampler.py"),
+                artifacts={part: str(folder / part) for part in ("checkpoint", "diffusers")},
                 code_paths=[str(package)],
-                pip_requirements=[
-                    f"{package}=={installed_version(package).partition('+')[0]}" for package in ("mlflow", "torch", "numpy", "pillow", "pydantic")
-                ],
-                signature=_signature(),
+                pip_requirements=[f"{each}=={installed_version(each).partition('+')[0]}" for each in REQUIREMENTS],
+                signature=signature(spec),
+                input_example={"num_images": 2, "steps": min(4, spec.diffusion.num_steps), "seed": 0},
                 step=evaluation.step,
                 model_type="image-generator",
             )
+        _forget_this_machine(str(logged.model_id), folder)
     return str(logged.model_id)
 
 
-def _copy_components(folder: Path) -> Path:
-    """Copies the `components` package under a name made of its content, so that versions never share code by accident."""
+def _write_weights(folder: Path, evaluation: Evaluation) -> "DenoiserSpec":
+    """Writes the weights that were measured, in this project's format and in diffusers'."""
+    from components.model.checkpoint import DenoiserSpec, read_weights, write_checkpoint
+    from components.model.diffusers_export import write_diffusers
+
+    name = f"{evaluation.weights}.safetensors"
+    with Location.of(evaluation.checkpoint).local_copy(["denoiser.json", name]) as source:
+        spec, weights = DenoiserSpec.model_validate_json((source / "denoiser.json").read_text(encoding="utf-8")), read_weights(source / name)
+    write_checkpoint(Location.of(folder / "checkpoint"), spec, weights)
+    write_diffusers(folder / "diffusers", spec, weights)
+    return spec
+
+
+def copy_code(folder: Path) -> Path:
+    """Writes the served model, and what it needs of `components` under a name made of its content, so that versions never share code by accident.
+
+    Returns:
+        The copied package, beside `sampler.py`.
+    """
     source = Path(components.__file__).parent
-    files = sorted(source.rglob("*.py"))
+    files = sorted(needed_files(source))
     digest = hashlib.sha256(b"".join(file.relative_to(source).as_posix().encode() + file.read_bytes() for file in files)).hexdigest()[:8]
     target = folder / f"ddpm_components_{digest}"
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in files:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    code = re.sub(rf"^(\s*)from {source.name}\b", rf"\1from {target.name}", SERVED_MODEL.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (folder / "sampler.py").write_text(code, encoding="utf-8")
     return target
 
 
-def _signature() -> object:
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+def needed_files(package: Path) -> set[Path]:
+    """Returns the files of a package that the served model imports, directly or by others of them, wherever in the file it does."""
+    found: set[Path] = set()
+    waiting = set(_imported(SERVED_MODEL, package))
+    while waiting:
+        file = waiting.pop()
+        found.add(file)
+        waiting |= set(_imported(file, package)) - found
+    return found
 
-    optional = {"steps": DataType.long, "seed": DataType.long, "sampler": DataType.string, "format": DataType.string}
-    columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.long, "num_images"), *(ColSpec(kind, name, required=False) for name, kind in optional.items())]
-    return ModelSignature(inputs=Schema(columns))
+
+def _imported(file: Path, package: Path) -> Iterator[Path]:
+    """Yields the files of the package that a file imports by `from PACKAGE... import` or `from . import`, packages' own files too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        parts = (node.module or "").split(".") if node.module else []
+        if node.level:
+            folder = file.parents[node.level - 1]
+        elif parts[:1] == [package.name]:
+            folder, parts = package, parts[1:]
+        else:
+            continue
+        place = folder.joinpath(*parts)
+        yield from (path for path in (place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)) if path.is_file())
+        inside = place.relative_to(package)
+        yield from (path for path in (package.joinpath(*inside.parts[:depth], "__init__.py") for depth in range(len(inside.parts) + 1)) if path.is_file())
+
+
+def signature(spec: "DenoiserSpec") -> "ModelSignature":
+    """Returns what a version says that it takes: every parameter as a column and as an MLflow parameter, none of them required; and PNGs.
+
+    Columns are of any type because MLflow refuses guidance=2 in a column of type double and a missing value in one of type long, and cuts
+    4.5 to 4 in the server; the model itself refuses what does not fit. The types are those of the parameters.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType
+
+    from pipeline.registry.served_model import parameters
+
+    known = parameters(spec.diffusion.num_steps)
+    columns: list[Any] = [ColSpec(AnyType(), name, required=False) for name, _, _ in known]
+    outputs: list[Any] = [ColSpec(DataType.binary, "png")]
+    return ModelSignature(Schema(columns), Schema(outputs), ParamSchema([ParamSpec(name, kind, default) for name, kind, default in known]))
+
+
+def _forget_this_machine(model_id: str, folder: Path) -> None:
+    """Takes the paths of the machine that logged a model out of its `MLmodel`; MLflow reads no more than the last part of them."""
+    import mlflow
+    from mlflow.models import Model
+
+    record: Any = Model.load(f"models:/{model_id}")
+    flavor = record.flavors["python_function"]
+    flavor["model_code_path"] = Path(flavor["model_code_path"]).name
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+    record.artifact_path = f"models:/{model_id}"
+    record.save(str(folder / "MLmodel"))
+    mlflow.MlflowClient().log_model_artifact(model_id, str(folder / "MLmodel"))

@@ -1,74 +1,138 @@
-"""The model as MLflow serves it. This file travels inside every registered version, beside a copy of `components`.
+"""The model as MLflow serves it. This file travels inside every registered version, beside a copy of the modules of `components` that it needs.
 
-It needs torch, numpy, Pillow and MLflow, and nothing of the project that made it.
+It needs torch, numpy, pandas, Pillow, pydantic and MLflow, and nothing else of the project that made it.
 """
 
-import importlib
 import io
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
-COMPONENTS = "components"
-MAX_IMAGES, BATCH_SIZE = 10_000, 64
+# `components` is imported within functions: MLflow runs this file where it logs it too, before the copy is on the path.
+
+PNG, ARRAY = "png", "array"
+
+
+def parameters(num_steps: int) -> list[tuple[str, str, Any]]:
+    """Returns what may be asked for, of a model of num_steps (T) noise levels: name, MLflow's type, default."""
+    return [
+        ("num_images", "long", 1),
+        ("steps", "long", min(50, num_steps)),
+        ("seed", "long", 0),
+        ("sampler", "string", "ddim"),
+        ("label", "string", None),
+        ("guidance", "double", 1.0),
+        ("format", "string", PNG),
+    ]
+
+
+class InvalidRequestError(MlflowException, ValueError):
+    """Raised for what cannot be drawn; MLflow's server answers it with status 400 and the message, without a stack trace."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
 
 
 class Sampler(mlflow.pyfunc.PythonModel):
-    """Draws images; image i has seed `seed + i`, whatever else is asked for."""
+    """Draws images; image i of a request has seed `seed + i`, whatever else is asked for."""
 
     def load_context(self, context: Any) -> None:
         """Rebuilds the denoiser from the checkpoint folder, checksums verified; on a GPU where there is one."""
         import torch
 
-        checkpoint, storage = (importlib.import_module(f"{COMPONENTS}.{name}") for name in ("model.checkpoint", "storage"))
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._denoiser = checkpoint.load_denoiser(storage.Location.of(context.artifacts["checkpoint"]), self._device)
+        from components.model.checkpoint import load_denoiser
+        from components.storage import Location
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._denoiser = load_denoiser(Location.of(context.artifacts["checkpoint"]), device)
+        self._defaults = {name: default for name, _, default in parameters(self._denoiser.schedule.num_steps)}
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:  # pyrefly: ignore[bad-override]
-        """Returns one entry per image: PNG bytes, or an array (N, H, W, C) uint8 where format is `array`.
+        """Returns one entry per image, those of the first row first: PNG bytes, or an array (N, H, W, C) uint8 where format is `array`.
 
         Args:
-            model_input: one row with num_images, and optionally steps (50), seed (0), sampler (`ddim`; or `ancestral`, `dpmpp_2m`, `unipc`)
-                and format (`png`; or `array`).
+            model_input: each row is a request of its own; a column that is absent or empty is what `params` say. No row at all is one request.
+            params: what rows leave open.
 
         Raises:
-            ValueError: if a value is out of range.
+            InvalidRequestError: a ValueError, if a value is unknown, out of range, or means nothing to this model.
         """
-        row = {
-            key: value
-            for key, value in model_input.to_dict(orient="records")[0].items()
-            if value is not None and not (isinstance(value, float) and math.isnan(value))
-        }
-        count, seed = int(row.get("num_images", 1)), int(row.get("seed", 0))
-        form = str(row.get("format", "png"))
-        recipe = importlib.import_module(f"{COMPONENTS}.diffusion.recipe").Recipe(str(row.get("sampler", "ddim")), int(row.get("steps", 50)))
-        recipe.check(self._denoiser.schedule.num_steps)
-        if not 1 <= count <= MAX_IMAGES:
-            raise ValueError(f"num_images={count} is out of range; use 1 to {MAX_IMAGES}")
-        if form not in ("png", "array"):
-            raise ValueError(f"format={form} is unknown; use png or array")
-        pixels = self._draw(range(seed, seed + count), recipe)
-        return pixels.transpose(0, 2, 3, 1) if form == "array" else [_to_png(image) for image in pixels]
+        from components.model.request import draw
 
-    def _draw(self, seeds: range, recipe: Any) -> np.ndarray:
-        sampling = importlib.import_module(f"{COMPONENTS}.diffusion.sampling")
-        images = importlib.import_module(f"{COMPONENTS}.data.images")
-        model, parts = self._denoiser, []
-        for first in range(0, len(seeds), BATCH_SIZE):
-            mine = seeds[first : first + BATCH_SIZE]
-            labels = model.spec.labels_by_turns(mine)
-            x_0 = sampling.sample(model.network, model.schedule, mine, model.spec.shape, recipe, device=self._device, labels=labels)
-            parts.append(images.to_pixels(x_0).cpu().numpy())
-        return np.concatenate(parts)
+        given = self._defaults | {name: value for name, value in (params or {}).items() if value is not None}
+        rows = [given | _stated(row) for row in model_input.to_dict(orient="records")] or [given]
+        requests = [self._request(row, f"row {index}: " if len(rows) > 1 else "") for index, row in enumerate(rows)]
+        form = _format(rows)
+        _check_total(requests)
+        pixels = np.concatenate([draw(self._denoiser, request) for request in requests])
+        return pixels.transpose(0, 2, 3, 1) if form == ARRAY else [_to_png(image) for image in pixels]
+
+    def _request(self, row: Mapping[str, Any], place: str) -> Any:
+        from components.diffusion.recipe import Recipe
+        from components.model.request import Request
+
+        try:
+            sampler: Any = str(row["sampler"])
+            recipe = Recipe(sampler, _integer("steps", row["steps"]), guidance=_number("guidance", row["guidance"]))
+            request = Request(recipe, _integer("num_images", row["num_images"]), _integer("seed", row["seed"]), _label(row["label"]))
+            request.check(self._denoiser)
+        except ValueError as error:
+            raise InvalidRequestError(f"{place}{error}") from None
+        return request
+
+
+def _stated(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """Returns a row without what pandas fills in where other rows have a value and this one has none."""
+    return {name: value for name, value in row.items() if not (pd.api.types.is_scalar(value) and pd.isna(value))}
+
+
+def _format(rows: list[dict[str, Any]]) -> str:
+    form = str(rows[0]["format"])
+    if form not in (PNG, ARRAY):
+        raise InvalidRequestError(f"format={form} is unknown; use {PNG} or {ARRAY}")
+    if others := [row["format"] for row in rows if row["format"] != form]:
+        raise InvalidRequestError(f"format={others[0]} differs from the first row's {form}; ask for one format in one call")
+    return form
+
+
+def _check_total(requests: list[Any]) -> None:
+    from components.model.request import MAX_IMAGES
+
+    total = sum(request.num_images for request in requests)
+    if total > MAX_IMAGES:
+        raise InvalidRequestError(f"num_images={total} of all rows is out of range; use up to {MAX_IMAGES} in one call")
+
+
+def _integer(name: str, value: Any) -> int:
+    # A column of whole numbers in which one is missing reaches a model as floats, which are exact up to 2**53.
+    whole = isinstance(value, int | np.integer) or (isinstance(value, float | np.floating) and float(value).is_integer() and abs(value) <= 2**53)
+    if isinstance(value, bool | np.bool_) or not whole:
+        raise ValueError(f"{name}={value} is no exact whole number; use one such as {name}=1")
+    return int(value)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise ValueError(f"{name}={value} is no number; use one such as {name}=1.5")
+    return float(value)
+
+
+def _label(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return str(_integer("label", value))
 
 
 def _to_png(pixels: np.ndarray) -> bytes:
-    images = importlib.import_module(f"{COMPONENTS}.data.images")
+    from components.data.images import to_image
+
     buffer = io.BytesIO()
-    images.to_image(pixels).save(buffer, format="PNG")
+    to_image(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

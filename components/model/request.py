@@ -1,0 +1,66 @@
+"""Images on request: what `ddpm sample` and a served model draw."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.images import to_pixels
+from ..diffusion.recipe import Recipe
+from ..diffusion.sampling import sample
+from ..streams import MAX_SEED
+from .checkpoint import Denoiser
+
+MAX_IMAGES, BATCH_SIZE = 10_000, 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """Images that someone wants.
+
+    Attributes:
+        num_images: how many, 1 to MAX_IMAGES.
+        seed: of the first image; image i has seed + i.
+        label: a class's name or number; by default all classes by turns.
+    """
+
+    recipe: Recipe
+    num_images: int = 1
+    seed: int = 0
+    label: str | None = None
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Checks the request against a model.
+
+        Raises:
+            ValueError: if a value is out of range, or means nothing to this model.
+        """
+        self.recipe.check(denoiser.schedule.num_steps)
+        if not 1 <= self.num_images <= MAX_IMAGES:
+            raise ValueError(f"num_images={self.num_images} is out of range; use 1 to {MAX_IMAGES}")
+        last = MAX_SEED + 1 - self.num_images
+        if not 0 <= self.seed <= last:
+            raise ValueError(f"seed={self.seed} is out of range; use 0 to {last}")
+        if self.label is not None:
+            denoiser.spec.label_number(self.label)
+        if self.recipe.guidance != 1 and denoiser.spec.null_label is None:
+            raise ValueError(f"guidance={self.recipe.guidance:g} needs a model that is told classes, and this one is told none; use guidance=1")
+
+
+def draw(denoiser: Denoiser, request: Request) -> np.ndarray:
+    """Returns the pixels (num_images, C, H, W), uint8, that are asked for.
+
+    Raises:
+        ValueError: if a value is out of range, or means nothing to this model.
+    """
+    request.check(denoiser)
+    seeds = range(request.seed, request.seed + request.num_images)
+    return np.concatenate([_draw_batch(denoiser, request, seeds[first : first + BATCH_SIZE]) for first in range(0, len(seeds), BATCH_SIZE)])
+
+
+def _draw_batch(denoiser: Denoiser, request: Request, seeds: range) -> np.ndarray:
+    spec, device = denoiser.spec, next(denoiser.network.parameters()).device
+    labels = spec.labels_by_turns(seeds)
+    if labels is not None and request.label is not None:
+        labels = labels.new_full(labels.shape, spec.label_number(request.label))
+    x_0 = sample(denoiser.network, denoiser.schedule, seeds, spec.shape, request.recipe, device=device, labels=labels, null_label=spec.null_label)
+    return to_pixels(x_0).cpu().numpy()
