@@ -36,28 +36,34 @@ def _axes(path: Path, title: str, height: float = 3.5) -> "Iterator[Axes]":
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=PADDING, h_pad=PADDING))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    figure.suptitle(_plain(textwrap.fill(title, TITLE_COLUMNS)), x=PADDING / WIDTH, ha="left", fontsize=11, color=INK)
+    figure.suptitle(plain(textwrap.fill(title, TITLE_COLUMNS)), x=PADDING / WIDTH, ha="left", fontsize=11, color=INK)
+    draw_frame(axes)
+    yield axes
+    figure.savefig(path)
+
+
+def draw_frame(axes: "Axes") -> None:
+    """Gives axes the lines, ticks and colours that all charts have."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(PALE_INK)
     axes.tick_params(which="both", colors=PALE_INK, labelcolor=INK, labelsize=9)
     axes.grid(color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
-    yield axes
-    figure.savefig(path)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Returns text in which Matplotlib finds no formula."""
     return text.replace("$", r"\$")
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
+    """Returns a name that leaves room for what it names."""
     return name if len(name) <= NAME_COLUMNS else name[: NAME_COLUMNS - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _label(axes: "Axes", x: str, y: str) -> None:
-    axes.set_xlabel(_plain(x), fontsize=10, color=INK)
-    axes.set_ylabel(_plain(y), fontsize=10, color=INK)
+    axes.set_xlabel(plain(x), fontsize=10, color=INK)
+    axes.set_ylabel(plain(y), fontsize=10, color=INK)
 
 
 def _legend(axes: "Axes") -> None:
@@ -107,7 +113,7 @@ def save_timestep_losses(path: Path, timesteps: Sequence[int], losses: Mapping[s
     with _axes(path, "Loss by timestep") as axes:
         for index, (name, values) in enumerate(losses.items()):
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-            axes.plot(timesteps, values, color=colour, marker=marker, markersize=3.5, linewidth=1.6, label=_plain(name))
+            axes.plot(timesteps, values, color=colour, marker=marker, markersize=3.5, linewidth=1.6, label=plain(name))
         _scale_y(axes, [value for values in losses.values() for value in values])
         axes.set_xlim(left=min(0, *timesteps))
         _label(axes, "timestep t, from little noise to pure noise", "L_simple")
@@ -135,7 +141,7 @@ def save_steps_chart(path: Path, points: Sequence[StepsPoint], metric: str, floo
             mine = sorted((point for point in points if point.sampler == sampler), key=lambda point: point.steps)
             steps, values, errors = zip(*((point.steps, point.value, Z95 * point.se) for point in mine), strict=True)
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-            axes.errorbar(steps, values, yerr=errors, color=colour, marker=marker, markersize=4.5, linewidth=1.6, capsize=3, label=_plain(sampler))
+            axes.errorbar(steps, values, yerr=errors, color=colour, marker=marker, markersize=4.5, linewidth=1.6, capsize=3, label=plain(sampler))
         if floor is not None:
             axes.axhline(floor, color=PALE_INK, linestyle=DASHES, linewidth=1.2)
             axes.annotate("real against real", (0, floor), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8.5, color=PALE_INK)
@@ -180,12 +186,12 @@ def save_intervals(path: Path, intervals: Sequence[Interval], metric: str, refer
         if reference is not None:
             axes.axvline(reference, color=PALE_INK, linestyle=DASHES, linewidth=1.2)
             axes.annotate(
-                _plain(reference_name), (reference, 0), (4, 3), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8.5, color=PALE_INK
+                plain(reference_name), (reference, 0), (4, 3), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8.5, color=PALE_INK
             )
         axes.hlines(lines, [each.low for each in intervals], [each.high for each in intervals], color=COLOURS[0], linewidth=2.4, alpha=0.55)
         axes.plot([each.value for each in intervals], lines, "o", color=COLOURS[0], markersize=6)
         axes.set_yticks(
-            lines, [_plain(each.name if len(each.name) <= NAME_COLUMNS else each.name[: NAME_COLUMNS - 1] + "\N{HORIZONTAL ELLIPSIS}") for each in intervals]
+            lines, [plain(each.name if len(each.name) <= NAME_COLUMNS else each.name[: NAME_COLUMNS - 1] + "\N{HORIZONTAL ELLIPSIS}") for each in intervals]
         )
         axes.set_ylim(len(intervals) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")

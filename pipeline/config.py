@@ -17,6 +17,7 @@ from components.model.unet import UNetConfig
 from pipeline.errors import ConfigError
 from pipeline.measurement.bench import EvaluateConfig
 from pipeline.register import RegistryConfig
+from pipeline.retraining.config import RetrainConfig
 from pipeline.train import TrainConfig
 
 DIGEST_LENGTH = 16
@@ -39,6 +40,8 @@ class RunConfig(BaseModel):
     """Samples and the numbers taken of them."""
     registry: RegistryConfig = Field(default_factory=RegistryConfig)
     """The registered model, and when its champion falls."""
+    retrain: RetrainConfig = Field(default_factory=RetrainConfig)
+    """When `ddpm retrain` trains, from what, and whom it tells."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     """Where it runs; never part of a result."""
 
@@ -179,8 +182,8 @@ def result_fields(section: BaseModel) -> dict[str, Any]:
 
 
 def config_digest(config: RunConfig) -> str:
-    """Returns the digest of all settings that can change a result: every section but the cluster's."""
-    return digest_of(*(result_fields(getattr(config, name)) for name in RunConfig.model_fields if name != "cluster"))
+    """Returns the digest of all settings that can change a run's result: every section but the cluster's and that of retraining."""
+    return digest_of(*(result_fields(getattr(config, name)) for name in RunConfig.model_fields if name not in ("cluster", "retrain")))
 
 
 def flatten(config: RunConfig) -> dict[str, str]:

@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.artifacts import Contest, Evaluation, Registration, ShardSet, TrainedModel
+from pipeline.artifacts import Contest, Evaluation, Metric, Registration, ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.lease import alone
 from pipeline.registry.decide import Ask, Decision, decide, why_not_compared
@@ -37,7 +38,16 @@ class RegistryConfig(BaseModel):
 
 
 def register(
-    config: RegistryConfig, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, ask: Ask, *, context: StageContext, tracking: Tracking, run_id: str
+    config: RegistryConfig,
+    shards: ShardSet,
+    model: TrainedModel,
+    evaluation: Evaluation,
+    ask: Ask,
+    *,
+    context: StageContext,
+    tracking: Tracking,
+    run_id: str,
+    equal_terms: bool = False,
 ) -> Registration:
     """Logs the model to its run, makes a version of it, decides about the champion, and returns the receipt.
 
@@ -45,6 +55,7 @@ def register(
 
     Args:
         ask: measures the candidate beside a champion. Where another process decides meanwhile, it is asked again about the champion that there is then.
+        equal_terms: a champion that was measured in another unit is measured anew in the candidate's, instead of being incomparable.
 
     Raises:
         RegistryError: if the registry cannot be reached or refuses.
@@ -55,7 +66,7 @@ def register(
         number = int(version.version)
         _name_candidate(tracking, name, number)
         ledger = Ledger.of(tracking, name)
-        move = pass_gate(ledger, number, lambda champion: _judge(config, evaluation, champion, ask, tracking), context.reporter)
+        move = pass_gate(ledger, number, lambda champion: _judge(config, evaluation, champion, ask, tracking, equal_terms), context.reporter)
         _tell(made, move, _address(tracking, name, number, run_id), tracking)
         ledger.settle()
         ledger.show()
@@ -75,12 +86,18 @@ def register(
     )
 
 
-def _judge(config: RegistryConfig, evaluation: Evaluation, number: int | None, ask: Ask, tracking: Tracking) -> tuple[Decision, Contest | None]:
+def _judge(
+    config: RegistryConfig, evaluation: Evaluation, number: int | None, ask: Ask, tracking: Tracking, equal_terms: bool
+) -> tuple[Decision, Contest | None]:
     """Returns the decision about a candidate beside a champion, and the test that it was made by."""
+    metric, contest = evaluation.metric, None
     champion = None if number is None else read_champion(tracking, config.model_name, number)
-    contest = ask(champion) if champion is not None and not why_not_compared(evaluation.metric, champion) else None
+    if champion is not None and (equal_terms or not why_not_compared(metric, champion)):
+        contest = ask(champion)
+        if equal_terms and isinstance(contest, Contest):
+            champion = replace(champion, metric=Metric(value=contest.test.champion, unit=metric.unit))
     copies = evaluation.memorisation is not None and evaluation.memorisation.copies
-    decision = decide(evaluation.metric, champion, contest, config.min_gain, copies=copies)
+    decision = decide(metric, champion, contest, config.min_gain, copies=copies)
     return decision, contest if isinstance(contest, Contest) else None
 
 

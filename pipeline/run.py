@@ -27,6 +27,7 @@ from pipeline.ready import check_cluster
 from pipeline.registry.decide import Champion
 from pipeline.registry.versions import fetch_checkpoint
 from pipeline.registry.versions import is_intact as registered_intact
+from pipeline.retraining.attempts import Start
 from pipeline.tracked_run import TrackedRun
 from pipeline.tracking import Tracking, connect, public_uri
 
@@ -46,6 +47,19 @@ class StageReport(BaseModel):
         return self.receipt.model_dump(mode="json") | {"skipped": self.skipped, "reason": self.reason, "seconds": round(self.seconds, 3)}
 
 
+@dataclass(frozen=True)
+class Given:
+    """What an attempt at retraining fixes before its run.
+
+    Attributes:
+        shards: the dataset, whatever the source holds by now.
+        start: weights to start from; fresh ones where it is None.
+    """
+
+    shards: ShardSet
+    start: Start | None
+
+
 @dataclass
 class Pipeline:
     """One run: its config, its name, and what has been reported so far."""
@@ -57,6 +71,7 @@ class Pipeline:
     storage: Location
     reports: dict[StageName, StageReport]
     listed: preprocess_stage.Listed | None = None
+    given: Given | None = None
 
     def context(self, stage: StageName, inputs: str) -> StageContext:
         """Returns where a stage with these inputs writes and runs."""
@@ -108,18 +123,28 @@ class Pipeline:
 
 
 def run(
-    config: RunConfig, name: str, *, until: StageName = "register", start_from: StageName | None = None, reporter: Reporter | None = None
+    config: RunConfig,
+    name: str,
+    *,
+    until: StageName = "register",
+    start_from: StageName | None = None,
+    reporter: Reporter | None = None,
+    given: Given | None = None,
 ) -> dict[StageName, StageReport]:
     """Runs the stages up to `until`; those from `start_from` on are run even where their receipts match.
+
+    Args:
+        given: dataset and weights of an attempt at retraining, whose champion is measured anew beside the candidate, on equal terms.
 
     Raises:
         ConfigError, DataError, ClusterError, RegistryError: before anything expensive starts where possible.
     """
     storage = check_storage(config.cluster.storage)
     reporter = reporter or Reporter()
-    pipeline = Pipeline(config, name, start_from, reporter, storage, {})
+    pipeline = Pipeline(config, name, start_from, reporter, storage, {}, given=given)
     with one_process(storage / "runs" / name, name, reporter if until == "preprocess" else None):
-        pipeline.listed = preprocess_stage.list_source(config.data, storage)
+        if given is None:
+            pipeline.listed = preprocess_stage.list_source(config.data, storage)
         check_files(config.evaluate)
         tracking = connect(storage) if until != "preprocess" else None
         (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -152,7 +177,7 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
     train_stage.check_labels(pipeline.config.model, shards)
     if until in ("evaluate", "register"):
         check_extractor(pipeline.config.evaluate, shards, pipeline.storage)
-    inputs = digest_of(shards.digest, pipeline.config.model, pipeline.config.diffusion, pipeline.config.train)
+    inputs = _train_inputs(pipeline, shards)
     with TrackedRun(pipeline.config, pipeline.context("train", inputs), tracking, shards) as tracked:
         model = _train(pipeline, shards, tracked, inputs)
         if until == "train":
@@ -162,7 +187,17 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
             _register(pipeline, shards, model, evaluation, tracked)
 
 
+def _train_inputs(pipeline: Pipeline, shards: ShardSet) -> str:
+    """Returns the digest of all that decides the weights."""
+    config, start = pipeline.config, pipeline.given.start if pipeline.given else None
+    return digest_of(shards.digest, config.model, config.diffusion, config.train, *([start.sha256] if start else []))
+
+
 def _preprocess(pipeline: Pipeline) -> ShardSet:
+    if pipeline.given is not None:
+        shards = pipeline.given.shards
+        pipeline.reports["preprocess"] = StageReport(receipt=shards, skipped=True, reason="the attempt's dataset", seconds=0.0)
+        return shards
     config, listed = pipeline.config.data, pipeline.listed
     assert listed is not None
     pipeline.listed = None  # with millions of files it is large, and only this stage needs it
@@ -189,6 +224,7 @@ def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: st
             tracking=tracked.tracking,
             run_id=tracked.open(),
             config_digest=config_digest(config),
+            start=pipeline.given.start if pipeline.given else None,
         )
 
     return pipeline.stage("train", TrainedModel, inputs, train_stage.is_intact, call, _set_finished_aside)
@@ -227,16 +263,16 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
         def ask(champion: Champion) -> Contest | str:
             model_uri = f"models:/{config.model_name}/{champion.version}"
             candidate = Contender("candidate", evaluation.samples, lambda: (Location.of(evaluation.checkpoint), evaluation.weights))
-            contender = Contender(
-                f"champion v{champion.version}", champion.samples or "", lambda: (fetch_checkpoint(tracking, model_uri, pipeline.storage), "ema")
-            )
             settings, unit = pipeline.config.evaluate, evaluation.metric.unit
+            kept = champion.samples if champion.metric is not None and champion.metric.unit == unit else None
+            contender = Contender(f"champion v{champion.version}", kept or "", lambda: (fetch_checkpoint(tracking, model_uri, pipeline.storage), "ema"))
             try:
                 return contest(settings, unit, candidate, contender, shards, min_gain=config.min_gain, version=champion.version, context=context)
             except (DataError, RegistryError) as error:
                 return str(error)
 
-        return register_stage.register(config, shards, measured, evaluation, ask, context=context, tracking=tracking, run_id=run_id)
+        equal_terms = pipeline.given is not None
+        return register_stage.register(config, shards, measured, evaluation, ask, context=context, tracking=tracking, run_id=run_id, equal_terms=equal_terms)
 
     return pipeline.stage(
         "register",

@@ -23,6 +23,7 @@ from pipeline.context import StageContext
 from pipeline.errors import ConfigError
 from pipeline.follow import Follower
 from pipeline.notebook import read_metrics
+from pipeline.retraining.attempts import Start
 from pipeline.tracking import Tracking, public_uri
 
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
@@ -94,6 +95,7 @@ class TrainPlan(BaseModel):
     group_timeout_s: int
     cache: str | None = None
     cache_bytes: int = 20 << 30
+    start: Start | None = None
 
 
 def check_labels(model: UNetConfig, shards: ShardSet) -> None:
@@ -119,8 +121,12 @@ def train(
     tracking: Tracking,
     run_id: str,
     config_digest: str,
+    start: Start | None = None,
 ) -> TrainedModel:
     """Trains the denoiser, or goes on from the newest whole checkpoint of these inputs, and returns its receipt.
+
+    Args:
+        start: weights that network and averages start from, instead of fresh ones; optimiser and learning rate start anew.
 
     Raises:
         DataError: if the dataset is not whole.
@@ -141,21 +147,23 @@ def train(
         group_timeout_s=context.cluster.group_timeout_s,
         cache=context.cluster.cache,
         cache_bytes=context.cluster.cache_bytes,
+        start=start,
     )
-    context.reporter.line(_derived(config, placement, context))
+    context.reporter.line(_derived(config, placement, context, start))
     with Follower(context, tracking, run_id, config.steps):
         outcome = _fit(plan, placement, context)
     return _receipt(outcome, config, shards, context, tracking.uri, run_id, config_digest)
 
 
-def _derived(config: TrainConfig, placement: Placement, context: StageContext) -> str:
+def _derived(config: TrainConfig, placement: Placement, context: StageContext, start: Start | None) -> str:
     """Returns the values that follow from the settings and the machines, for a person to see at the start."""
     from components.model.checkpoint import checkpoints, is_complete
 
     newest = next(filter(is_complete, checkpoints(context.folder)), None)
     where = "one GPU each" if placement.use_gpu else f"{placement.threads} CPU thread{'s' if placement.threads > 1 else ''} each"
-    start = f", going on from {newest.name}" if newest else ""
-    return f"  {placement.num_workers} workers with {where}, {config.global_batch_size // placement.num_workers} images per worker and step{start}"
+    begin = f", starting from {start.weights} of {start.model}" if start else ""
+    begin = f", going on from {newest.name}" if newest else begin
+    return f"  {placement.num_workers} workers with {where}, {config.global_batch_size // placement.num_workers} images per worker and step{begin}"
 
 
 class TrainOutcome(BaseModel):

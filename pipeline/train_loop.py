@@ -33,6 +33,8 @@ from components.model.checkpoint import (
     manifest_of,
     newest_whole_checkpoint,
     prune,
+    read_weights,
+    verify,
     write_checkpoint,
 )
 from components.model.ema import Ema
@@ -40,6 +42,7 @@ from components.storage import Location
 from components.streams import Purpose, stream
 from pipeline.follow import samples_folder
 from pipeline.notebook import Attempt, MetricsLine, NotebookWriter, SupersededError, Ticket
+from pipeline.retraining.attempts import Start
 from pipeline.system_watch import SystemWatch
 from pipeline.train import TrainConfig, TrainFailure, TrainOutcome, TrainPlan
 
@@ -171,7 +174,10 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
         label_names=_label_names(plan, manifest),
     )
     torch.manual_seed(int(stream(Purpose.WEIGHTS, plan.train.seed).integers(2**32)))
-    unet = spec.build().to(device).to(memory_format=torch.channels_last).train()
+    unet = spec.build()
+    if plan.start is not None:
+        unet.load_state_dict(_start_weights(plan.start))
+    unet = unet.to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=plan.train.lr, weight_decay=plan.train.weight_decay, fused=True)
     trainer = Trainer(
         plan.train,
@@ -189,6 +195,19 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
     if resume_from is not None:
         trainer.resume(resume_from)
     return trainer
+
+
+def _start_weights(start: Start) -> dict[str, torch.Tensor]:
+    """Returns the weights to start from, their checksum verified.
+
+    Raises:
+        DataError: if they are not those that the attempt chose.
+    """
+    name = f"{start.weights}.safetensors"
+    with Location.of(start.checkpoint).local_copy([name, "manifest.json"]) as folder:
+        if verify(folder, [name])[name] != start.sha256:
+            raise DataError(f"{start.checkpoint}/{name} is no longer what it was when the attempt began; start another attempt")
+        return read_weights(folder / name)
 
 
 def make_batch_plan(plan: TrainPlan, manifest: Manifest) -> BatchPlan:

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,7 @@ from workflows.streams import stdout_to_stderr
 if TYPE_CHECKING:
     from pipeline.artifacts import StageName
     from pipeline.config import RunConfig
+    from workflows.submit import Packages
 
 PRESETS = Path(__file__).with_name("presets")
 PACKAGES = ("components", "cluster", "pipeline", "workflows")
@@ -89,6 +90,41 @@ def register(preset: Preset, overrides: Overrides = None, name: Name = None, as_
     _run(preset, overrides, name, "register", None, as_json)
 
 
+@app.command(rich_help_panel="Run")
+def retrain(
+    preset: Preset,
+    overrides: Overrides = None,
+    name: Name = None,
+    until: Annotated[str, typer.Option(metavar="STAGE", help="Leave the attempt open after this stage; the same command goes on with it.")] = "register",
+    address: Annotated[str | None, typer.Option(metavar="URL", help="Have a Ray cluster do it, as a job: its dashboard, such as http://HEAD:8265.")] = None,
+    tick: Annotated[str | None, typer.Option(help="With --address: what started this, such as a date; the same tick finds its job again.")] = None,
+    packages: Annotated[str, typer.Option(help="With --address: image or lock, as for submit.")] = "image",
+    pass_env: Annotated[list[str] | None, typer.Option("--pass-env", metavar="VARIABLE", help="With --address: send a variable, visibly, too.")] = None,
+    as_job: Annotated[bool, typer.Option("--job", hidden=True)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, what became of it, as the only thing on stdout.")] = False,
+) -> None:
+    """Make one attempt at a better champion from what is new.
+
+    Exit code 0: promoted, 10: kept, 11: skipped, 12: stopped by a guard, others: failure.
+    """
+    config, run_name = _load(preset, overrides, name)
+    from workflows.retrain_command import make_attempt
+
+    if address is not None:
+        from workflows.retrain_job import retrain_on_cluster
+
+        with _detaching():
+            raise typer.Exit(retrain_on_cluster(config, run_name, address=address, tick=tick, packages=packages_of(packages), pass_env=pass_env or []))
+    signal.signal(signal.SIGTERM, _terminate)
+    with stdout_to_stderr() as stdout:
+        try:
+            code = make_attempt(stdout, config, run_name, until, as_json=as_json, as_job=as_job)
+        except KeyboardInterrupt as interrupt:
+            typer.echo("interrupted; the same command goes on with the attempt", err=True)
+            raise typer.Exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
+    raise typer.Exit(code)
+
+
 def _run(preset: str, overrides: list[str] | None, name: str | None, until: "StageName", start_from: str | None, as_json: bool) -> None:
     config, run_name = _load(preset, overrides, name)
     from pipeline.artifacts import STAGES
@@ -132,15 +168,24 @@ def submit(
 ) -> None:
     """Run all four stages on a Ray cluster; this machine may go. Submitted again under its name, a run in progress is attached to, any other goes on."""
     settings, run_name = _load(preset, overrides, name)
-    from pipeline.errors import ConfigError
     from workflows.submit import submit as submit_run
 
-    known = {"image": "image", "lock": "lock"}
-    if packages not in known:
-        raise ConfigError(f"--packages {packages} is unknown; use image or lock")
     with _detaching():
-        kind: Any = known[packages]
-        raise typer.Exit(submit_run(settings, run_name, address=address, packages=kind, pass_env=pass_env or [], follow=follow))
+        raise typer.Exit(submit_run(settings, run_name, address=address, packages=packages_of(packages), pass_env=pass_env or [], follow=follow))
+
+
+def packages_of(text: str) -> "Packages":
+    """Returns where a cluster's packages come from.
+
+    Raises:
+        ConfigError: if it is none of the two.
+    """
+    from pipeline.errors import ConfigError
+
+    known: dict[str, Packages] = {"image": "image", "lock": "lock"}
+    if text not in known:
+        raise ConfigError(f"--packages {text} is unknown; use image or lock")
+    return known[text]
 
 
 @contextlib.contextmanager

@@ -39,14 +39,15 @@ def submit(config: RunConfig, name: str, *, address: str, packages: Packages, pa
     """
     quiet()
     check_paths(config)
-    variables = _variables(pass_env)
+    variables = variables_of(pass_env)
     server = JobServer(address)
     latest = server.latest(name)
     job_id = _running(latest, config, name)
     if job_id is None:
-        _check_room(server, config)
-        job_id = _send(server, config, name, 1 if latest is None else latest.attempt + 1, variables, packages)
-    _say_where(server, job_id, name, variables)
+        check_room(server, config)
+        command = f"run {CONFIG_FILE} --name {shlex.quote(name)}"
+        job_id = send(server, config, name, 1 if latest is None else latest.attempt + 1, command, variables, packages)
+    say_where(server, job_id, name, variables)
     return follow_job(server, job_id, name) if follow else 0
 
 
@@ -81,7 +82,7 @@ def check_paths(config: RunConfig) -> None:
             raise ConfigError(f"{key}={path} is relative to this machine's folder; for a cluster name {right} that every node mounts")
 
 
-def _check_room(server: JobServer, config: RunConfig) -> None:
+def check_room(server: JobServer, config: RunConfig) -> None:
     """Says at once what the cluster does not have, and otherwise what the run will ask for; with `cluster.wait_s` the job itself waits."""
     cluster = config.cluster.model_copy(update={"address": "auto"})
     try:
@@ -93,11 +94,16 @@ def _check_room(server: JobServer, config: RunConfig) -> None:
         typer.echo(f"  the job will wait up to {cluster.wait_s} s: {error}")
 
 
-def _send(server: JobServer, config: RunConfig, name: str, attempt: int, variables: Mapping[str, str], packages: Packages) -> str:
+def send(server: JobServer, config: RunConfig, name: str, attempt: int, command: str, variables: Mapping[str, str], packages: Packages) -> str:
+    """Sends the working tree with the settings in it, has the cluster run `ddpm COMMAND` there, and returns the job's id.
+
+    Args:
+        name: what the job is found by.
+    """
     tree = config.model_dump(mode="json")
     tree["cluster"]["address"] = "auto"
     extra = {CONFIG_FILE: yaml.safe_dump(tree, sort_keys=False), COMMIT_FILE: git_commit() + "\n"}
-    entrypoint = f"{PYTHON[packages]} -m workflows run {CONFIG_FILE} --name {shlex.quote(name)}"
+    entrypoint = f"{PYTHON[packages]} -m workflows {command}"
     with tempfile.TemporaryDirectory(prefix="ddpm-tree-") as folder:
         size = stage_tree(Path(folder), extra)
         typer.echo(f"sending {size / 2**20:.1f} MiB of working tree")
@@ -105,7 +111,7 @@ def _send(server: JobServer, config: RunConfig, name: str, attempt: int, variabl
         return server.submit(entrypoint, name=name, attempt=attempt, config_digest=config_digest(config), runtime_env=runtime_env)
 
 
-def _variables(pass_env: Sequence[str]) -> dict[str, str]:
+def variables_of(pass_env: Sequence[str]) -> dict[str, str]:
     """Returns what the driver's environment is given: settings that are no secrets, and what was asked for by name."""
     found = travelling_settings(os.environ, "into the environment of the cluster's nodes")
     for name in pass_env:
@@ -119,7 +125,8 @@ def _variables(pass_env: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _say_where(server: JobServer, job_id: str, name: str, variables: Mapping[str, str]) -> None:
+def say_where(server: JobServer, job_id: str, name: str, variables: Mapping[str, str]) -> None:
+    """Says where a job and its model are seen, and how it is followed."""
     typer.echo(f"job     {job_id}")
     typer.echo(f"page    {server.page(job_id)}")
     if variables.get("MLFLOW_TRACKING_URI", "").startswith("http"):

@@ -68,7 +68,7 @@ def print_config(config: RunConfig) -> None:
         for key, value in values.items():
             lines += [f"  # {section_fields(section)[key].description}", f"  {key}: {json.dumps(value)}"]
         lines.append("")
-    sys.stdout.write("\n".join([*lines, f"# digest {config_digest(config)} (of all but the cluster section)", ""]))
+    sys.stdout.write("\n".join([*lines, f"# digest {config_digest(config)} (of all but the sections retrain and cluster)", ""]))
 
 
 def _console(out: IO[str]) -> Console:

@@ -63,7 +63,7 @@ def chosen_rows(rows: pa.Table, num_labels: int = SHEET_LABELS, per_label: int =
     """
     labels = rows["label"].combine_chunks().dictionary_encode(null_encoding="encode")
     codes, names = labels.indices.to_numpy(zero_copy_only=False), labels.dictionary
-    ranks = _last_bytes(rows["sha256"])
+    ranks = hash_ranks(rows["sha256"])
     chosen: dict[str | None, np.ndarray] = {}
     for code in _some(names, num_labels):
         mine = np.flatnonzero(codes == code)
@@ -79,8 +79,8 @@ def _some(names: pa.Array, count: int) -> list[int]:
     return sorted(by_hash[:count], key=lambda code: (texts[code] is None, texts[code]))
 
 
-def _last_bytes(hashes: pa.ChunkedArray) -> np.ndarray:
-    """Returns the last eight bytes of each 32-byte hash as a number."""
+def hash_ranks(hashes: pa.ChunkedArray) -> np.ndarray:
+    """Returns the last eight bytes of each 32-byte hash as a number; the first ones decide what is held out."""
     array = pc.fill_null(hashes.combine_chunks(), bytes(32))
     return np.frombuffer(array.buffers()[1], np.uint64, len(array) * 4, array.offset * 32)[3::4]
 

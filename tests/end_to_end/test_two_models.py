@@ -306,4 +306,4 @@ def test_a_browser_shows_champion_log_and_aliases_of_the_model_and_the_way_from_
     run_id = strong["register"]["mlflow_run_id"]
     run = read_page(f"{pages}/#/experiments/1/runs/{run_id}?workflowType=machine_learning", tmp_path, "train.steps")
     assert "ddpm-digits version 2 : fd_dct8_v1_64" in run
-    assert f"digits ( {strong['preprocess']['digest']} )" in run
+    assert f"digits ({strong['preprocess']['digest']})" in run

@@ -1,0 +1,1 @@
+"""Scheduled retraining: attempts, what they start from, what stops them, whom they tell."""
