@@ -115,14 +115,17 @@ def s3_server(folder: Path, *, host: str = "127.0.0.1", prefix: Sequence[str] = 
 
 
 @contextmanager
-def mlflow_server(folder: Path, *, host: str = "127.0.0.1", prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Iterator[str]:
+def mlflow_server(
+    folder: Path, *, host: str = "127.0.0.1", port: int | None = None, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """Starts MLflow with SQLite and artifacts below the folder, which it serves itself; gives its address.
 
     Args:
+        port: by default one that is free.
         env: extra variables, such as those of `s3_server` when a run's artifacts lie there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_ports(1)[0]
+    port = port or free_ports(1)[0]
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1", "--serve-artifacts"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
     command += ["--allowed-hosts", f"{host},{host}:{port},localhost:{port}"]
