@@ -190,9 +190,7 @@ def save_intervals(path: Path, intervals: Sequence[Interval], metric: str, refer
             )
         axes.hlines(lines, [each.low for each in intervals], [each.high for each in intervals], color=COLOURS[0], linewidth=2.4, alpha=0.55)
         axes.plot([each.value for each in intervals], lines, "o", color=COLOURS[0], markersize=6)
-        axes.set_yticks(
-            lines, [plain(each.name if len(each.name) <= NAME_COLUMNS else each.name[: NAME_COLUMNS - 1] + "\N{HORIZONTAL ELLIPSIS}") for each in intervals]
-        )
+        axes.set_yticks(lines, [plain(shortened(each.name)) for each in intervals])
         axes.set_ylim(len(intervals) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)

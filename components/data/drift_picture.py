@@ -50,8 +50,8 @@ def drift_picture(
 
 def _caption(drift: Drift, before: Dataset, after: Dataset) -> str:
     bad = f"{drift.bad_files:,} of {drift.new_images + drift.bad_files:,} new files quarantined"
-    unseen = f", {drift.num_unseen_labels:,} labels without images before" if drift.num_unseen_labels else ""
-    return f"{bad}, {drift.removed_images:,} images removed{unseen}; dataset {before.manifest.digest[:8]} to {after.manifest.digest[:8]}"
+    unseen = f", {drift.num_unseen_labels:,} unseen label{'' if drift.num_unseen_labels == 1 else 's'}" if drift.num_unseen_labels else ""
+    return f"{bad}, {drift.removed_images:,} removed{unseen}; dataset {before.manifest.digest[:8]} to {after.manifest.digest[:8]}"
 
 
 def _charts(drift: Drift, max_label_drift: float, max_brightness_drift: float, width: int) -> Image.Image:
@@ -102,7 +102,7 @@ def _draw_labels(axes: "Axes", rows: Sequence[LabelCount], totals: tuple[int, in
     axes.xaxis.set_major_formatter(_percent)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("share of images" + ("; labels in the colour of new images had none before" if unseen else ""), fontsize=9, color=INK)
+    axes.set_xlabel("share of images" + ("; orange labels had none before" if unseen else ""), fontsize=9, color=INK)
 
 
 def _draw_brightness(axes: "Axes", drift: Drift) -> None:
@@ -119,7 +119,7 @@ def _draw_brightness(axes: "Axes", drift: Drift) -> None:
     axes.yaxis.set_major_formatter(_percent)
     axes.set_xlabel("mean grey value of an image, black 0 and white 1", fontsize=9, color=INK)
     axes.set_ylabel("share of images", fontsize=9, color=INK)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right", ncols=2)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right", ncols=2, handlelength=1.2, columnspacing=1.2)
 
 
 def _percent(value: float, _: float | None = None) -> str:

@@ -112,7 +112,7 @@ def check_budget(*, steps: int, global_batch_size: int, images_per_second: float
     if hours <= max_hours:
         return None
     affordable = math.floor(max_hours * 3600 / num_workers * images_per_second / global_batch_size)
-    fewer = f"set retrain.steps to {affordable:,} or fewer, or raise it" if affordable else "not one step fits; raise it"
+    fewer = f"set retrain.steps to {affordable:,} or fewer, or raise it" if affordable else "not one step fits, so raise it"
     workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
     return Finding(
         "stop",
