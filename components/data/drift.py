@@ -195,7 +195,7 @@ def label_distance(before: dict[str, int], new: dict[str, int], sampled_before: 
     if not before or not new:
         return NO_DISTANCE
     exact, sampled = _vectors(before, new), _vectors(sampled_before, sampled_new)
-    return Distance(value=float(_variation(*exact)), p_value=_label_p_value(*sampled))
+    return Distance(value=min(1.0, float(_variation(*exact))), p_value=_label_p_value(*sampled))
 
 
 def _vectors(before: dict[str, int], new: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ Outcome = Literal["promoted", "kept", "skipped", "stopped", "open", "abandoned",
 MOST_WORDS, MOST_REASONS = 200, 4
 _MARKS = re.compile(r"[\\`*\[\]]|(?<![^\W_])_|_(?![^\W_])")
 """What Markdown takes for markup; an underscore inside a word is none."""
+_MENTION = re.compile(r"(?<!\w)@(?=\w)")
 
 
 class AttemptSummary(BaseModel):
@@ -189,9 +190,11 @@ def _escaped(text: str) -> str:
 def to_payload(summary: AttemptSummary) -> dict[str, JsonValue]:
     """Returns a summary as a message: `text`, which chats show, and for programs all of it as `summary` and `markdown`.
 
-    In `text` &, < and > are escaped as Slack asks for, so that no file's name can call a channel's members.
+    In `text` &, < and > are escaped as Slack asks for, and an invisible space stands behind the @ of what Mattermost would take for a name, so that no
+    file's name can call a channel's members.
     """
     text = headline(summary).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = _MENTION.sub("@\N{ZERO WIDTH SPACE}", text)
     return {"text": text, "summary": _plain(summary), "markdown": to_markdown(summary)}
 
 

@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -97,8 +97,8 @@ class _Receiver:
         deadline: of `time.monotonic`; no try begins after it.
     """
 
-    url: str
-    secret: str | None
+    url: str = field(repr=False)
+    secret: str | None = field(repr=False)
     attempts: int
     timeout_s: float
     deadline: float
@@ -124,11 +124,11 @@ def _send(receiver: _Receiver, body: bytes) -> Delivery:
         return Delivery(_id(body), "refused", str(error))
     outcome, what, tries, pause_s = "unreached", "had no time left", 0, BACKOFF_S
     while outcome == "unreached" and tries < receiver.attempts and receiver.left_s > 0:
-        if tries:
-            time.sleep(pause_s)
-            pause_s *= 2
         outcome, what = _judged(_post(receiver, body))
         tries += 1
+        if outcome == "unreached" and tries < receiver.attempts:
+            time.sleep(pause_s)
+            pause_s *= 2
     return Delivery(_id(body), outcome, f"retrain.webhook: {receiver.host} {what}, {tries} {'try' if tries == 1 else 'tries'}")
 
 

@@ -96,9 +96,8 @@ def test_labels_that_come_in_other_shares_drift_and_unseen_ones_are_named(tmp_pa
 def test_of_many_labels_the_most_changed_are_kept(tmp_path: Path):
     rng = np.random.default_rng(0)
     before: dict[str | None, np.ndarray] = {f"{n:03d}": pixels_around(rng, 2, 120) for n in range(200)}
-    new: dict[str | None, np.ndarray] = {f"{n:03d}": pixels_around(rng, 3, 120) for n in (7, 150)} | {
-        f"new {n:02d}": pixels_around(rng, 1, 120) for n in range(12)
-    }
+    counts = {"007": 3, "150": 3} | {f"new {n:02d}": 1 for n in range(12)}
+    new: dict[str | None, np.ndarray] = {label: pixels_around(rng, count, 120) for label, count in counts.items()}
     found = measure_drift(*two_days(tmp_path, before, new))
     assert (found.num_labels, found.num_unseen_labels, len(found.unseen_labels)) == (212, 12, 10)
     assert {entry.name: entry.new for entry in found.label_counts}.items() >= {"007": 3, "150": 3}.items()
@@ -120,6 +119,15 @@ def test_the_same_sample_is_read_a_part_at_a_time_from_any_split(tmp_path: Path,
     grey = [np.asarray(to_image(file.pixels(recipe)).convert("L")).mean() / 255 for file in files]
     assert whole.grey.mean_before == pytest.approx(np.mean(grey[:30]), abs=0.003)
     assert whole.brightness.value == pytest.approx(wasserstein_distance(grey[:30], grey[30:]), abs=0.003)
+
+
+def test_brightness_is_that_of_the_picture_in_grey(tmp_path: Path):
+    colours = np.array([[200, 30, 10], [0, 0, 250], [10, 220, 90]], np.uint8)
+    pieces = [np.broadcast_to(colour[None, :, None, None], (1, 3, 8, 8)) for colour in colours]
+    before, after = two_days(tmp_path, {None: pieces[0]}, {"blue": pieces[1], "green": pieces[2]})
+    grey = [np.asarray(to_image(piece[0]).convert("L")).mean() / 255 for piece in pieces]
+    found = measure_drift(before, after).grey
+    assert (found.mean_before, found.mean_new) == (pytest.approx(grey[0], abs=0.003), pytest.approx(np.mean(grey[1:]), abs=0.003))
 
 
 def test_a_large_dataset_is_sampled_by_content_whatever_the_order_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -145,7 +153,8 @@ def test_the_distance_between_labels_is_half_the_sum_of_differences_of_shares(be
     found = label_distance(before, new, before, new).value
     shares = [[side.get(name, 0) / sum(side.values()) for name in before | new] for side in (before, new)]
     assert found == pytest.approx(sum(abs(one - other) for one, other in zip(*shares, strict=True)) / 2)
-    assert 0 <= found <= 1 + 1e-12
+    assert 0 <= found <= 1
+    assert label_distance({f"{n}": 1 for n in range(4000)}, new, before, new).value == 1
 
 
 def test_chance_is_what_counting_all_divisions_gives():

@@ -118,4 +118,5 @@ def test_a_message_is_text_for_chats_and_the_whole_record_for_programs():
     assert record["device_hours"] is None
     assert AttemptSummary.model_validate(record) == summary.model_copy(update={"device_hours": None})
     assert "from fresh weights" in to_markdown(summary)
-    assert to_payload(attempt("failed", "<!channel> & all"))["text"] == "digits: failed: &lt;!channel&gt; &amp; all"
+    called = to_payload(attempt("failed", "<!channel> & @all of models:/x@champion"))["text"]
+    assert called == "digits: failed: &lt;!channel&gt; &amp; @\N{ZERO WIDTH SPACE}all of models:/x@champion"

@@ -127,6 +127,21 @@ def test_a_receiver_that_fails_twice_gets_the_same_message_under_the_same_id_a_t
     assert {headers["X-Ddpm-Delivery"] for headers in to.headers} == {deliveries[0].id}
 
 
+def test_each_further_try_waits_twice_as_long(outbox: Location, monkeypatch: pytest.MonkeyPatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(webhook.time, "sleep", pauses.append)
+    post(outbox, nobody(), {"text": "x"}, secret=None, attempts=4).wait()
+    assert pauses == [0.01, 0.02, 0.04]
+
+
+def test_when_the_time_is_over_nothing_is_tried(serve: Serve, outbox: Location):
+    to = serve(200)
+    sending = post(outbox, to.url, {"text": "x"}, secret=None, total_s=0)
+    assert outcomes(sending.wait(60)) == ["unreached"]
+    assert to.bodies == []
+    assert len(outbox.files()) == 1
+
+
 @pytest.mark.parametrize("status", [301, 307, 400, 401, 404])
 def test_a_refusal_is_not_tried_again_at_once_and_no_redirect_is_followed(serve: Serve, outbox: Location, status: int):
     to = serve(status)
