@@ -50,11 +50,11 @@ class Week:
 
 def arrive(source: Path, first: int, last: int) -> None:
     """Writes some of the 1,797 digits as PNG files, a folder for each label."""
-    digits = load_digits()
+    pixels, labels = load_digits(return_X_y=True)
     for index in range(first, last):
-        folder = source / str(digits.target[index])
+        folder = source / str(labels[index])
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((digits.images[index] * 15.9).astype(np.uint8)).save(folder / f"{index:04d}.png")
+        Image.fromarray((pixels[index].reshape(8, 8) * 15.9).astype(np.uint8)).save(folder / f"{index:04d}.png")
 
 
 @contextmanager
