@@ -30,6 +30,9 @@ _ENVIRONMENT = {
 }
 _LINES_OF_MLFLOW = ("mlflow", "alembic", "alembic.runtime.migration", "sqlalchemy")
 
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""What MLflow's stores say of a run, version or alias that they do not have."""
+
 MetricsAt = tuple[int, int, Mapping[str, float]]
 
 
@@ -69,21 +72,37 @@ class Tracking:
             if run_id is not None and self.has_run(run_id):
                 self.client.update_run(run_id, status="RUNNING")
                 return run_id
-            found = self.client.get_experiment_by_name(experiment)
-            location = None if self.artifacts is None else (self.artifacts / experiment).as_uri()
-            experiment_id = found.experiment_id if found else self.client.create_experiment(experiment, artifact_location=location)
-            if found and found.lifecycle_stage == "deleted":
-                self.client.restore_experiment(experiment_id)
-            return self.client.create_run(experiment_id, run_name=name).info.run_id
+            return self.client.create_run(self._experiment(experiment), run_name=name).info.run_id
+
+    def _experiment(self, name: str) -> str:
+        """Returns the id of an experiment, made or restored if need be."""
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            location = None if self.artifacts is None else (self.artifacts / name).as_uri()
+            try:
+                return self.client.create_experiment(name, artifact_location=location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # two first runs at once
+                    raise
+                found = self.client.get_experiment_by_name(name)
+        assert found is not None
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
 
     def has_run(self, run_id: str) -> bool:
         """Tells whether the store holds a run that is not deleted."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            return self.client.get_run(run_id).info.lifecycle_stage == "active"
-        except MlflowException:
-            return False
+        with translated(self.uri):
+            try:
+                return self.client.get_run(run_id).info.lifecycle_stage == "active"
+            except MlflowException as error:
+                if error.error_code in NOT_THERE:
+                    return False
+                raise
 
     def describe_run(self, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Logs what a run is: its settings and tags. Settings are write-once; repeating the same ones changes nothing."""

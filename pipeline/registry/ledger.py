@@ -22,7 +22,7 @@ from pipeline.errors import RegistryError
 from pipeline.registry.move import Kind, Move
 from pipeline.registry.page import model_page
 from pipeline.registry.versions import CHAMPION, PREVIOUS, alias_of, has_version
-from pipeline.tracking import Tracking
+from pipeline.tracking import NOT_THERE, Tracking
 
 LEDGER_TAG = "ddpm.log"
 NOTICE_S = 2.0
@@ -214,7 +214,7 @@ def _is_usable(tracking: Tracking, run_id: str) -> bool:
         if tracking.client.get_run(run_id).info.lifecycle_stage == "deleted":
             tracking.client.restore_run(run_id)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code in NOT_THERE:
             return False
         raise
     return True

@@ -144,7 +144,7 @@ def _how_to_load(address: Address) -> str:
     return f"""```python
 import mlflow; mlflow.set_tracking_uri("{address.uri}")
 model = mlflow.pyfunc.load_model("models:/{address.name}/{address.version}")
-pngs = model.predict({{"num_images": 16, "steps": 50, "seed": 0}})
+pngs = model.predict({{"num_images": 16, "seed": 0}})
 ```
 """
 

@@ -11,7 +11,7 @@ from components.storage import Location
 from pipeline.artifacts import Metric, MetricUnit, Registration
 from pipeline.errors import RegistryError
 from pipeline.registry.decide import Champion
-from pipeline.tracking import Tracking, translated
+from pipeline.tracking import NOT_THERE, Tracking, translated
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 INPUTS_TAG = "ddpm.inputs"
 SAMPLES_TAG, SETTINGS_TAG, DECISION_TAG, GAIN_TAG = "ddpm.samples", "ddpm.evaluate", "ddpm.decision", "registry.min_gain"
-_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def find_version(tracking: Tracking, name: str, inputs: str) -> "ModelVersion | None":
@@ -35,7 +34,7 @@ def alias_of(tracking: Tracking, name: str, alias: str) -> int | None:
     try:
         return int(tracking.client.get_model_version_by_alias(name, alias).version)
     except MlflowException as error:
-        if error.error_code in _NOT_THERE:
+        if error.error_code in NOT_THERE:
             return None
         raise
 
@@ -47,7 +46,7 @@ def has_version(tracking: Tracking, name: str, version: int) -> bool:
     try:
         return tracking.client.get_model_version(name, str(version)).current_stage != "Deleted_Internal"
     except MlflowException as error:
-        if error.error_code in _NOT_THERE:
+        if error.error_code in NOT_THERE:
             return False
         raise
 
@@ -87,7 +86,7 @@ def find_model(tracking: Tracking, model: str) -> "ModelVersion":
                 return tracking.client.get_model_version_by_alias(alias_of, alias)
             return tracking.client.get_model_version(name, number)
         except MlflowException as error:
-            if error.error_code in _NOT_THERE:
+            if error.error_code in NOT_THERE:
                 raise RegistryError(f"{model} is not in the registry ({error.message}); `ddpm models` lists what is") from error
             raise
 
@@ -128,11 +127,18 @@ def fetch_checkpoint(tracking: Tracking, model: str, storage: Location) -> Locat
 
 
 def is_intact(receipt: Registration, tracking: Tracking) -> bool:
-    """Tells whether the version that a receipt describes is still in the registry."""
+    """Tells whether the version that a receipt describes is still in the registry.
+
+    Raises:
+        RegistryError: if the registry does not say.
+    """
     from mlflow.exceptions import MlflowException
 
-    try:
-        version = tracking.client.get_model_version(receipt.model_name, str(receipt.version))
-    except MlflowException:
-        return False
+    with translated(tracking.uri):
+        try:
+            version = tracking.client.get_model_version(receipt.model_name, str(receipt.version))
+        except MlflowException as error:
+            if error.error_code in NOT_THERE:
+                return False
+            raise
     return version.tags.get(INPUTS_TAG) == receipt.inputs
