@@ -99,6 +99,8 @@ class TrainedModel(Receipt):
     dataset_digest: str
     tracking_uri: str
     mlflow_run_id: str
+    start: str | None = None
+    """The weights that training started from, in words; None for fresh ones."""
 
 
 class MetricUnit(_Record):

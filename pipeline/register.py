@@ -161,6 +161,7 @@ def _version_tags(made: Made, context: StageContext) -> dict[str, str]:
             "config.digest": made.model.config_digest,
             "weights.sha256": evaluation.weights_sha256,
             "weights.average": evaluation.weights,
+            "weights.start": made.model.start or "fresh",
             "weights.checkpoint": evaluation.checkpoint,
             "weights.election": "; ".join(f"{standing.step} {standing.weights} {standing.metric.value:.6g}" for standing in evaluation.election) or "none",
             "memorisation.copies": "unknown" if copies is None else copies.copies,

@@ -152,7 +152,8 @@ def train(
     context.reporter.line(_derived(config, placement, context, start))
     with Follower(context, tracking, run_id, config.steps):
         outcome = _fit(plan, placement, context)
-    return _receipt(outcome, config, shards, context, tracking.uri, run_id, config_digest)
+    receipt = _receipt(outcome, config, shards, context, tracking.uri, run_id, config_digest)
+    return receipt if start is None else receipt.model_copy(update={"start": f"{start.weights} of {start.model}"})
 
 
 def _derived(config: TrainConfig, placement: Placement, context: StageContext, start: Start | None) -> str:

@@ -175,7 +175,7 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
     )
     torch.manual_seed(int(stream(Purpose.WEIGHTS, plan.train.seed).integers(2**32)))
     unet = spec.build()
-    if plan.start is not None:
+    if plan.start is not None and resume_from is None:
         unet.load_state_dict(_start_weights(plan.start))
     unet = unet.to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=plan.train.lr, weight_decay=plan.train.weight_decay, fused=True)

@@ -16,7 +16,7 @@ from pipeline.retraining.attempts import Attempt, Journal, State
 from pipeline.retraining.checks import look_at_data, look_at_plan
 from pipeline.retraining.guards import Finding
 from pipeline.retraining.latest import Latest, find_latest
-from pipeline.retraining.start import find_start
+from pipeline.retraining.start import find_start, restored
 from pipeline.retraining.summary import AttemptSummary, Outcome, headline
 from pipeline.retraining.telling import tell
 from pipeline.retraining.webhook import check_url
@@ -139,9 +139,9 @@ def _summary(call: Call, told: Told, started: datetime, failures: int, is_alert:
 
 def _attempt(call: Call) -> Told:
     attempt = _open_attempt(call)
-    if attempt is not None and attempt.settings != call.settings:
-        call.reporter.line(f"  attempt {attempt.number} is abandoned: the settings changed")
-        call.journal.write(_ended(attempt, "abandoned", "the settings changed"))
+    if attempt is not None and (why := _why_not_on(call, attempt)):
+        call.reporter.line(f"  attempt {attempt.number} is abandoned: {why}")
+        call.journal.write(_ended(attempt, "abandoned", why))
         attempt = None
     begun = _begin(call) if attempt is None else attempt
     if isinstance(begun, Told):
@@ -149,6 +149,23 @@ def _attempt(call: Call) -> Told:
     origin = f"from {begun.start.weights} of {begun.start.model}" if begun.start else "from fresh weights"
     call.reporter.line(f"[bold]attempt {begun.number}[/] of {call.name}: dataset {begun.dataset_digest}, {origin}")
     return _carry_on(call, begun)
+
+
+def _why_not_on(call: Call, attempt: Attempt) -> str:
+    """Returns why an open attempt cannot be gone on with, nothing where it can."""
+    if attempt.settings != call.settings:
+        return "the settings changed"
+    if not (Location.of(attempt.dataset) / "manifest.json").is_file():
+        return f"its dataset {attempt.dataset} is gone"
+    if attempt.start is not None and not _has_checkpoints(call, attempt) and not restored(attempt.start, tracking=connect(call.storage), storage=call.storage):
+        return f"the weights of {attempt.start.model} that it started from are gone"
+    return ""
+
+
+def _has_checkpoints(call: Call, attempt: Attempt) -> bool:
+    """Tells whether an attempt's training has gone so far that it needs the weights no more that it started from."""
+    trainings = call.storage / "runs" / attempt.run_name / "train"
+    return any(name.startswith("step_") for training in trainings.folders() for name in (trainings / training).folders())
 
 
 def _open_attempt(call: Call) -> Attempt | None:

@@ -120,7 +120,8 @@ def _origins(made: Made, address: Address) -> list[tuple[str, str]]:
         ),
         (
             "recipe",
-            f"{evaluation.step} steps, loss {model.loss:.4g}, {model.parameters / 1e6:.2f} M parameters, {model.precision}, "
+            f"{evaluation.step} steps from {model.start or 'fresh weights'}, loss {model.loss:.4g}, {model.parameters / 1e6:.2f} M parameters, "
+            f"{model.precision}, "
             f"average `{evaluation.weights}`; config {model.config_digest}",
         ),
         ("hardware", f"{model.num_workers} x {model.device}, {model.images_per_second:.0f} images/s, {_duration(model.seconds)} of training"),

@@ -7,7 +7,7 @@ from components.model.checkpoint import manifest_of, read_spec
 from components.model.unet import UNetConfig
 from components.storage import Location
 from pipeline.artifacts import ShardSet
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RegistryError
 from pipeline.registry.versions import CHAMPION, alias_of, fetch_checkpoint, find_model
 from pipeline.retraining.attempts import Start
 from pipeline.retraining.config import Policy
@@ -34,6 +34,20 @@ def find_start(
     _check_same(checkpoint, address, model, diffusion, shards)
     sha256 = manifest_of(checkpoint)[f"{weights}.safetensors"][1]
     return Start(model=address, checkpoint=str(checkpoint), weights=weights, sha256=sha256)
+
+
+def restored(start: Start, *, tracking: Tracking, storage: Location) -> bool:
+    """Makes the weights of an open attempt be there again, where the registry still has them; tells whether they are."""
+    try:
+        manifest_of(Location.of(start.checkpoint))
+    except DataError:
+        if start.weights != "ema":
+            return False
+        try:
+            return str(fetch_checkpoint(tracking, start.model, storage)) == start.checkpoint
+        except RegistryError:
+            return False
+    return True
 
 
 def _weights(policy: Policy, address: str, tracking: Tracking, storage: Location) -> tuple[Location, str]:
