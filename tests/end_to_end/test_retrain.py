@@ -124,7 +124,18 @@ def week(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Iterator
         retrain("friday")
         retrain("saturday", "train.steps=60")
         retrain("sunday", "train.steps=2", "retrain.start=scratch")
+        told = len(week.messages)
+        arrive(source, 900, 950)
+        retrain("next, over budget", "retrain.max_hours=1e-9")
+        retrain("next, another network", "model.base_channels=16")
+        retrain("next, left open", "--until", "preprocess")
+        retrain("next, other settings", "train.lr=0.001", "--until", "preprocess")
+        del week.messages[told:]
         yield week
+
+
+def attempt(week: Week, number: int) -> dict[str, Any]:
+    return json.loads((week.home / "storage" / "retrain" / "digits" / "attempts" / f"{number:04d}" / "attempt.json").read_text())
 
 
 def test_the_days_end_as_written_beforehand(week: Week):
@@ -138,9 +149,13 @@ def test_the_days_end_as_written_beforehand(week: Week):
         "friday": 0,
         "saturday": 0,
         "sunday": 10,
+        "next, over budget": 12,
+        "next, another network": 2,
+        "next, left open": 0,
+        "next, other settings": 0,
     }, {day: done.stderr[-2000:] for day, done in week.days.items()}
-    outcomes = [week.outcome(day) for day in week.days if day != "thursday"]
-    assert outcomes == ["promoted", "skipped", "skipped", "stopped", "promoted", "promoted", "kept"]
+    outcomes = [week.outcome(day) for day, code in codes.items() if code != 2]
+    assert outcomes == ["promoted", "skipped", "skipped", "stopped", "promoted", "promoted", "kept", "stopped", "open", "open"]
     assert "another attempt of digits is running in process" in week.days["monday, another at once"].json["reason"]
     assert "nothing new since attempt 1 (promoted)" in week.days["tuesday"].json["reason"]
     assert "20 of 20 new files (100%) are quarantined" in week.days["wednesday"].json["reason"]
@@ -158,19 +173,32 @@ def test_the_killed_attempt_goes_on_from_its_checkpoint_with_its_number(week: We
     assert (friday["attempt"], friday["run_name"]) == (3, "digits-0003")
     assert "going on from step_" in week.days["friday"].stderr
     assert "starting from fresh" not in week.days["friday"].stderr
-    attempt = json.loads((week.home / "storage" / "retrain" / "digits" / "attempts" / "0003" / "attempt.json").read_text())
-    assert attempt["start"]["model"] == "models:/ddpm-digits/1"
-    assert attempt["new_images"] == 300
+    assert attempt(week, 3)["start"]["model"] == "models:/ddpm-digits/1"
+    assert attempt(week, 3)["new_images"] == 300
 
 
 def test_candidate_and_champion_are_measured_on_the_same_new_reference(week: Week):
-    attempt = json.loads((week.home / "storage" / "retrain" / "digits" / "attempts" / "0003" / "attempt.json").read_text())
-    assert attempt["metric"]["unit"]["reference_digest"] == attempt["dataset_digest"] != attempt["before_digest"]
-    contest = attempt["contest"]
+    third, contest = attempt(week, 3), attempt(week, 3)["contest"]
+    assert third["metric"]["unit"]["reference_digest"] == third["dataset_digest"] != third["before_digest"]
     assert contest["champion_version"] == 1
-    assert contest["test"]["candidate"] == pytest.approx(attempt["metric"]["value"])
-    first = json.loads((week.home / "storage" / "retrain" / "digits" / "attempts" / "0001" / "attempt.json").read_text())
-    assert contest["test"]["champion"] != first["metric"]["value"]
+    assert contest["test"]["candidate"] == pytest.approx(third["metric"]["value"])
+    assert contest["test"]["champion"] != attempt(week, 1)["metric"]["value"]
+
+
+def test_a_plan_over_its_budget_is_refused_with_what_would_fit(week: Week):
+    assert "retrain.max_hours=1e-09 is less than the plan of" in week.days["next, over budget"].json["reason"]
+
+
+def test_a_champion_of_another_network_cannot_be_started_from(week: Week):
+    assert "retrain.start cannot be the champion models:/ddpm-digits/3: model.base_channels 16 here, 8 there" in week.days["next, another network"].stderr
+
+
+def test_an_open_attempt_is_given_up_when_the_settings_change(week: Week):
+    first, second = (week.days[day].json["attempt"] for day in ("next, left open", "next, other settings"))
+    assert second == first + 1
+    assert (attempt(week, first)["outcome"], attempt(week, first)["reason"]) == ("abandoned", "the settings changed")
+    assert attempt(week, second)["outcome"] is None
+    assert attempt(week, second)["new_images"] == 50
 
 
 def test_the_registry_tells_the_week(week: Week, command: Command):
