@@ -26,6 +26,8 @@ from support import TINY, Finished, ddpm_command
 from components.storage import Location
 from pipeline.lease import held
 
+pytestmark = pytest.mark.timeout(1200)  # a week takes minutes, on a busy machine many
+
 Command = Callable[..., Finished]
 SECRET = "a secret of the week"
 
