@@ -273,6 +273,11 @@ class PairedTest(_Record):
         """End of the one-sided 95 % interval of the difference."""
         return self.difference + 1.645 * self.standard_error
 
+    @property
+    def interval(self) -> str:
+        """The difference with its interval of 90 %, whose upper end the gate reads."""
+        return f"{self.difference:+.4g} ± {1.645 * self.standard_error:.2g} (90 %)"
+
 
 class Contest(_Record):
     """What the gate knows of candidate and champion, besides their own numbers."""
@@ -281,6 +286,12 @@ class Contest(_Record):
     test: PairedTest
     confirmation: PairedTest | None
     """The same on fresh seeds; only where the first test says better."""
+
+    @property
+    def in_words(self) -> str:
+        """What both tests found."""
+        again = f"; on fresh seeds {self.confirmation.interval}" if self.confirmation else ""
+        return f"v{self.champion_version} has {self.test.champion:.4g} on the same seeds: difference {self.test.interval}{again}"
 
 
 class Registration(Receipt):

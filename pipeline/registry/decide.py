@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.artifacts import Contest, Metric, MetricUnit, PairedTest
+from pipeline.artifacts import Contest, Metric, MetricUnit
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ def decide(candidate: Metric, champion: Champion | None, contest: Contest | str 
         return Decision(False, f"kept: champion v{champion.version} could not be measured beside it{f': {contest}' if contest else ''}")
     numbers = f"{candidate.name} is {contest.test.candidate:.4g}, champion v{champion.version} has {contest.test.champion:.4g} on the same seeds"
     wanted = f"below {-min_gain:g}" if min_gain else "below 0"
-    first = f"difference {_interval(contest.test)}"
+    first = f"difference {contest.test.interval}"
     if not contest.test.upper < -min_gain:
         return Decision(False, f"kept: {numbers}; {first}: its upper end must be {wanted}")
     if contest.confirmation is None or not contest.confirmation.upper < -min_gain:
-        again = "was not confirmed" if contest.confirmation is None else f"on fresh seeds only {_interval(contest.confirmation)}"
+        again = "was not confirmed" if contest.confirmation is None else f"on fresh seeds only {contest.confirmation.interval}"
         return Decision(False, f"kept: {numbers}; {first}, {again}: the upper end must be {wanted} both times")
-    return Decision(True, f"better: {numbers}; {first}, on fresh seeds {_interval(contest.confirmation)}")
+    return Decision(True, f"better: {numbers}; {first}, on fresh seeds {contest.confirmation.interval}")
 
 
 def why_not_compared(candidate: Metric, champion: Champion) -> str:
@@ -72,7 +72,3 @@ def why_not_compared(candidate: Metric, champion: Champion) -> str:
         return f"champion v{champion.version} carries no metric to compare with; evaluate it, or move the alias by hand"
     unlike = unlike_parts(candidate.unit, champion.metric.unit)
     return f"not comparable with champion v{champion.version}, whose unit differs: {'; '.join(unlike)}" if unlike else ""
-
-
-def _interval(test: PairedTest) -> str:
-    return f"{test.difference:+.4g} ± {1.645 * test.standard_error:.2g} (90 %)"

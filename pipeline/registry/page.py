@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.artifacts import Contest, Evaluation, Memorisation, Metric, PairedTest, ShardSet, TrainedModel
+from pipeline.artifacts import Evaluation, Memorisation, Metric, ShardSet, TrainedModel
 from pipeline.registry.move import Move
 from pipeline.tracking import ui_fragment
 
@@ -84,22 +84,13 @@ def _numbers(made: Made, move: Move | None) -> list[tuple[str, str]]:
         ),
     ]
     if move and move.contest:
-        rows.append(("against the champion", _against(move.contest)))
+        rows.append(("against the champion", move.contest.in_words))
     if evaluation.floor is not None:
         rows.append(("real images score", f"{evaluation.floor.value:.4g} ({evaluation.floor.count} {evaluation.floor.measured})"))
     rows += [(guard.name, f"{guard.value:.4g}{_error(guard)}") for guard in evaluation.guards]
     if evaluation.memorisation is not None:
         rows.append(("memorisation", _memory(evaluation.memorisation)))
     return rows
-
-
-def _against(contest: Contest) -> str:
-    again = f"; on fresh seeds {_difference(contest.confirmation)}" if contest.confirmation else ""
-    return f"v{contest.champion_version} has {contest.test.champion:.4g} on the same seeds: difference {_difference(contest.test)}{again}"
-
-
-def _difference(test: PairedTest) -> str:
-    return f"{test.difference:+.4g} ± {1.645 * test.standard_error:.2g} (90 %)"
 
 
 def _memory(copies: Memorisation) -> str:
@@ -124,7 +115,7 @@ def _origins(made: Made, address: Address) -> list[tuple[str, str]]:
             f"{model.precision}, "
             f"average `{evaluation.weights}`; config {model.config_digest}",
         ),
-        ("hardware", f"{model.num_workers} x {model.device}, {model.images_per_second:.0f} images/s, {_duration(model.seconds)} of training"),
+        ("hardware", f"{model.num_workers} x {model.device}, {model.images_per_second:.0f} images/s, {duration(model.seconds)} of training"),
         ("run", f"[{made.run_name}]({run}): every setting, curves, [artifacts]({artifacts}) with report.html"),
     ]
 
@@ -137,7 +128,8 @@ def _quarantined(shards: ShardSet) -> str:
     return f"{shards.num_quarantined} quarantined ({reasons}{', ...' if len(worst) > MOST_REASONS else ''})"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns a time for a person."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, JsonValue
 from pydantic_core import from_json
 
-from pipeline.artifacts import Contest, Metric, PairedTest
+from pipeline.artifacts import Contest, Metric
+from pipeline.registry.page import duration
 
 Outcome = Literal["promoted", "kept", "skipped", "stopped", "open", "abandoned", "failed"]
 MOST_WORDS, MOST_REASONS = 200, 4
@@ -70,7 +71,7 @@ def headline(summary: AttemptSummary) -> str:
     alert = f"ALERT, {summary.failures} failures in a row: " if summary.is_alert else ""
     if summary.metric is None or summary.outcome not in ("promoted", "kept"):
         return f"{alert}{who}: {summary.outcome}: {_shortened(summary.reason)}"
-    parts = [f"{_number(summary.metric, summary.contest)}", *_news(summary), _duration(summary.seconds)]
+    parts = [f"{_number(summary.metric, summary.contest)}", *_news(summary), duration(summary.seconds)]
     return f"{alert}{who}: {summary.outcome}{_versions(summary)}: {', '.join(parts)}"
 
 
@@ -107,7 +108,7 @@ Facts = Sequence[tuple[str, str]]
 
 def _when(summary: AttemptSummary) -> Facts:
     row = [("failures in a row", str(summary.failures))] if summary.failures else []
-    return [("when", f"{summary.started[:16].replace('T', ' ')} UTC, {_duration(summary.seconds)}"), *row]
+    return [("when", f"{summary.started[:16].replace('T', ' ')} UTC, {duration(summary.seconds)}"), *row]
 
 
 def _data(summary: AttemptSummary) -> Facts:
@@ -146,16 +147,7 @@ def _result(summary: AttemptSummary) -> Facts:
             f"against {unit.reference_count:,} images ({unit.reference_split}) of `{unit.reference_digest[:16]}`",
         ),
     ]
-    return [*facts, ("against the champion", _against(contest))] if contest else facts
-
-
-def _against(contest: Contest) -> str:
-    again = f"; on fresh seeds {_difference(contest.confirmation)}" if contest.confirmation else ""
-    return f"v{contest.champion_version} has {contest.test.champion:.4g} on the same seeds: difference {_difference(contest.test)}{again}"
-
-
-def _difference(test: PairedTest) -> str:
-    return f"{test.difference:+.4g} ± {1.645 * test.standard_error:.2g} (90 %)"
+    return [*facts, ("against the champion", contest.in_words)] if contest else facts
 
 
 def _places(summary: AttemptSummary) -> Facts:
@@ -166,10 +158,6 @@ def _places(summary: AttemptSummary) -> Facts:
         ("report", f"`{summary.report}`" if summary.report else ""),
     ]
     return [*((name, place) for name, place in places if place), *(("warning", _escaped(warning)) for warning in summary.warnings)]
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _one_line(text: str) -> str:
