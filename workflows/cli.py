@@ -14,6 +14,7 @@ import typer
 
 from workflows.data import data_app
 from workflows.models import models_app
+from workflows.schedule.command import schedule_app
 from workflows.streams import stdout_to_stderr
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ jobs_app = typer.Typer(
 app.add_typer(jobs_app, rich_help_panel="Cluster")
 app.add_typer(data_app, rich_help_panel="Look")
 app.add_typer(models_app, rich_help_panel="Look")
+app.add_typer(schedule_app)
 
 JobName = Annotated[str, typer.Argument(metavar="NAME", help="The run's name, or a job's id.")]
 Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name (digits, cifar10, cifar10-small, celeba64) or the path of a YAML file.")]

@@ -1,0 +1,115 @@
+"""`ddpm schedule`: retrain at times, with a page that shows each run."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from components.storage import Location
+
+schedule_app = typer.Typer()
+_CRON_CHECK = """
+import sys
+from prefect.schedules import Cron
+try:
+    Cron(sys.argv[1])
+except ValueError as error:
+    sys.exit(str(error))
+"""
+
+
+@schedule_app.command(rich_help_panel="Run")
+def schedule(
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name or the path of a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings laid on the preset.")] = None,
+    cron: Annotated[str | None, typer.Option(metavar="LINE", help="Retrain at these times: five cron fields, such as '0 3 * * *'.")] = None,
+    interval: Annotated[str | None, typer.Option(metavar="DURATION", help="Retrain every so often: 30m, 1h, 1d.")] = None,
+    on_change: Annotated[bool, typer.Option("--on-change", help="Retrain when the source or the preset has changed.")] = False,
+    poll: Annotated[str, typer.Option(metavar="DURATION", help="With --on-change: how often to look.")] = "30s",
+    time_zone: Annotated[str, typer.Option(help="Time zone of --cron.")] = "Etc/UTC",
+    name: Annotated[str | None, typer.Option("--name", help="What to call runs and schedule; the preset's name by default.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page on 127.0.0.1.")] = 4200,
+    retries: Annotated[int, typer.Option(min=0, help="Times that a failed stage is tried again within its run.")] = 1,
+    storage: Annotated[
+        str | None, typer.Option("--storage", metavar="FOLDER", help="Where the schedule keeps its database and password; by default below cluster.storage.")
+    ] = None,
+) -> None:
+    """Retrain on a schedule, in the foreground, with a page of all runs; needs the extra "schedule"."""
+    _check_installed()
+    from components.storage import Location
+    from pipeline.config import load_config
+    from workflows.cli import find_preset
+    from workflows.schedule.plan import Plan, When, retrain_command
+    from workflows.schedule.supervisor import supervise
+
+    when = When.of(cron, interval, on_change, poll, time_zone)
+    file = find_preset(preset)
+    run_name = _checked(name or file.stem)
+    root = Location.of(load_config(file, overrides or []).cluster.storage)
+    _check_cron(when.cron)
+    laid = tuple(overrides or ())
+    command = retrain_command(preset, laid, run_name)
+    plan = Plan(preset=preset, overrides=laid, name=run_name, when=when, cwd=os.getcwd(), storage=str(root), port=port, retries=retries, command=command)
+    supervise(plan, folder_of(root, storage, run_name))
+
+
+def folder_of(root: "Location", storage: str | None, name: str) -> "Location":
+    """Returns a schedule's own folder: a database lies there, so that it is on a disk of this machine.
+
+    Args:
+        root: storage root of the runs.
+        storage: folder that a person chose instead.
+
+    Raises:
+        ConfigError: if the person chose one that is none.
+    """
+    import hashlib
+
+    from components.storage import Location
+    from pipeline.errors import ConfigError
+
+    if storage is not None and not Location.of(storage).is_local:
+        raise ConfigError(f"--storage {storage} can hold no database; name a folder on this machine")
+    if storage is None and not root.is_local:
+        return Location.of("~/.ddpm") / "schedule" / hashlib.sha256(str(root).encode()).hexdigest()[:8] / name
+    return (root if storage is None else Location.of(storage)) / "schedule" / name
+
+
+def _check_installed() -> None:
+    from pipeline.errors import ConfigError
+
+    if not is_installed():
+        raise ConfigError("ddpm schedule needs Prefect, which is not installed; install the extra: uv pip install -e '.[schedule]'")
+
+
+def is_installed() -> bool:
+    """Tells whether the extra is there."""
+    return importlib.util.find_spec("prefect") is not None
+
+
+def _checked(name: str) -> str:
+    from pipeline.errors import ConfigError
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"--name {name} is no run name; use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _check_cron(line: str | None) -> None:
+    """Asks the engine itself, in a process of its own: its import makes a folder, which should not be the home folder of whoever mistyped."""
+    if line is None:
+        return
+    from pipeline.errors import ConfigError
+
+    with tempfile.TemporaryDirectory(prefix="ddpm-cron-") as folder:
+        env = os.environ | {"PREFECT_HOME": folder}
+        done = subprocess.run([sys.executable, "-c", _CRON_CHECK, line], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise ConfigError(f"--cron {line!r} is no time ({why[0]}); use minute, hour, day, month, day of the week, such as '0 3 * * *'")
