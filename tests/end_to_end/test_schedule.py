@@ -21,6 +21,8 @@ import requests
 from servers import environment, free_ports
 from support import ROOT, TINY, ddpm_command
 
+from components.ingest.sources import DataConfig
+from workflows.cli import PRESETS
 from workflows.schedule.attempt import STAGES
 from workflows.schedule.plan import Plan, When
 from workflows.schedule.processes import MARK
@@ -28,15 +30,6 @@ from workflows.schedule.processes import MARK
 pytest.importorskip("prefect")
 
 SCRIPT = ROOT / "tests" / "retrain_script.py"
-LAUNCH = """
-import sys
-from components.storage import Location
-from workflows.schedule.plan import Plan
-from workflows.schedule.supervisor import supervise
-from workflows import cli
-cli.app = lambda: supervise(Plan.model_validate_json(sys.argv[1]), Location(sys.argv[2]))
-cli.main()
-"""
 BEGIN_S = 180
 
 
@@ -63,12 +56,17 @@ class Scheduler:
 
     def start(self, when: When) -> keeper.Kept:
         """Starts with the script in the place of `ddpm retrain`."""
-        command = (sys.executable, str(SCRIPT), str(self.home))
-        overrides = (f"data.source={self.home / 'images'}",)
         plan = Plan(
-            preset="digits", overrides=overrides, name="nightly", when=when, cwd=str(self.home), storage=str(self.home), port=self.port, command=command
+            file=str(PRESETS / "digits.yaml"),
+            data=DataConfig(source=str(self.home / "images"), image_size=8).model_dump_json(),
+            name="nightly",
+            when=when,
+            cwd=str(self.home),
+            storage=str(self.home),
+            port=self.port,
+            command=(sys.executable, str(SCRIPT), str(self.home)),
         )
-        launch = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", LAUNCH, plan.model_dump_json(), str(self.folder)]
+        launch = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "workflows.schedule.supervisor", plan.model_dump_json(), str(self.folder)]
         return self.keep(launch)
 
     def keep(self, command: Sequence[str]) -> keeper.Kept:
@@ -252,7 +250,7 @@ def test_killed_in_the_middle_and_started_again_it_loses_and_doubles_nothing(eve
     assert scheduler.tasks(running) == [("preprocess", "Completed"), ("train", "Crashed"), *again]
     wait_for(lambda: scheduler.count("attempt") >= 4, 60)
     check_that_none_overlap(scheduler.journal())
-    begun = [run for run in scheduler.runs() if run["start_time"]]
+    begun = [run for run in scheduler.runs() if run["run_count"]]
     assert len(begun) - scheduler.count("attempt") in (0, 1), "each run that began is one attempt, but for the one under way"
     assert [run["state"]["name"] for run in scheduler.runs() if run["state"]["name"] == "Missed"]
 
@@ -339,15 +337,25 @@ def test_a_run_asked_for_while_another_goes_on_is_cancelled_and_cancelling_ends_
     assert not psutil.pid_exists(script)
 
 
+def test_a_server_that_dies_ends_all_with_its_last_words(on_change: Scheduler):
+    server = next(process for process in on_change.processes() if "prefect server start" in " ".join(process.cmdline()))
+    server.kill()
+    kept = on_change.starts[-1]
+    assert kept.code(timeout=90) == 1
+    assert "error: Prefect's server ended with code -9; it said: " in kept.tail()
+    assert on_change.processes() == []
+
+
+@pytest.mark.timeout(900)
 def test_the_command_itself_retrains_promotes_and_then_skips(tmp_path: Path):
     with kept_together(Scheduler(tmp_path, free_ports(1)[0], tmp_path / "storage" / "schedule" / "digits")) as scheduler:
         kept = scheduler.keep(ddpm_command("schedule", "digits", *TINY, "--on-change", "--poll", "1s", "--port", str(scheduler.port)))
         scheduler.ready(kept)
         wait_for(scheduler.runs, 60)
-        first = scheduler.finished(scheduler.runs()[0]["id"], 300)
+        first = scheduler.finished(scheduler.runs()[0]["id"], 600)
         assert (first["state_type"], first["state"]["name"]) == ("COMPLETED", "Promoted"), first["state"]
         assert scheduler.tasks(first["id"]) == [(stage, "Completed") for stage in STAGES]
-        second = scheduler.finished(scheduler.run_now(), 120)
+        second = scheduler.finished(scheduler.run_now(), 200)
         assert (second["state_type"], second["state"]["name"]) == ("COMPLETED", "Skipped"), second["state"]
         assert [stage for stage, _ in scheduler.tasks(second["id"])] == ["preprocess"]
         assert f"{second['name']} skipped: nothing new since" in kept.log.read_text()

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from support import ROOT
 
+from components.errors import DataError
+from components.ingest.sources import DataConfig
 from components.storage import Location
-from pipeline.errors import ConfigError
 from workflows.schedule import processes
 from workflows.schedule.attempt import Outcome, StageError, read_outcome, run_stage
 from workflows.schedule.changes import Seen, Watch, fingerprint
@@ -35,9 +36,17 @@ def script(tmp_path: Path) -> Callable[..., tuple[str, ...]]:
     return behave
 
 
-def a_plan(tmp_path: Path, **fields: object) -> Plan:
-    base = {"preset": "digits", "name": "digits", "when": When(poll_s=1), "cwd": str(tmp_path), "storage": str(tmp_path), "command": ("true",)}
-    return Plan.model_validate(base | fields)
+def a_plan(tmp_path: Path, source: str = "digits", **fields: object) -> Plan:
+    file = tmp_path / "preset.yaml"
+    file.touch()
+    base = {
+        "file": str(file),
+        "data": DataConfig(source=source, image_size=8).model_dump_json(),
+        "name": "digits",
+        "when": When(poll_s=1),
+        "command": ("true",),
+    }
+    return Plan.model_validate(base | {"cwd": str(tmp_path), "storage": str(tmp_path)} | fields)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +244,7 @@ def watched(tmp_path: Path) -> tuple[Watch, Path]:
     images = tmp_path / "images"
     images.mkdir()
     Image.new("L", (8, 8)).save(images / "0.png")
-    return Watch(a_plan(tmp_path, overrides=(f"data.source={images}",)), Seen()), images
+    return Watch(a_plan(tmp_path, str(images)), Seen()), images
 
 
 def test_an_attempt_is_due_once_for_a_change_that_has_settled(watched: tuple[Watch, Path], tmp_path: Path):
@@ -258,16 +267,23 @@ def test_an_attempt_asked_for_again_after_a_crash_has_the_same_key(watched: tupl
     assert watch.seen.key == Seen.load(Location(str(tmp_path))).key == "change-1"
 
 
-def test_a_new_recipe_is_a_change(tmp_path: Path):
-    assert fingerprint(a_plan(tmp_path)) == fingerprint(a_plan(tmp_path))
-    assert fingerprint(a_plan(tmp_path)) != fingerprint(a_plan(tmp_path, overrides=("train.lr=0.1",)))
-    assert fingerprint(a_plan(tmp_path)) == fingerprint(a_plan(tmp_path, overrides=("cluster.num_workers=1",)))
+def test_a_new_recipe_is_a_change(watched: tuple[Watch, Path], tmp_path: Path):
+    plan = a_plan(tmp_path, str(watched[1]))
+    before = fingerprint(plan)
+    assert fingerprint(plan) == before
+    assert fingerprint(plan.model_copy(update={"overrides": ("train.lr=0.1",)})) != before
+    Path(plan.file).write_text("train: {lr: 0.1}")
+    assert fingerprint(plan) != before
 
 
 def test_a_source_that_is_gone_is_told(tmp_path: Path):
-    from components.errors import DataError
-
     with pytest.raises(DataError, match="does not exist"):
-        fingerprint(a_plan(tmp_path, overrides=("data.source=/nowhere",)))
-    with pytest.raises(ConfigError, match="is neither a file nor one of"):
-        fingerprint(a_plan(tmp_path, preset="unknown"))
+        fingerprint(a_plan(tmp_path, "/nowhere"))
+
+
+def test_a_scheduler_that_waits_for_days_holds_no_heavy_library():
+    pytest.importorskip("prefect")
+    look = "import sys, workflows.schedule.{module}; sys.exit(' '.join({'torch', 'ray', 'mlflow'} & set(sys.modules)) or 0)"
+    for module in ("supervisor", "runner", "changes"):
+        done = subprocess.run([sys.executable, "-c", look.replace("{module}", module)], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), module

@@ -1,12 +1,12 @@
 """When the source changes: one cheap look at its listing instead of an attempt that would only find out that nothing is new."""
 
 import hashlib
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from components.ingest.sources import list_source
+from components.ingest.sources import DataConfig, list_source
 from components.storage import Location
-from pipeline.config import config_digest, load_config
 from workflows.schedule.plan import Plan
 
 FILE = "seen.json"
@@ -67,14 +67,14 @@ class Watch:
 
 
 def fingerprint(plan: Plan) -> str:
-    """Returns a digest that changes with the source's listing or with the preset, both read anew.
+    """Returns a digest that changes with the source's listing, the preset's file or the settings laid on it.
+
+    Settings are compared as text, for to read them would take as much memory as training does; an attempt sees what they mean.
 
     Raises:
         DataError: if the source cannot be listed.
-        ConfigError: if the preset is wrong by now.
+        OSError: if the preset cannot be read.
     """
-    from workflows.cli import find_preset
-
-    config = load_config(find_preset(plan.preset), plan.overrides)
-    _, listing = list_source(config.data, str(Location.of(config.cluster.storage) / "downloads"))
-    return hashlib.sha256(f"{listing.digest()} {config_digest(config)}".encode()).hexdigest()
+    _, listing = list_source(DataConfig.model_validate_json(plan.data), str(Location(plan.storage) / "downloads"))
+    parts = [listing.digest().encode(), Path(plan.file).read_bytes(), *map(str.encode, plan.overrides)]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

@@ -46,17 +46,28 @@ def schedule(
     from pipeline.config import load_config
     from workflows.cli import find_preset
     from workflows.schedule.plan import Plan, When, retrain_command
-    from workflows.schedule.supervisor import supervise
 
     when = When.of(cron, interval, on_change, poll, time_zone)
-    file = find_preset(preset)
+    file, laid = find_preset(preset), tuple(overrides or ())
     run_name = _checked(name or file.stem)
-    root = Location.of(load_config(file, overrides or []).cluster.storage)
+    config = load_config(file, laid)
+    root = Location.of(config.cluster.storage)
+    folder = folder_of(root, storage, run_name)
     _check_cron(when.cron)
-    laid = tuple(overrides or ())
-    command = retrain_command(preset, laid, run_name)
-    plan = Plan(preset=preset, overrides=laid, name=run_name, when=when, cwd=os.getcwd(), storage=str(root), port=port, retries=retries, command=command)
-    supervise(plan, folder_of(root, storage, run_name))
+    plan = Plan(
+        file=str(file.absolute()),
+        overrides=laid,
+        data=config.data.model_dump_json(),
+        name=run_name,
+        when=when,
+        cwd=os.getcwd(),
+        storage=str(root),
+        port=port,
+        retries=retries,
+        command=retrain_command(preset, laid, run_name),
+    )
+    # In the place of this process, which holds half a gigabyte of libraries now that it has read the settings; the scheduler waits for days.
+    os.execv(sys.executable, [sys.executable, "-m", "workflows.schedule.supervisor", plan.model_dump_json(), str(folder)])
 
 
 def folder_of(root: "Location", storage: str | None, name: str) -> "Location":

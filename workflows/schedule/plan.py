@@ -89,19 +89,21 @@ class Plan(BaseModel):
     """One preset and its schedule.
 
     Attributes:
-        preset: its name or file.
+        file: the preset's.
         overrides: settings laid on it.
+        data: its section `data` as JSON, which says what source to look at.
         name: of the run, of the deployment and of the schedule's folder.
         cwd: folder that relative paths of the settings start from.
         retries: times that a failed stage is tried again within one run.
         command: what an attempt runs, without the options that choose a stage.
-        storage: where the run's files lie, for a person.
+        storage: root of what the runs make.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    preset: str
+    file: str
     overrides: tuple[str, ...] = ()
+    data: str
     name: str
     when: When
     cwd: str

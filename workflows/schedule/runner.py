@@ -25,7 +25,6 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed
 
 from components.errors import DataError
 from components.storage import Location
-from pipeline.errors import ConfigError
 from workflows.schedule.flow import retrain, this_plan
 from workflows.schedule.plan import ANCHOR, FLOW, Plan, When
 from workflows.schedule.processes import MARK
@@ -128,7 +127,7 @@ async def follow_changes(client: PrefectClient, plan: Plan, deployment: UUID, fo
                 await client.create_flow_run_from_deployment(deployment, idempotency_key=watch.seen.key)
                 watch.asked(folder)
             complained = ""
-        except (DataError, ConfigError, OSError) as error:
+        except (DataError, OSError) as error:
             if str(error) != complained:
                 get_logger("runner").warning("the source cannot be looked at: %s", error)
             complained = str(error)

@@ -30,19 +30,21 @@ _LINES_SHOWN = 5
 Child = subprocess.Popen[bytes]
 
 
-class SchedulerError(ConfigError):
-    """Raised where the server or the runner ended by itself, or does not begin."""
+class SchedulerError(Exception):
+    """Raised where the server or the runner ended by itself, or does not begin. The message has its last lines."""
 
 
-def supervise(plan: Plan, folder: Location) -> None:
+def supervise(plan: Plan, folder: Location) -> int:
     """Runs a schedule until asked to end; leaves no process behind.
 
     Args:
         folder: the schedule's own: database, password, logs.
 
+    Returns:
+        The exit code: 1 where the server or the runner did not stay.
+
     Raises:
         ConfigError: if another process runs it already, or the port is taken.
-        SchedulerError: if the server or the runner does not stay.
     """
     folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
@@ -51,8 +53,12 @@ def supervise(plan: Plan, folder: Location) -> None:
             _supervise(plan, folder)
     except HeldError as error:
         raise ConfigError(f"--name {plan.name} is scheduled already by {error}; end that one, or choose another --name and --port") from error
+    except SchedulerError as error:
+        typer.echo(f"error: {error}", err=True)
+        return 1
     except KeyboardInterrupt:
         typer.echo("ended; what was interrupted goes on at the next start", err=True)
+    return 0
 
 
 def _supervise(plan: Plan, folder: Location) -> None:
@@ -84,8 +90,7 @@ def end_leftovers(folder: Location) -> None:
 
 def _end_in_order(folder: Location) -> None:
     """Ends the runner first, so that it begins nothing more, then the runs, which tell the server, and the server last."""
-    for number in _ASKED_TO_END:
-        signal.signal(number, signal.SIG_IGN)
+    heeded = {number: signal.signal(number, signal.SIG_IGN) for number in _ASKED_TO_END}
     try:
         living = {process: " ".join(_words(process)) for process in processes.family(str(folder))}
         server = [process for process, words in living.items() if "prefect server start" in words]
@@ -94,7 +99,8 @@ def _end_in_order(folder: Location) -> None:
         processes.end(server, GRACE_S)
         processes.kill(processes.family(str(folder)))
     finally:
-        _heed_signals()
+        for number, handler in heeded.items():
+            signal.signal(number, handler)
 
 
 def _words(process: psutil.Process) -> list[str]:
@@ -155,9 +161,10 @@ def _log(folder: Location, name: str) -> Path:
 
 
 def _heed_signals() -> None:
-    """Makes a closed terminal and SIGTERM the same as Ctrl-C."""
+    """Makes a closed terminal and SIGTERM the same as Ctrl-C, but for what whoever started this has it ignore, as nohup does."""
     for number in _ASKED_TO_END:
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
 
 
 def _interrupt(*_: object) -> None:
@@ -199,3 +206,16 @@ def _watch(children: Mapping[str, Child], folder: Location) -> None:
 def _ended(name: str, code: int, folder: Location) -> SchedulerError:
     said = [line for line in _log(folder, name).read_text(errors="replace").splitlines() if line.strip()]
     return SchedulerError(f"Prefect's {name} ended with code {code}; it said: {' | '.join(said[-_LINES_SHOWN:]) or 'nothing'}")
+
+
+def main() -> None:
+    """Runs the plan that is the first argument in the folder that is the second; a mistake is one message and exit code 2."""
+    try:
+        sys.exit(supervise(Plan.model_validate_json(sys.argv[1]), Location(sys.argv[2])))
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
