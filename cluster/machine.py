@@ -45,7 +45,7 @@ def this_machine() -> Machine:
     machine = Machine(
         platform=platform.platform(),
         kind=_kind(),
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         cpus=os.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
     )
@@ -66,7 +66,8 @@ def _kind() -> str:
     return "container" if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists() else "machine"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Returns what this machine's processors are called."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

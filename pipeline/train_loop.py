@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cluster.machine import cpu_model
 from components.data.batches import Batch, BatchPlan
 from components.data.copies import Copies
 from components.data.images import to_model_range, to_pixels
@@ -297,7 +298,7 @@ def _outcome(trainer: Trainer, checkpoint: Location, world: int, device: torch.d
         steps=trainer.step,
         precision=trainer.precision,
         num_workers=world,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
     )
 
 

@@ -260,7 +260,7 @@ def test_the_version_page_tells_number_picture_dataset_recipe_and_how_to_load(ho
         "- **against the champion**: v1 has ",
         f"- **dataset**: [{strong['preprocess']['digest']}](#/experiments/",
         "- **memorisation**: no sign of copied training images",
-        "- **hardware**: 2 x cpu, ",
+        "- **hardware**: 2 x ",
         'model = mlflow.pyfunc.load_model("models:/ddpm-digits/2")\n',
     ):
         assert part in page
