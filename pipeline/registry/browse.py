@@ -1,7 +1,7 @@
 """What a person or a script asks the registry: lists, one version's facts, and what sets versions apart."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
@@ -11,11 +11,11 @@ from pipeline.errors import RegistryError
 from pipeline.registry.decide import unlike_parts
 from pipeline.registry.ledger import LEDGER_TAG, Ledger
 from pipeline.registry.move import Move
-from pipeline.registry.versions import DECISION_TAG, read_metric
+from pipeline.registry.versions import DECISION_TAG, all_versions, read_metric
 from pipeline.tracking import Tracking, translated
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 
 class VersionFacts(BaseModel):
@@ -80,14 +80,23 @@ def list_models(tracking: Tracking, name: str | None) -> dict[str, list[VersionF
         RegistryError: if a name is given that the registry does not know.
     """
     with translated(tracking.uri):
-        models = {model.name: dict(model.aliases) for model in tracking.client.search_registered_models()}
+        models = {model.name: dict(model.aliases) for model in _all_models(tracking)}
         if name is not None and name not in models:
             raise RegistryError(f"model {name} is not in the registry; it has {', '.join(models) or 'none yet'}")
         return {model: _versions(tracking, model, models[model]) for model in models if name in (None, model)}
 
 
+def _all_models(tracking: Tracking) -> Iterator["RegisteredModel"]:
+    """Yields every registered model; MLflow answers a hundred at a time."""
+    page = tracking.client.search_registered_models()
+    yield from page
+    while page.token:
+        page = tracking.client.search_registered_models(page_token=page.token)
+        yield from page
+
+
 def _versions(tracking: Tracking, name: str, aliases: Mapping[str, object]) -> list[VersionFacts]:
-    versions = sorted(tracking.client.search_model_versions(f"name='{name}'"), key=lambda version: -int(version.version))
+    versions = sorted(all_versions(tracking, name), key=lambda version: -int(version.version))
     return [_facts(version, aliases, {}) for version in versions]
 
 

@@ -21,7 +21,7 @@ from pipeline.artifacts import Contest
 from pipeline.errors import RegistryError
 from pipeline.registry.move import Kind, Move
 from pipeline.registry.page import model_page
-from pipeline.registry.versions import CHAMPION, PREVIOUS, alias_of, has_version
+from pipeline.registry.versions import CHAMPION, PREVIOUS, alias_of, all_versions, has_version
 from pipeline.tracking import NOT_THERE, Tracking
 
 LEDGER_TAG = "ddpm.log"
@@ -199,7 +199,7 @@ def _agree_on_run(tracking: Tracking, name: str) -> str:
 
 
 def _oldest_run(tracking: Tracking, name: str) -> str:
-    versions = sorted(tracking.client.search_model_versions(f"name='{name}'"), key=lambda version: int(version.version))
+    versions = sorted(all_versions(tracking, name), key=lambda version: int(version.version))
     for version in versions:
         if version.run_id and tracking.has_run(version.run_id):
             return version.run_id

@@ -21,9 +21,15 @@ INPUTS_TAG = "ddpm.inputs"
 SAMPLES_TAG, SETTINGS_TAG, DECISION_TAG, GAIN_TAG = "ddpm.samples", "ddpm.evaluate", "ddpm.decision", "registry.min_gain"
 
 
+def all_versions(tracking: Tracking, name: str) -> "list[ModelVersion]":
+    """Returns a registered model's versions, in no order; the name, which others chose, may hold a quote of either kind but not of both."""
+    quote = '"' if "'" in name else "'"
+    return list(tracking.client.search_model_versions(f"name={quote}{name}{quote}"))
+
+
 def find_version(tracking: Tracking, name: str, inputs: str) -> "ModelVersion | None":
     """Returns the version that was made for these inputs, if there is one."""
-    found = [version for version in tracking.client.search_model_versions(f"name='{name}'") if version.tags.get(INPUTS_TAG) == inputs]
+    found = [version for version in all_versions(tracking, name) if version.tags.get(INPUTS_TAG) == inputs]
     return max(found, key=lambda version: int(version.version), default=None)
 
 

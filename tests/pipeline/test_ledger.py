@@ -17,7 +17,7 @@ from pipeline.artifacts import Contest, Metric, MetricUnit, PairedTest
 from pipeline.context import Reporter
 from pipeline.errors import RegistryError
 from pipeline.registry import ledger as ledger_module
-from pipeline.registry.browse import log_of
+from pipeline.registry.browse import list_models, log_of
 from pipeline.registry.decide import Champion, Decision, decide
 from pipeline.registry.gate import delete_version, pass_gate, promote, roll_back
 from pipeline.registry.ledger import LEDGER_TAG, Ledger
@@ -324,3 +324,11 @@ def test_a_metric_and_its_error_come_back_from_the_tags(tracking: Tracking, make
     version = make_version(5)
     tracking.client.set_model_version_tag(NAME, str(version), "metric.standard_error", "0.25")
     assert read_champion(tracking, NAME, version) == Champion(version, Metric(value=5, unit=UNIT, standard_error=0.25))
+
+
+def test_models_beyond_the_first_page_and_with_a_quote_in_their_name_are_listed(tracking: Tracking):
+    for number in range(101):
+        tracking.client.create_registered_model(f"model {number:03d}")
+    tracking.client.create_registered_model("zoe's model")
+    assert len(list_models(tracking, None)) == 102
+    assert list_models(tracking, "zoe's model") == {"zoe's model": []}
