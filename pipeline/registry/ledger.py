@@ -130,16 +130,26 @@ class Ledger:
     def _carry_out(self, move: Move, moves: list[Move]) -> None:
         from mlflow.exceptions import MlflowException
 
-        for alias, version in ((PREVIOUS, move.previous), (CHAMPION, move.champion)):
+        for alias, version in ((CHAMPION, move.champion), (PREVIOUS, move.previous)):
             if alias_of(self.tracking, self.name, alias) == version:
                 continue
             if version is None:
-                self.tracking.client.delete_registered_model_alias(self.name, alias)
+                self._take_away(alias)
             elif has_version(self.tracking, self.name, version):
                 self.tracking.client.set_registered_model_alias(self.name, alias, str(version))
         self._show(moves)
         with suppress(MlflowException):  # another process carried it out as well
             self.tracking.client.log_param(self.run_id, f"{_MOVED}{move.number:06d}", move.when, synchronous=True)
+
+    def _take_away(self, alias: str) -> None:
+        """Removes an alias; `previous` stays where the server's user may only EDIT, because MLflow asks for more to remove one."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.tracking.client.delete_registered_model_alias(self.name, alias)
+        except MlflowException as error:
+            if alias != PREVIOUS or error.error_code != "PERMISSION_DENIED":
+                raise
 
     def _show(self, moves: list[Move]) -> None:
         champion = moves[-1].champion if moves else None

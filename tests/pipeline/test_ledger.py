@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from support import ROOT
 
 from components.storage import Location
@@ -332,3 +334,18 @@ def test_models_beyond_the_first_page_and_with_a_quote_in_their_name_are_listed(
     tracking.client.create_registered_model("zoe's model")
     assert len(list_models(tracking, None)) == 102
     assert list_models(tracking, "zoe's model") == {"zoe's model": []}
+
+
+def test_a_user_who_may_not_remove_aliases_rolls_back_to_the_first_champion(
+    tracking: Tracking, make_version: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: str) -> None:
+        raise MlflowException("Permission denied", error_code=PERMISSION_DENIED)
+
+    for value in (2.0, 1.0):
+        pass_gate(Ledger.of(tracking, NAME), make_version(value), lambda champion: (Decision(True, "better"), None), Reporter())
+    Ledger.of(tracking, NAME).settle()
+    monkeypatch.setattr(tracking.client, "delete_registered_model_alias", refuse)
+    assert roll_back(Ledger.of(tracking, NAME), None, "").champion == 1
+    assert alias_of(tracking, NAME, CHAMPION) == 1
+    assert promote(Ledger.of(tracking, NAME), 2, None, "after all").champion == 2
