@@ -9,6 +9,7 @@ moved on MLflow's pages is noticed and becomes an entry.
 import getpass
 import itertools
 import os
+import re
 import socket
 import time
 from contextlib import suppress
@@ -29,6 +30,8 @@ NOTICE_S = 2.0
 """How long an alias must be elsewhere than the log says before it counts as moved by hand, and not as being moved."""
 MOST_CHAMPIONS, MOST_WORDS = 50, 2000
 _MOVE, _MOVED = "move.", "moved."
+_UNPRINTABLE = re.compile(r"[\x00-\x1f]")
+"""What JSON writes as six characters: MLflow cuts a parameter at 6,000, and an entry that was cut could never be read again."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Ledger:
             champions=champions[-MOST_CHAMPIONS:],
             who=who or whoami(self.tracking),
             when=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            why=why[:MOST_WORDS],
+            why=_UNPRINTABLE.sub(" ", why)[:MOST_WORDS],
             contest=contest,
         )
         try:

@@ -349,3 +349,9 @@ def test_a_user_who_may_not_remove_aliases_rolls_back_to_the_first_champion(
     assert roll_back(Ledger.of(tracking, NAME), None, "").champion == 1
     assert alias_of(tracking, NAME, CHAMPION) == 1
     assert promote(Ledger.of(tracking, NAME), 2, None, "after all").champion == 2
+
+
+@pytest.mark.parametrize("why", ["\x01" * 5000, '"\\' * 5000, "\N{SNOWMAN}" * 5000, "\n" * 5000], ids=ascii)
+def test_no_reason_makes_an_entry_that_cannot_be_read(tracking: Tracking, make_version: Callable[..., int], why: str):
+    promote(Ledger.of(tracking, NAME), make_version(1.0), None, why)
+    assert [move.kind for move in Ledger.of(tracking, NAME).moves()] == ["promoted by hand"]
