@@ -21,7 +21,7 @@ from pipeline.retraining.summary import AttemptSummary, Outcome, headline
 from pipeline.retraining.telling import tell
 from pipeline.retraining.webhook import check_url
 from pipeline.run import Given, StageReport, check_storage, run
-from pipeline.tracking import connect
+from pipeline.tracking import connect, translated
 
 EXIT_CODES: Mapping[Outcome, int] = {"promoted": 0, "open": 0, "kept": 10, "skipped": 11, "stopped": 12}
 
@@ -246,7 +246,9 @@ def _carry_on(call: Call, attempt: Attempt) -> Told:
     if call.until != "register":
         return Told("open", f"done up to {call.until}", attempt, reports)
     ended = _result(attempt, reports)
-    experiment = connect(call.storage).client.get_run(str(ended.mlflow_run_id)).info.experiment_id
+    tracking = connect(call.storage)
+    with translated(tracking.uri):
+        experiment = tracking.client.get_run(str(ended.mlflow_run_id)).info.experiment_id
     ended = ended.model_copy(update={"experiment_id": experiment})
     call.journal.write(ended)
     assert ended.outcome is not None
