@@ -49,7 +49,7 @@ def decide(candidate: Metric, champion: Champion | None, contest: Contest | str 
     if champion is None:
         return Decision(True, f"first version: {candidate.name} is {candidate.value:.4g}, and there was no champion")
     refused = why_not_compared(candidate, champion)
-    if refused:
+    if refused and not isinstance(contest, str):
         return Decision(False, f"kept: {refused}")
     if copies:
         return Decision(False, f"kept: the candidate copies training images; champion v{champion.version} stays")

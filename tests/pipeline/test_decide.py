@@ -3,7 +3,7 @@ import math
 import pytest
 
 from pipeline.artifacts import Contest, Metric, MetricUnit, PairedTest
-from pipeline.registry.decide import Champion, decide, unlike_parts
+from pipeline.registry.decide import Champion, Decision, decide, unlike_parts
 
 UNIT = MetricUnit(
     extractor="fd_dct8_v1",
@@ -72,6 +72,12 @@ def test_why_there_is_no_test_is_told():
     decision = decide(metric(1), Champion(3, metric(5)), "its checkpoint is gone", 0.0)
     assert not decision.promote
     assert decision.reason == "kept: champion v3 could not be measured beside it: its checkpoint is gone"
+
+
+def test_why_there_is_no_test_is_told_of_a_champion_measured_otherwise_too():
+    other = metric(5).model_copy(update={"unit": metric(5).unit.model_copy(update={"reference_digest": "another"})})
+    decision = decide(metric(4), Champion(3, other), "its weights are gone", 0.0)
+    assert decision == Decision(False, "kept: champion v3 could not be measured beside it: its weights are gone")
 
 
 def test_a_lower_number_alone_promotes_nobody():
