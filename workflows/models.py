@@ -166,14 +166,17 @@ def delete(model: Annotated[str, typer.Argument(metavar="NAME/VERSION", help="Th
 
 def _meant(tracking: "Tracking", name: str, versions: list[str]) -> list:
     """Returns the versions that were named, or those that the three aliases point to, each once."""
+    from pipeline.errors import RegistryError
     from pipeline.registry.browse import list_models
     from pipeline.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, alias_of, find_model
 
     if versions:
         return [find_model(tracking, f"models:/{name}/{version}" if version.isdigit() else f"models:/{name}@{version}") for version in versions]
     list_models(tracking, name)
-    numbers = dict.fromkeys(alias_of(tracking, name, alias) for alias in (CHAMPION, PREVIOUS, CANDIDATE))
-    return [find_model(tracking, f"models:/{name}/{number}") for number in numbers if number is not None]
+    numbers = [number for number in dict.fromkeys(alias_of(tracking, name, alias) for alias in (CHAMPION, PREVIOUS, CANDIDATE)) if number is not None]
+    if not numbers:
+        raise RegistryError(f"{name} has no champion, previous or candidate to compare; name versions, which `ddpm models {name}` lists")
+    return [find_model(tracking, f"models:/{name}/{number}") for number in numbers]
 
 
 def _say(stdout: IO[str], move: "Move", name: str, as_json: bool) -> None:
