@@ -343,7 +343,8 @@ def test_a_user_who_may_not_remove_aliases_rolls_back_to_the_first_champion(
         raise MlflowException("Permission denied", error_code=PERMISSION_DENIED)
 
     for value in (2.0, 1.0):
-        pass_gate(Ledger.of(tracking, NAME), make_version(value), lambda champion: (Decision(True, "better"), None), Reporter())
+        version = make_version(value)
+        pass_gate(Ledger.of(tracking, NAME), version, lambda champion: (Decision(True, "better"), None), Reporter())
     Ledger.of(tracking, NAME).settle()
     monkeypatch.setattr(tracking.client, "delete_registered_model_alias", refuse)
     assert roll_back(Ledger.of(tracking, NAME), None, "").champion == 1
@@ -351,7 +352,8 @@ def test_a_user_who_may_not_remove_aliases_rolls_back_to_the_first_champion(
     assert promote(Ledger.of(tracking, NAME), 2, None, "after all").champion == 2
 
 
-@pytest.mark.parametrize("why", ["\x01" * 5000, '"\\' * 5000, "\N{SNOWMAN}" * 5000, "\n" * 5000], ids=ascii)
+@pytest.mark.parametrize("why", ["\x01" * 5000, '"\\' * 5000, "\N{SNOWMAN}" * 5000, "\n" * 5000], ids=["control", "quotes", "snow", "lines"])
 def test_no_reason_makes_an_entry_that_cannot_be_read(tracking: Tracking, make_version: Callable[..., int], why: str):
-    promote(Ledger.of(tracking, NAME), make_version(1.0), None, why)
+    version = make_version(1.0)
+    promote(Ledger.of(tracking, NAME), version, None, why)
     assert [move.kind for move in Ledger.of(tracking, NAME).moves()] == ["promoted by hand"]
