@@ -19,7 +19,7 @@ from pipeline import train as train_stage
 from pipeline.artifacts import STAGES, AnyReceipt, Contest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
 from pipeline.config import RunConfig, config_digest, digest_of
 from pipeline.context import Reporter, StageContext
-from pipeline.errors import ConfigError, RegistryError
+from pipeline.errors import ConfigError
 from pipeline.lease import HeldError, alone, held
 from pipeline.measurement.contest import Contender, contest
 from pipeline.measurement.extractors import check_extractor, check_files
@@ -268,7 +268,7 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
             contender = Contender(f"champion v{champion.version}", kept or "", lambda: (fetch_checkpoint(tracking, model_uri, pipeline.storage), "ema"))
             try:
                 return contest(settings, unit, candidate, contender, shards, min_gain=config.min_gain, version=champion.version, context=context)
-            except (DataError, RegistryError) as error:
+            except DataError as error:  # a registry that is away says nothing about the champion: that ends the call, and the next one asks again
                 return str(error)
 
         equal_terms = pipeline.given is not None

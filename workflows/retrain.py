@@ -94,12 +94,22 @@ def _alone(call: Call) -> Iterator[None]:
 def _noted(call: Call) -> Told:
     """Makes the attempt, notes what became of it, an error too, and tells people."""
     started = datetime.now(UTC)
+    if (untold := _untold(call)) is not None:
+        return _tell(call, untold, started)
     try:
         told = _attempt(call)
     except Exception as error:
         _tell(call, Told("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", _open_attempt(call)), started)
         raise
     return told if told.outcome == "open" else _tell(call, told, started)
+
+
+def _untold(call: Call) -> Told | None:
+    """Returns what became of the last attempt, where the process died that was to tell it."""
+    last = next(iter(call.journal.attempts()[-1:]), None)
+    if last is None or last.told or last.outcome not in ("promoted", "kept", "stopped"):
+        return None
+    return Told(last.outcome, last.reason, last)
 
 
 def _tell(call: Call, told: Told, started: datetime) -> Told:
@@ -113,7 +123,10 @@ def _tell(call: Call, told: Told, started: datetime) -> Told:
     summary, attempt = _summary(call, told, started, failures, is_alert), told.attempt
     place = call.journal.place(attempt.number) if attempt else call.journal.folder / "last"
     run_id = attempt.mlflow_run_id if attempt else None
-    file = tell(summary, config, place=place, storage=call.storage, run_id=run_id, reporter=call.reporter)
+    outbox = call.journal.folder / "outbox"
+    file = tell(summary, config, place=place, outbox=outbox, storage=call.storage, run_id=run_id, reporter=call.reporter)
+    if attempt is not None and attempt.outcome is not None:
+        call.journal.write(attempt.model_copy(update={"told": True}))
     return replace(told, summary=file, headline=headline(summary))
 
 

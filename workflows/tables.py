@@ -106,16 +106,20 @@ def print_version(out: IO[str], facts: VersionFacts, moves: Sequence[Move], uri:
     table.show_header = False
     unit = facts.metric.unit if facts.metric else None
     rows = {
-        "metric": f"{facts.metric.name} = {_value(facts.metric)} (95 %), lower is better" if facts.metric else "none",
+        "metric": f"{facts.metric.name} = {_value(facts.metric)}, lower is better; intervals of 95 %" if facts.metric else "none",
+        if facts.metric
+        else "none",
         "unit": f"{unit.num_samples} samples from seed {unit.first_seed}, {unit.sampler}, against {unit.reference_count} images of {unit.reference_digest}"
         if unit
         else "",
         "decision": facts.decision or "none yet",
         "memorisation": tags.get("memorisation.verdict", ""),
-        "dataset": f"{tags.get('dataset.digest')}: {tags.get('dataset.rows')} rows, {tags.get('dataset.quarantined')} quarantined",
+        "dataset": f"{tags['dataset.digest']}: {tags.get('dataset.rows', '?')} rows, {tags.get('dataset.quarantined', '?')} quarantined"
+        if "dataset.digest" in tags
+        else "",
         "source": tags.get("dataset.source", ""),
-        "run": f"{facts.run} ({facts.run_id})",
-        "weights": f"{tags.get('weights.average')} of {tags.get('weights.checkpoint')}",
+        "run": f"{facts.run or ''} ({facts.run_id})" if facts.run_id else "",
+        "weights": f"{tags['weights.average']} of {tags.get('weights.checkpoint')}" if "weights.average" in tags else "",
         "config": tags.get("config.digest", ""),
         "commit": tags.get("git.commit", ""),
         "created": datetime.fromtimestamp(facts.created_ms / 1000, UTC).isoformat(" ", "seconds"),

@@ -141,16 +141,15 @@ def contrast(versions: Sequence[VersionFacts]) -> Contrast:
 
 
 def log_of(tracking: Tracking, name: str) -> list[Move]:
-    """Returns the log of a model's moves, oldest first, brought up to date.
+    """Returns the log of a model's moves, oldest first; reading it changes nothing.
 
     Raises:
         RegistryError: if the registry does not know the model.
     """
     list_models(tracking, name)
     with translated(tracking.uri):
-        ledger = Ledger.of(tracking, name)
-        ledger.settle()
-        return ledger.moves()
+        ledger = Ledger.find(tracking, name)
+        return ledger.moves() if ledger else []
 
 
 def to_json(models: Mapping[str, Sequence[VersionFacts]]) -> str:

@@ -8,7 +8,7 @@ from pipeline.errors import RegistryError
 from pipeline.registry.decide import Decision
 from pipeline.registry.ledger import Ledger
 from pipeline.registry.move import Move
-from pipeline.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, alias_of, has_version
+from pipeline.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, alias_of, has_version, newest_version
 
 Judge = Callable[[int | None], tuple[Decision, Contest | None]]
 """Measures a version beside the champion of that number and decides."""
@@ -94,9 +94,11 @@ def delete_version(ledger: Ledger, version: int) -> None:
     held = [alias for alias in (CHAMPION, PREVIOUS) if alias_of(ledger.tracking, ledger.name, alias) == version]
     if held:
         raise RegistryError(f"version={version} of {ledger.name} is {' and '.join(held)}, and deleting it would take the alias away; move the alias first")
-    if alias_of(ledger.tracking, ledger.name, CANDIDATE) == version:
-        ledger.tracking.client.delete_registered_model_alias(ledger.name, CANDIDATE)
+    was_candidate = alias_of(ledger.tracking, ledger.name, CANDIDATE) == version
     ledger.tracking.client.delete_model_version(ledger.name, str(version))
+    newest = newest_version(ledger.tracking, ledger.name)
+    if was_candidate and newest is not None:
+        ledger.tracking.client.set_registered_model_alias(ledger.name, CANDIDATE, str(newest))
 
 
 def _behind(champions: tuple[int, ...], version: int) -> tuple[int, ...]:

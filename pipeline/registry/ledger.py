@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from pipeline.artifacts import Contest
 from pipeline.errors import RegistryError
 from pipeline.registry.move import Kind, Move
-from pipeline.registry.page import model_page
+from pipeline.registry.page import is_ours, model_page
 from pipeline.registry.versions import CHAMPION, PREVIOUS, alias_of, all_versions, has_version
 from pipeline.tracking import NOT_THERE, Tracking
 
@@ -55,6 +55,12 @@ class Ledger:
         run_id = _agree_on_run(tracking, name)
         tracking.client.set_registered_model_tag(name, LEDGER_TAG, run_id)
         return cls(tracking, name, run_id)
+
+    @classmethod
+    def find(cls, tracking: Tracking, name: str) -> "Ledger | None":
+        """Returns the log of a registered model, None where it has none; changes nothing."""
+        known = tracking.client.get_registered_model(name).tags.get(LEDGER_TAG)
+        return cls(tracking, name, known) if known is not None and tracking.has_run(known) else None
 
     def moves(self) -> list[Move]:
         """Returns all entries, oldest first."""
@@ -155,6 +161,10 @@ class Ledger:
                 raise
 
     def _show(self, moves: list[Move]) -> None:
+        """Writes the model's page, unless somebody has written one of their own."""
+        written = self.tracking.client.get_registered_model(self.name).description or ""
+        if written and not is_ours(written):
+            return
         champion = moves[-1].champion if moves else None
         there = champion is not None and has_version(self.tracking, self.name, champion)
         page = self.tracking.client.get_model_version(self.name, str(champion)).description if there else ""
@@ -193,8 +203,10 @@ def _agree_on_run(tracking: Tracking, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     client, oldest = tracking.client, _oldest_run(tracking, name)
+    # A model that was deleted and made anew, or has a version of the same run as another, has a log of its own: no two were made in one millisecond.
+    born = client.get_registered_model(name).creation_timestamp
     for number in itertools.count(1):
-        key = LEDGER_TAG if number == 1 else f"{LEDGER_TAG}.{number}"
+        key = f"{LEDGER_TAG}.{born}" if number == 1 else f"{LEDGER_TAG}.{born}.{number}"
         known = client.get_run(oldest).data.params.get(key)
         if known is None:
             made = tracking.open_run(f"{name} champion log", f"champion log of {name}", None)

@@ -8,6 +8,7 @@ from pipeline.registry.move import Move
 from pipeline.tracking import ui_fragment
 
 DESCRIPTION_LIMIT = 5000
+_HEAD, _NO_HEAD = "Champion:", "There is no champion."
 MOST_MOVES, MOST_WORDS, MOST_REASONS = 20, 160, 4
 
 
@@ -107,7 +108,7 @@ def _origins(made: Made, address: Address) -> list[tuple[str, str]]:
         (
             "dataset",
             f"[{shards.digest}]({artifacts}): {shards.num_rows} images of {size}{f', {held_out} held out' if held_out else ''}, "
-            f"{_quarantined(shards)}; from `{shards.source}`",
+            f"{_quarantined(shards)}; from `{' '.join(shards.source.replace('`', ' ').split())}`",
         ),
         (
             "recipe",
@@ -142,6 +143,11 @@ pngs = model.predict({{"num_images": 16, "seed": 0}})
 """
 
 
+def is_ours(page: str) -> bool:
+    """Tells whether a registered model's page is one that `model_page` wrote."""
+    return page.startswith((_HEAD, _NO_HEAD))
+
+
 def model_page(name: str, champion_page: str, moves: Sequence[Move]) -> str:
     """Returns a registered model's page: the champion's, and the last moves, as many as fit.
 
@@ -150,7 +156,7 @@ def model_page(name: str, champion_page: str, moves: Sequence[Move]) -> str:
         moves: the whole log, oldest first.
     """
     champion = moves[-1].champion if moves else None
-    head = f"Champion: version {champion}. {champion_page}" if champion else "There is no champion."
+    head = f"{_HEAD} version {champion}. {champion_page}" if champion else _NO_HEAD
     if champion:
         head = head.replace(f'"models:/{name}/{champion}"', f'"models:/{name}@champion"')
     lines = ["", "", "| when | who | what | why |", "|---|---|---|---|"]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 INPUTS_TAG = "ddpm.inputs"
+MOST_DIGITS = 9
 SAMPLES_TAG, SETTINGS_TAG, DECISION_TAG, GAIN_TAG = "ddpm.samples", "ddpm.evaluate", "ddpm.decision", "registry.min_gain"
 
 
@@ -25,6 +26,11 @@ def all_versions(tracking: Tracking, name: str) -> "list[ModelVersion]":
     """Returns a registered model's versions, in no order; the name, which others chose, may hold a quote of either kind but not of both."""
     quote = '"' if "'" in name else "'"
     return list(tracking.client.search_model_versions(f"name={quote}{name}{quote}"))
+
+
+def newest_version(tracking: Tracking, name: str) -> int | None:
+    """Returns the number of a registered model's newest version, None where it has none."""
+    return max((int(version.version) for version in all_versions(tracking, name)), default=None)
 
 
 def find_version(tracking: Tracking, name: str, inputs: str) -> "ModelVersion | None":
@@ -86,6 +92,8 @@ def find_model(tracking: Tracking, model: str) -> "ModelVersion":
     alias_of, at, alias = address.rpartition("@")
     if not (model.startswith("models:/") and ((slash and number.isdigit()) or (at and alias_of and alias))):
         raise RegistryError(f"{model} names no version; write models:/NAME/VERSION or models:/NAME@ALIAS")
+    if slash and number.isdigit() and len(number) > MOST_DIGITS:
+        raise RegistryError(f"{model} is not in the registry; `ddpm models` lists what is")
     with translated(tracking.uri):
         try:
             if at and alias_of and not (slash and number.isdigit()):
@@ -108,7 +116,11 @@ def resolve(tracking: Tracking, model: str, alias: str) -> "ModelVersion":
     """
     address = model.removeprefix("models:/").rstrip("/")
     is_complete = "@" in address or (address.rpartition("/")[2].isdigit() and "/" in address)
-    return find_model(tracking, f"models:/{address}" if is_complete else f"models:/{address}@{alias}")
+    if is_complete:
+        return find_model(tracking, f"models:/{address}")
+    if alias == CANDIDATE and alias_of(tracking, address, alias) is None and (newest := newest_version(tracking, address)) is not None:
+        return find_model(tracking, f"models:/{address}/{newest}")  # a model whose versions are older than the alias
+    return find_model(tracking, f"models:/{address}@{alias}")
 
 
 def fetch_checkpoint(tracking: Tracking, model: str, storage: Location) -> Location:

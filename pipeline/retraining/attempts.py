@@ -40,6 +40,7 @@ class Attempt(_Record):
         settings: digest of all settings that can change its result.
         before: dataset that the last attempt or the champion was trained on; None where there is none.
         outcome: None while it is open.
+        told: whether people were told of the outcome.
     """
 
     number: int
@@ -68,6 +69,7 @@ class Attempt(_Record):
     images_per_second: float | None = None
     num_workers: int | None = None
     report: str | None = None
+    told: bool = False
     version: int | None = None
     champion: int | None = None
 

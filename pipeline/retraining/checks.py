@@ -45,6 +45,8 @@ def look_at_data(config: RunConfig, latest: Latest | None, shards: ShardSet, pla
         with tempfile.TemporaryDirectory(prefix="ddpm-drift-") as folder:
             picture.save(Path(folder) / PICTURE)
             (place / PICTURE).write_bytes((Path(folder) / PICTURE).read_bytes())
+    elif (place / PICTURE).is_file():  # of the same attempt, when a guard stopped it
+        (place / PICTURE).remove()
     return found, drift
 
 

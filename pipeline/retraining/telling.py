@@ -17,11 +17,14 @@ MARKDOWN, RECORD, ARTIFACTS = "summary.md", "summary.json", "retrain"
 SECRET = "DDPM_WEBHOOK_SECRET"
 
 
-def tell(summary: AttemptSummary, config: RetrainConfig, *, place: Location, storage: Location, run_id: str | None, reporter: Reporter) -> str:
+def tell(
+    summary: AttemptSummary, config: RetrainConfig, *, place: Location, outbox: Location, storage: Location, run_id: str | None, reporter: Reporter
+) -> str:
     """Writes the summary, logs it to the run, sends it; returns the Markdown file. What cannot be told is a warning: the attempt is what it is.
 
     Args:
         place: folder for the summary: the attempt's, or that of calls that made none.
+        outbox: folder of messages that have not arrived.
         run_id: the attempt's run, None where it has none.
     """
     (place / RECORD).write_text(summary.model_dump_json(indent=2) + "\n")
@@ -32,7 +35,7 @@ def tell(summary: AttemptSummary, config: RetrainConfig, *, place: Location, sto
         except RegistryError as error:
             reporter.line(f"  [yellow]warning[/] the run has no summary: {error}")
     if config.webhook is not None:
-        sending = post(place.parent / "outbox", config.webhook, to_payload(summary), secret=os.environ.get(SECRET))
+        sending = post(outbox, config.webhook, to_payload(summary), secret=os.environ.get(SECRET))
         for delivery in sending.wait():
             if delivery.outcome != "delivered":
                 reporter.line(f"  [yellow]warning[/] {delivery.said}")

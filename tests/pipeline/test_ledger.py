@@ -266,6 +266,7 @@ def test_a_champion_deleted_on_the_pages_gives_way_to_the_one_before(tracking: T
     for value in (5, 4):
         gate(tracking, make_version(value))
     tracking.client.delete_model_version(NAME, "2")
+    Ledger.of(tracking, NAME).settle()
     assert log_of(tracking, NAME)[-1].why == "v2 was deleted outside this log; back to v1"
     assert aliases(tracking) == (1, None)
 
@@ -304,7 +305,7 @@ def test_the_champion_and_the_one_before_are_not_deleted(tracking: Tracking, mak
     with pytest.raises(RegistryError, match="version=3 of faces is not in the registry"):
         delete_version(ledger, 3)
     assert aliases(tracking) == (2, 1)
-    assert alias_of(tracking, NAME, CANDIDATE) is None
+    assert alias_of(tracking, NAME, CANDIDATE) == 2
 
 
 def test_a_model_whose_versions_have_no_run_has_no_log(tracking: Tracking, tmp_path: Path):
@@ -357,3 +358,35 @@ def test_no_reason_makes_an_entry_that_cannot_be_read(tracking: Tracking, make_v
     version = make_version(1.0)
     promote(Ledger.of(tracking, NAME), version, None, why)
     assert [move.kind for move in Ledger.of(tracking, NAME).moves()] == ["promoted by hand"]
+
+
+def test_reading_the_log_of_another_teams_model_changes_nothing(tracking: Tracking, make_version: Callable[..., int]):
+    make_version(5)
+    tracking.client.set_registered_model_alias(NAME, CHAMPION, "1")
+    tracking.client.update_registered_model(NAME, "please keep this text")
+    assert log_of(tracking, NAME) == []
+    assert model_page(tracking) == "please keep this text"
+    assert LEDGER_TAG not in tracking.client.get_registered_model(NAME).tags
+    assert gate(tracking, make_version(4)) == "promoted"
+    assert model_page(tracking) == "please keep this text"
+
+
+def test_a_model_deleted_and_made_anew_has_a_new_log(tracking: Tracking, make_version: Callable[..., int]):
+    for value in (5, 4):
+        gate(tracking, make_version(value))
+    run_id = tracking.client.get_model_version(NAME, "1").run_id
+    tracking.client.delete_registered_model(NAME)
+    tracking.client.create_registered_model(NAME)
+    unit = UNIT.model_dump_json()
+    tracking.client.create_model_version(NAME, source="x", run_id=run_id, tags={"metric.value": "5.0", "metric.unit": unit})
+    assert gate(tracking, 1) == "promoted"
+    assert gate(tracking, make_version(9)) == "kept"
+    assert [(move.kind, move.version) for move in log_of(tracking, NAME)] == [("promoted", 1), ("kept", 2)]
+
+
+def test_a_deleted_candidate_leaves_its_alias_to_the_newest_that_is_left(tracking: Tracking, make_version: Callable[..., int]):
+    for value in (5, 6, 7):
+        gate(tracking, make_version(value))
+    tracking.client.set_registered_model_alias(NAME, CANDIDATE, "3")
+    delete_version(Ledger.of(tracking, NAME), 3)
+    assert alias_of(tracking, NAME, CANDIDATE) == 2
