@@ -6,8 +6,8 @@ from typing import IO
 from pipeline.artifacts import STAGES
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
+from workflows.outcome import last_line
 from workflows.retrain import EXIT_CODES, Told, retrain
-from workflows.retrain_job import OUTCOME
 
 
 def make_attempt(stdout: IO[str], config: RunConfig, name: str, until: str, *, as_json: bool, as_job: bool) -> int:
@@ -27,7 +27,7 @@ def make_attempt(stdout: IO[str], config: RunConfig, name: str, until: str, *, a
     code = EXIT_CODES[told.outcome]
     if not as_job:
         return code
-    stdout.write(f"{OUTCOME}{code}\n")
+    stdout.write(last_line(code))
     return 0 if told.outcome in ("promoted", "kept", "skipped") else code
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes_schema import CRDS, operator_errors, schema_errors
+from kubernetes_schema import CRDS, core_errors, operator_errors, schema_errors
 from support import ROOT
 
 from cluster.config import ClusterError
@@ -24,6 +24,7 @@ from cluster.package import CONFIG_FILE, LIMIT, pack
 from cluster.pods import CODE_FOLDER, DEFAULT_IMAGE, RAY_VERSION
 from pipeline.config import load_config
 from workflows.cli import PRESETS, main
+from workflows.submit_rayjob import CLUSTER_LOST, SUFFIXES, TERMINATED
 
 KUBERNETES = ROOT / "cluster" / "kubernetes"
 OVERLAYS = ("cpu", "gpu", "gpu-kueue", "raycronjob")
@@ -37,6 +38,7 @@ SECRETS = {
     "MLFLOW_TRACKING_PASSWORD": "planted-5",
     "MLFLOW_TRACKING_TOKEN": "planted-6",
     "RAY_AUTH_TOKEN": "planted-7",
+    "DDPM_WEBHOOK_SECRET": "planted-9",
     "HF_TOKEN": "planted-8",
 }
 Print = Callable[..., str]
@@ -256,14 +258,43 @@ def test_a_queue_takes_the_place_of_scaling(manifest: Print):
     ]
 
 
-def test_a_cronjob_may_make_and_read_rayjobs_and_nothing_else(manifest: Print):
+def test_a_schedule_retrains_and_kuberay_tries_nothing_again(manifest: Print):
+    retrain = "python -m workflows retrain run.yaml cluster.address=auto cluster.accelerator=gpu cluster.wait_s=900 --name cifar10-small --job"
+    for kind in ("cronjob", "raycronjob"):
+        found = next(ray_documents(manifest(kind, *VARIANTS["a claim"])))["spec"]
+        attempt = found.get("jobTemplate", found)
+        assert (attempt["entrypoint"], attempt["backoffLimit"]) == (retrain, 0), kind
+    run = only(manifest("rayjob", *VARIANTS["a claim"]), "RayJob")["spec"]
+    assert (run["entrypoint"], run["backoffLimit"]) == (retrain.replace(" retrain ", " run ").removesuffix(" --job"), 2)
+
+
+def test_only_a_lost_cluster_or_pod_has_kubernetes_try_a_tick_again(manifest: Print):
+    job = only(manifest("cronjob", *VARIANTS["a claim"]), "CronJob")["spec"]["jobTemplate"]["spec"]
+    disrupted, failed = job["podFailurePolicy"]["rules"]
+    assert disrupted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert failed == {"action": "FailJob", "onExitCodes": {"containerName": "submit", "operator": "NotIn", "values": [CLUSTER_LOST, 137, TERMINATED]}}
+    assert [container["name"] for container in job["template"]["spec"]["containers"]] == ["submit"]
+    assert (job["backoffLimit"], job["template"]["spec"]["restartPolicy"]) == (len(SUFFIXES) - 1, "Never")
+
+
+def test_kubernetes_takes_every_object_of_a_cronjob(manifest: Print):
+    found = documents(manifest("cronjob", *VARIANTS["a bucket and a secret"]))
+    assert [document["kind"] for document in found] == ["ConfigMap", "ServiceAccount", "Role", "RoleBinding", "ConfigMap", "CronJob"]
+    assert [error for document in found for error in core_errors(document)] == []
+
+
+def test_a_cronjob_may_make_and_read_rayjobs_and_read_logs_and_nothing_else(manifest: Print):
     text = manifest("cronjob", "cifar10-small", *ON_CLAIM, "--namespace", "team-a", "--schedule", "30 2 * * 1", "--time-zone", "Europe/Berlin")
-    assert only(text, "Role")["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get", "list"]}]
+    assert only(text, "Role")["rules"] == [
+        {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get", "list"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]},
+        {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+    ]
     account = only(text, "ServiceAccount")["metadata"]
     assert only(text, "RoleBinding")["subjects"] == [{"kind": "ServiceAccount", "name": account["name"], "namespace": "team-a"}]
     spec = only(text, "CronJob")["spec"]
     assert (spec["schedule"], spec["timeZone"], spec["concurrencyPolicy"]) == ("30 2 * * 1", "Europe/Berlin", "Forbid")
-    assert spec["jobTemplate"]["spec"]["backoffLimit"] == 0
+    assert (spec["startingDeadlineSeconds"], spec["successfulJobsHistoryLimit"], spec["failedJobsHistoryLimit"]) == (3600, 3, 3)
     assert spec["jobTemplate"]["spec"]["template"]["spec"]["serviceAccountName"] == account["name"]
     assert {document["metadata"]["namespace"] for document in documents(text)} == {"team-a"}
 

@@ -1,125 +1,39 @@
 """What a CronJob's pod does, against a server that speaks the few calls of Kubernetes' API that it needs, over TLS and with a token."""
 
-import datetime
-import http.server
-import json
 import os
 import signal
-import ssl
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from kubernetes_api import PODS, RAYJOBS, TOKEN, Cluster, kubernetes_api
 from support import ROOT
 
-Tree = dict[str, Any]
-BATCH_JOB, JOB, UID, TOKEN = "ddpm-digits-29000000", "ddpm-digits-29000000-run", "0b1c", "account-token"
-RAYJOBS = "/apis/ray.io/v1/namespaces/team-a/rayjobs"
-
-
-@dataclass
-class Cluster:
-    """The server's state: RayJobs by name, the states that each GET moves them through, and answers to give before any other."""
-
-    port: int = 0
-    rayjobs: dict[str, Tree] = field(default_factory=dict)
-    states: list[tuple[str, str]] = field(default_factory=list)
-    failures: list[int] = field(default_factory=list)
-    calls: list[str] = field(default_factory=list)
-    looked: threading.Event = field(default_factory=threading.Event)
-
-    def answer(self, method: str, path: str, body: Tree) -> tuple[int, Tree]:
-        self.calls.append(f"{method} {path}")
-        if self.failures:
-            return self.failures.pop(0), {"message": "refused"}
-        if method == "POST":
-            name = body["metadata"]["name"]
-            return (409, {}) if name in self.rayjobs else (201, self.rayjobs.setdefault(name, body))
-        if path.startswith(f"{RAYJOBS}?"):
-            return 200, {"items": list(self.rayjobs.values())}
-        rayjob = self.rayjobs.get(path.rpartition("/")[2])
-        if rayjob is None:
-            return 404, {}
-        if self.states:
-            rayjob["status"] = dict(zip(("jobDeploymentStatus", "jobStatus"), self.states.pop(0), strict=True))
-        self.looked.set()
-        return 200, rayjob
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate of 127.0.0.1 and its key, in one file."""
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "kubernetes")])
-    built = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(days=1))
-    for extension, critical in (
-        (x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), False),
-        (x509.BasicConstraints(ca=True, path_length=None), True),
-    ):
-        built = built.add_extension(extension, critical)
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.write_bytes(built.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM) + private)
-    return path
+BATCH_JOB, UID = "ddpm-digits-29000000", "0b1c"
+JOB, SECOND, THIRD = (f"{BATCH_JOB}{suffix}" for suffix in ("-run", "-2nd", "-3rd"))
+HEADLINE = "digits #3: kept champion v1: FD (dct8) 0.42 (champion v1: 0.41 ± 0.1), 300 new images, 12 s"
 
 
 @pytest.fixture
-def cluster(certificate: Path) -> Iterator[Cluster]:
-    state = Cluster()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def _serve(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-            allowed = self.headers["Authorization"] == f"Bearer {TOKEN}"
-            status, answer = state.answer(self.command, self.path, body) if allowed else (401, {})
-            text = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        do_GET = do_POST = _serve
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    state.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield state
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with kubernetes_api(tmp_path) as cluster:
+        yield cluster
 
 
 @pytest.fixture
-def start(cluster: Cluster, certificate: Path, tmp_path: Path):
+def start(cluster: Cluster, tmp_path: Path):
     """Returns a function that starts the module as the pod does, with changes to its environment."""
     template = {"apiVersion": "ray.io/v1", "kind": "RayJob", "spec": {"entrypoint": "true"}}
     metadata = {"name": "ddpm-digits", "namespace": "elsewhere", "labels": {"app.kubernetes.io/instance": "ddpm-digits"}}
     (tmp_path / "rayjob.yaml").write_text(yaml.safe_dump(template | {"metadata": metadata}))
-    (tmp_path / "account").mkdir()
-    for name, text in {"token": TOKEN, "namespace": "team-a", "ca.crt": certificate.read_text()}.items():
-        (tmp_path / "account" / name).write_text(text)
 
     def run(*arguments: str, **changes: str) -> subprocess.Popen[str]:
-        kubernetes = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(cluster.port), "JOB_NAME": BATCH_JOB, "JOB_UID": UID}
-        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "NO_PROXY": "*"} | kubernetes | changes
-        options = ["--template", str(tmp_path / "rayjob.yaml"), "--account", str(tmp_path / "account"), "--poll", "0.05", "--patience", "1"]
+        pod = cluster.env | {"JOB_NAME": BATCH_JOB, "JOB_UID": UID}
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "NO_PROXY": "*"} | pod | changes
+        options = ["--template", str(tmp_path / "rayjob.yaml"), "--account", str(cluster.account), "--poll", "0.05", "--patience", "1"]
         command = [sys.executable, "-W", "error", "-m", "workflows.submit_rayjob", *options, *arguments]
         return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -133,6 +47,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def test_a_tick_makes_one_rayjob_named_after_its_batch_job_and_waits_for_it(cluster: Cluster, start):
     cluster.states = [("", ""), ("Initializing", ""), ("Running", "RUNNING"), ("Running", "RUNNING"), ("Complete", "SUCCEEDED")]
+    cluster.logs[JOB] = [
+        "digits #3: failed: in an earlier pod\nddpm retrain: exit code 1\n",
+        f"step 7 of 12\n{HEADLINE}\nddpm retrain: exit code 10\nJob succeeded\n",
+    ]
     code, out, err = finish(start("--wait"))
     assert (code, err) == (0, "")
     assert out.splitlines() == [
@@ -140,6 +58,7 @@ def test_a_tick_makes_one_rayjob_named_after_its_batch_job_and_waits_for_it(clus
         f"RayJob {JOB}: Initializing",
         f"RayJob {JOB}: Running, job RUNNING",
         f"RayJob {JOB}: Complete, job SUCCEEDED",
+        f"{HEADLINE} (exit code 10)",
     ]
     assert list(cluster.rayjobs) == [JOB]
     assert cluster.rayjobs[JOB]["metadata"]["ownerReferences"] == [{"apiVersion": "batch/v1", "kind": "Job", "name": BATCH_JOB, "uid": UID}]
@@ -157,12 +76,60 @@ def test_a_second_pod_of_the_same_tick_follows_the_rayjob_that_is_there(cluster:
     assert len(cluster.rayjobs) == 1
 
 
-@pytest.mark.parametrize("end", [("Failed", "FAILED"), ("Complete", "STOPPED"), ("ValidationFailed", "")])
-def test_the_exit_code_follows_the_run(cluster: Cluster, start, end: tuple[str, str]):
+def failed(code: int, log: str = "") -> tuple[str, str, str]:
+    """The state of a RayJob whose driver failed, with the message that Ray writes then."""
+    return "Failed", "FAILED", f"Job entrypoint command failed with exit code {code}, last available logs (truncated to 20,000 chars):\n{log}"
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (failed(12, "digits #4: stopped: retrain.max_label_drift=0.3 is exceeded\nddpm retrain: exit code 12\n"), 12),
+        (failed(2, "error: data.source=photos is no folder\n"), 2),
+        (failed(1), 1),
+        (("Complete", "STOPPED"), 1),
+        (("ValidationFailed", ""), 1),
+        (failed(137), 75),
+        (failed(-9), 75),
+        (("Failed", "FAILED", "Unexpected error occurred: the job supervisor died"), 75),
+        (("Failed", ""), 75),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_the_exit_code_is_the_driver_s_and_another_where_the_cluster_was_lost(cluster: Cluster, start, end: tuple[str, ...], expected: int):
     cluster.states = [("Running", "RUNNING"), end]
     code, out, _ = finish(start("--wait"))
-    assert code == 1
+    assert code == expected
     assert f"RayJob {JOB}: {end[0]}" in out
+    assert out.endswith("goes on with it\n") == (code == 75)
+    if expected == 12:
+        assert out.splitlines()[-1] == "digits #4: stopped: retrain.max_label_drift=0.3 is exceeded (exit code 12)"
+
+
+def test_the_next_pod_of_a_tick_makes_another_rayjob_where_the_cluster_was_lost_and_only_there(cluster: Cluster, start):
+    cluster.states = [("Failed", "")]
+    assert finish(start("--wait"))[0] == 75
+    cluster.states = [failed(137)]
+    assert finish(start("--wait"))[0] == 75
+    cluster.states = [failed(12)]
+    assert finish(start("--wait"))[0] == 12
+    code, out, _ = finish(start("--wait"))
+    assert (code, list(cluster.rayjobs)) == (12, [JOB, SECOND, THIRD])
+    assert f"RayJob {THIRD} is there already; following it" in out
+    cluster.rayjobs[THIRD]["status"] = {"jobDeploymentStatus": "Failed"}
+    assert finish(start("--wait"))[0] == 75
+    assert len(cluster.rayjobs) == 3
+
+
+def test_a_log_that_cannot_be_read_fails_nothing(cluster: Cluster, start):
+    cluster.states = [("Complete", "SUCCEEDED")]
+    code, out, err = finish(start("--wait"))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == f"the log of RayJob {JOB} does not say what became of the attempt"
+    cluster.forbidden = PODS
+    code, out, err = finish(start("--wait"))
+    assert (code, err) == (0, "")
+    assert f"the log of RayJob {JOB} cannot be read: GET https://127.0.0.1:{cluster.port}{PODS}?" in out
 
 
 def test_a_tick_starts_nothing_while_the_rayjob_of_an_earlier_one_runs(cluster: Cluster, start):
@@ -191,7 +158,8 @@ def test_sigterm_leaves_the_rayjob_alive(cluster: Cluster, start):
 
 
 def test_an_api_that_stumbles_is_asked_again(cluster: Cluster, start):
-    cluster.failures, cluster.states = [503, 429], [("Complete", "SUCCEEDED")]
+    cluster.failures = [503, 429]
+    cluster.states = [("Complete", "SUCCEEDED")]
     assert finish(start("--wait"))[0] == 0
 
 
