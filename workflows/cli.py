@@ -110,9 +110,14 @@ def retrain(
     Exit code 0: promoted, 10: kept, 11: skipped, 12: stopped by a guard, others: failure.
     """
     config, run_name = _load(preset, overrides, name)
+    from pipeline.errors import ConfigError
     from workflows.retrain_command import make_attempt
 
+    if address is None and tick is not None:
+        raise ConfigError(f"--tick {tick} finds a cluster's job again, and there is no --address; name one, or leave the option out")
     if address is not None:
+        if as_json or until != "register":
+            raise ConfigError(f"{'--json' if as_json else f'--until {until}'} is not for --address, where the job's log is printed; leave it out")
         from workflows.retrain_job import retrain_on_cluster
 
         with _detaching():

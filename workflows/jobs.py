@@ -11,7 +11,8 @@ from rich.table import Table
 
 from cluster.connect import quiet
 from cluster.jobs import Job, JobServer
-from workflows.submit import follow_job
+from workflows.retrain_job import AGAIN, ATTEMPT
+from workflows.submit import SUBMIT_AGAIN, follow_job
 
 
 def _server(address: str) -> JobServer:
@@ -53,7 +54,7 @@ def print_logs(name: str, address: str, follow: bool) -> int:
     server = _server(address)
     job = server.find(name)
     if follow:
-        return follow_job(server, job.id, job.name)
+        return follow_job(server, job.id, job.name, again=AGAIN if job.name.startswith(ATTEMPT) else SUBMIT_AGAIN)
     sys.stdout.write(server.log(job.id))
     return 0
 
@@ -66,7 +67,10 @@ def stop(name: str, address: str) -> None:
         typer.echo(f"{job.id} has {job.status.lower()} already")
         return
     job = server.stop(job.id)
-    typer.echo(f"{job.id} {job.status.lower()}; submitted again under the name {job.name}, the run goes on from its last checkpoint")
+    again = f"submitted again under the name {job.name}, the run goes on from its last checkpoint"
+    if job.name.startswith(ATTEMPT):
+        again = "ddpm retrain with another --tick, or none, goes on with the attempt"
+    typer.echo(f"{job.id} {job.status.lower()}; {again}")
 
 
 def _moment(milliseconds: int | None) -> str:

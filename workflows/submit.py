@@ -23,6 +23,7 @@ from pipeline.tracking import git_commit, ui_link
 from workflows.settings import SECRETS, paths_of, travelling_settings
 
 CONFIG_FILE = "submitted.yaml"
+SUBMIT_AGAIN = "submit it again under the same name and it goes on from the last checkpoint"
 DRIVER = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": "60"}  # seconds to close the run before a stopped driver is killed
 Packages = Literal["image", "lock"]
 # `uv run` makes the environment once for each node; Ray starts its workers with the same words.
@@ -134,8 +135,11 @@ def say_where(server: JobServer, job_id: str, name: str, variables: Mapping[str,
     typer.echo(f"follow  ddpm jobs logs {name} --address {server.address}")
 
 
-def follow_job(server: JobServer, job_id: str, name: str) -> int:
+def follow_job(server: JobServer, job_id: str, name: str, again: str = SUBMIT_AGAIN) -> int:
     """Writes a job's log to stdout until it ends, and returns the exit code that follows from its end; Ctrl-C leaves the job alone.
+
+    Args:
+        again: how a job that failed goes on.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, after saying how to come back.
@@ -145,7 +149,7 @@ def follow_job(server: JobServer, job_id: str, name: str) -> int:
     except KeyboardInterrupt:
         typer.echo(f"\ndetached; {job_id} goes on. Come back with: ddpm jobs logs {name} --address {server.address}", err=True)
         raise
-    typer.echo(f"{job.id} {job.status.lower()}{_reason(job)}", err=True)
+    typer.echo(f"{job.id} {job.status.lower()}{_reason(job, again)}", err=True)
     return job.outcome
 
 
@@ -154,8 +158,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _reason(job: Job) -> str:
+def _reason(job: Job, again: str) -> str:
     if job.status == "SUCCEEDED":
         return ""
-    hint = "; submit it again under the same name and it goes on from the last checkpoint"
-    return f" with exit code {job.exit_code}{hint}" if job.exit_code is not None else hint
+    return f" with exit code {job.exit_code}; {again}" if job.exit_code is not None else f"; {again}"

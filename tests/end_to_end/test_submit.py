@@ -1,11 +1,15 @@
 """A run on a real Ray cluster of two nodes, submitted from a process that may go away, with models in an MLflow server."""
 
+import base64
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +17,16 @@ from typing import Any
 
 import pytest
 import ray_nodes
-from support import TINY, Finished, ddpm_command
+import yaml
+from kubernetes_api import Cluster, kubernetes_api
+from support import TINY, Finished, ddpm, ddpm_command
 
 from components.storage import Location
 from pipeline.tracking import git_commit
 
 SECRETS = {"MLFLOW_TRACKING_PASSWORD": "planted-Secret-91c4", "AWS_SECRET_ACCESS_KEY": "planted-Secret-7f3a"}
 KEYS_OF_NODES = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 NO_TOKEN = {"HOME": "/nonexistent"}
 
 
@@ -200,6 +207,152 @@ def test_a_stopped_run_submitted_again_goes_on_and_other_settings_do_not_take_it
     assert "job     ddpm-long-2" in text
     assert "going on from step_" in text
     assert site.ddpm("jobs", "stop", "ddpm-long-2").code == 0
+
+
+QUICK = [*TINY, "train.steps=4", "cluster.num_workers=1"]
+NIGHTLY = [*QUICK, "registry.model_name=nightly", "--name", "nightly"]
+
+
+@pytest.fixture(scope="module")
+def promoted(site: Site) -> Finished:
+    """Has a tick's attempt made, kills the submitting process, and comes back for the same tick."""
+    tick = ["retrain", "digits", site.storage, *NIGHTLY, "--tick", "monday"]
+    with site.start(*tick) as submitting:
+        submitting.wait_for(lambda text: "preprocess for the first time" in text)
+        other = site.ddpm(*tick, "train.lr=0.1")
+        assert (other.code, other.stderr.count("error:")) == (2, 1)
+        assert "ddpm-retrain~nightly~monday-1 is in progress with other settings" in other.stderr
+        submitting.process.kill()
+    back = site.ddpm(*tick)
+    assert back.code == 0, back.stdout + back.stderr
+    return back
+
+
+def jobs_of(site: Site, name: str) -> list[tuple[str, str]]:
+    jobs = json.loads(ray_nodes.fetch(f"{site.nodes.dashboard_url}/api/jobs/", token=site.nodes.token_file.read_text()))
+    return sorted((job["submission_id"], job["status"]) for job in jobs if (job["metadata"] or {}).get("ddpm.name") == name)
+
+
+def test_a_tick_finds_its_job_again_in_progress_and_done(site: Site, promoted: Finished):
+    assert "ddpm-retrain~nightly~monday-1 is in progress already; attached to it" in promoted.stdout
+    assert re.search(r"^nightly #1: promoted v1: .*\nddpm retrain: exit code 0\n", promoted.stdout, re.MULTILINE)
+    done = site.ddpm("retrain", "digits", site.storage, *NIGHTLY, "--tick", "monday")
+    assert (done.code, done.stdout) == (0, "ddpm-retrain~nightly~monday-1 is done already\n")
+    assert jobs_of(site, "retrain~nightly~monday") == [("ddpm-retrain~nightly~monday-1", "SUCCEEDED")]
+
+
+def test_another_tick_with_nothing_new_is_skipped(site: Site, promoted: Finished):
+    skipped = site.ddpm("retrain", "digits", site.storage, *NIGHTLY, "--tick", "tuesday")
+    assert skipped.code == 11, skipped.stdout + skipped.stderr
+    assert "nightly: skipped: nothing new since attempt 1 (promoted)" in skipped.stdout
+    assert jobs_of(site, "retrain~nightly~tuesday") == [("ddpm-retrain~nightly~tuesday-1", "SUCCEEDED")]
+
+
+def test_a_tick_goes_on_where_it_failed_and_not_where_a_person_stopped_it(site: Site, promoted: Finished):
+    tick = ["retrain", "digits", site.storage, *NIGHTLY, "train.steps=4000", "--tick", "wednesday"]
+    refused = site.ddpm(*tick, "retrain.max_hours=1e-9")
+    assert refused.code == 12, refused.stdout + refused.stderr
+    assert "ddpm-retrain~nightly~wednesday-1 failed with exit code 12; the same command goes on with the attempt" in refused.stderr
+    with site.start(*tick) as again:
+        again.wait_for(lambda text: "attempt 2 of nightly" in text)
+        assert site.ddpm("jobs", "stop", "retrain~nightly~wednesday").stdout.endswith(
+            "stopped; ddpm retrain with another --tick, or none, goes on with the attempt\n"
+        )
+        assert again.process.wait(timeout=60) == 130
+    stopped = site.ddpm(*tick)
+    assert stopped.code == 130
+    assert stopped.stdout == "ddpm-retrain~nightly~wednesday-2 was stopped; another --tick, or none, goes on with the attempt\n"
+    assert [status for _, status in jobs_of(site, "retrain~nightly~wednesday")] == ["FAILED", "STOPPED"]
+
+
+def test_a_tick_whose_log_is_lost_is_not_taken_for_a_promotion(site: Site, promoted: Finished):
+    logs = [
+        path for index in range(3) for path in site.nodes.network.disk(index).rglob("job-driver-ddpm-retrain~nightly~monday-1.log") if not path.is_symlink()
+    ]
+    assert logs
+    text = logs[0].read_text()
+    try:
+        logs[0].write_text(text.partition("ddpm retrain: exit code")[0])
+        lost = site.ddpm("retrain", "digits", site.storage, *NIGHTLY, "--tick", "monday")
+    finally:
+        logs[0].write_text(text)
+    assert lost.code == 2
+    assert "whether it promoted, kept or skipped is lost, for its log does not say how" in lost.stderr
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A CronJob's manifest, with a folder in the place of /etc/ddpm, where the pods have their ConfigMaps."""
+
+    site: Site
+    api: Cluster
+    folder: Path
+    pod: dict[str, Any]
+
+    def tick(self, name: str) -> tuple[int, list[str]]:
+        """Runs the pod's command, and as KubeRay would the entrypoint of the RayJob that it makes; returns the pod's exit code and lines."""
+        command = [part.replace("/etc/ddpm", str(self.folder)) for part in self.pod["command"]]
+        given = {variable["name"]: variable["value"].replace("/etc/ddpm", str(self.folder)) for variable in self.pod["env"] if "value" in variable}
+        env = {"PATH": PATH, "NO_PROXY": "*", "JOB_NAME": name, "JOB_UID": "0b1c"} | given | self.api.env
+        options = ["--account", str(self.api.account), "--poll", "0.2"]
+        with subprocess.Popen([*command, *options], env=env, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pod:
+            try:
+                self.wait_for(f"{name}-run", pod)
+                self.make_attempt(self.api.rayjobs[f"{name}-run"])
+                written, _ = pod.communicate(timeout=100)
+            finally:
+                pod.kill()
+            return pod.returncode, written.splitlines()
+
+    def wait_for(self, rayjob: str, pod: "subprocess.Popen[str]") -> None:
+        deadline = time.monotonic() + 100
+        while rayjob not in self.api.rayjobs:
+            assert pod.poll() is None, pod.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def make_attempt(self, rayjob: dict[str, Any]) -> None:
+        head = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+        given = {variable["name"]: variable["value"] for variable in head["env"]}
+        env = ray_nodes.environment(self.site.nodes.env | {"RAY_ADDRESS": self.site.nodes.gcs_address, "PATH": PATH} | given)
+        command = ["bash", "-c", rayjob["spec"]["entrypoint"]]
+        done = subprocess.run(command, env=env, cwd=self.folder / "unpacked", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+        self.api.logs[rayjob["metadata"]["name"]] = [done.stdout]
+        rayjob["status"] = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+
+
+@pytest.fixture
+def schedule(site: Site, tmp_path: Path) -> Iterator[Schedule]:
+    settings = [site.storage, *QUICK, "registry.model_name=on-kubernetes", "cluster.accelerator=cpu", "--name", "hourly"]
+    printed = ddpm(
+        "manifest", "cronjob", "digits", *settings, "--claim", "storage", "--namespace", "team-a", cwd=tmp_path, env={"MLFLOW_TRACKING_URI": site.mlflow}
+    )
+    assert printed.code == 0, printed.stderr
+    code, *_, job, cronjob = yaml.safe_load_all(printed.stdout)
+    for folder, name, content in (
+        ("code", "ddpm.zip", base64.b64decode(code["binaryData"]["ddpm.zip"])),
+        ("job", "rayjob.yaml", job["data"]["rayjob.yaml"].encode()),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "code" / "ddpm.zip") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    with kubernetes_api(tmp_path) as api:
+        yield Schedule(site, api, tmp_path, cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0])
+
+
+def test_the_cronjob_s_pod_and_the_rayjob_that_it_makes_run_as_written(schedule: Schedule):
+    import mlflow
+
+    code, lines = schedule.tick("ddpm-hourly-29000000")
+    assert (code, "hourly #1: promoted v1: " in lines[-1], lines[-1].endswith("(exit code 0)")) == (0, True, True), lines
+    client = mlflow.MlflowClient(tracking_uri=schedule.site.mlflow, registry_uri=schedule.site.mlflow)
+    assert client.get_model_version_by_alias("on-kubernetes", "champion").version == "1"
+    code, lines = schedule.tick("ddpm-hourly-29000060")
+    assert code == 0
+    assert re.fullmatch(r"hourly: skipped: nothing new since attempt 1 \(promoted\): .* \(exit code 11\)", lines[-1]), lines
+    assert list(schedule.api.rayjobs) == ["ddpm-hourly-29000000-run", "ddpm-hourly-29000060-run"]
 
 
 def status_of_run(site: Site, name: str) -> str:
