@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -51,17 +52,34 @@ def measure(home: Path, preset: str, overrides: list[str], port: int, minutes: f
         scheduler.send_signal(signal.SIGTERM)
         code = scheduler.wait()
     print(f"\n{'due':8}  {'began':8}  {'late s':>6}  {'took s':>7}  state")
-    for due, began, took, state in runs:
-        late = "" if began is None else f"{(began - due).total_seconds():.1f}"
-        print(f"{due:%H:%M:%S}  {f'{began:%H:%M:%S}' if began else '':8}  {late:>6}  {'' if began is None else f'{took.total_seconds():.1f}':>7}  {state}")
-    ran = [(began, began + took) for _, began, took, _ in runs if began is not None]
-    met = sum(ends > begins for (_, ends), (begins, _) in itertools.pairwise(ran))
+    for run in runs:
+        began = "" if run.began is None else f"{run.began:%H:%M:%S}  {(run.began - run.due).total_seconds():6.1f}  {run.took.total_seconds():7.1f}"
+        print(f"{run.due:%H:%M:%S}  {began:25}  {run.state}")
+    ran = [run for run in runs if run.began is not None]
+    met = sum(run.ended > later.began for run, later in itertools.pairwise(ran) if later.began is not None)
     print(f"{len(ran)} runs began, {met} of them before the one before had ended; the scheduler ended with code {code}")
     return 1 if met or not ran else 0
 
 
-def runs_of(folder: Location) -> list[tuple[datetime, datetime | None, timedelta, str]]:
-    """Returns the runs whose time has come: due, began (None if it never did), took, how it ended."""
+@dataclass(frozen=True)
+class Ran:
+    """A run whose time has come.
+
+    Attributes:
+        began: None if it never did.
+        ended: now, where it has not.
+        took: time in which it was running, without an outage in between.
+    """
+
+    due: datetime
+    began: datetime | None
+    ended: datetime
+    took: timedelta
+    state: str
+
+
+def runs_of(folder: Location) -> list[Ran]:
+    """Returns the runs whose time has come, in the order of their times."""
     os.environ.update(environment(Plan.load(folder), folder, password_of(folder)))
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.sorting import FlowRunSort
@@ -70,7 +88,7 @@ def runs_of(folder: Location) -> list[tuple[datetime, datetime | None, timedelta
         found = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=200)
     now = datetime.now(UTC)
     due = [(run, run.expected_start_time) for run in found if run.expected_start_time is not None and run.expected_start_time < now]
-    return [(time, run.start_time if run.run_count else None, run.total_run_time, said(run.state)) for run, time in due]
+    return [Ran(time, run.start_time if run.run_count else None, run.end_time or now, run.estimated_run_time, said(run.state)) for run, time in due]
 
 
 def said(state: object) -> str:

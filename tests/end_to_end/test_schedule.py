@@ -349,7 +349,7 @@ def test_a_server_that_dies_ends_all_with_its_last_words(on_change: Scheduler):
 @pytest.mark.timeout(900)
 def test_the_command_itself_retrains_promotes_and_then_skips(tmp_path: Path):
     with kept_together(Scheduler(tmp_path, free_ports(1)[0], tmp_path / "storage" / "schedule" / "digits")) as scheduler:
-        kept = scheduler.keep(ddpm_command("schedule", "digits", *TINY, "--on-change", "--poll", "1s", "--port", str(scheduler.port)))
+        kept = scheduler.keep(ddpm_command("schedule", "digits", *TINY, "--on-change", "--poll", "1s", "--retries", "3", "--port", str(scheduler.port)))
         scheduler.ready(kept)
         wait_for(scheduler.runs, 60)
         first = scheduler.finished(scheduler.runs()[0]["id"], 600)

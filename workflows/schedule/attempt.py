@@ -55,7 +55,7 @@ class StageError(Exception):
 def run_stage(command: Sequence[str], stage: str, cwd: str, say: Callable[[str], None]) -> Outcome:
     """Does an attempt up to a stage; what was done is found again by the command itself.
 
-    However this is left, no process of the stage stays behind.
+    Interrupted, it asks the command to close its run, and leaves no process behind.
 
     Args:
         say: is given each line that the command writes to stderr.
@@ -72,7 +72,8 @@ def run_stage(command: Sequence[str], stage: str, cwd: str, say: Callable[[str],
                 said = _pass_on(process, say)
                 code = process.wait()
             finally:
-                processes.end(processes.with_descendants(process.pid), GRACE_S)
+                if process.returncode is None:
+                    processes.end(processes.with_descendants(process.pid), GRACE_S)
         stdout.seek(0)
         return read_outcome(code, stdout, said)
 
