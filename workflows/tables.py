@@ -107,8 +107,6 @@ def print_version(out: IO[str], facts: VersionFacts, moves: Sequence[Move], uri:
     unit = facts.metric.unit if facts.metric else None
     rows = {
         "metric": f"{facts.metric.name} = {_value(facts.metric)}, lower is better; intervals of 95 %" if facts.metric else "none",
-        if facts.metric
-        else "none",
         "unit": f"{unit.num_samples} samples from seed {unit.first_seed}, {unit.sampler}, against {unit.reference_count} images of {unit.reference_digest}"
         if unit
         else "",
