@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -186,7 +187,15 @@ def config_digest(config: RunConfig) -> str:
     return digest_of(*(result_fields(getattr(config, name)) for name in RunConfig.model_fields if name not in ("cluster", "retrain")))
 
 
+def public_tree(config: RunConfig) -> dict[str, Any]:
+    """Returns all settings as they may be shown to others: of a webhook's address, which often is its own password, the host alone."""
+    tree = config.model_dump(mode="json")
+    if config.retrain.webhook is not None:
+        tree["retrain"]["webhook"] = f"{urlsplit(config.retrain.webhook).hostname} (the address is not shown)"
+    return tree
+
+
 def flatten(config: RunConfig) -> dict[str, str]:
     """Returns every setting as `section.key` -> text."""
-    tree = config.model_dump(mode="json")
+    tree = public_tree(config)
     return {f"{section}.{key}": json.dumps(value) if isinstance(value, list | dict) else str(value) for section in tree for key, value in tree[section].items()}

@@ -17,7 +17,7 @@ from pipeline import preprocess as preprocess_stage
 from pipeline import register as register_stage
 from pipeline import train as train_stage
 from pipeline.artifacts import STAGES, AnyReceipt, Contest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
-from pipeline.config import RunConfig, config_digest, digest_of
+from pipeline.config import RunConfig, config_digest, digest_of, public_tree
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
 from pipeline.lease import HeldError, alone, held
@@ -147,7 +147,7 @@ def run(
             pipeline.listed = preprocess_stage.list_source(config.data, storage)
         check_files(config.evaluate)
         tracking = connect(storage) if until != "preprocess" else None
-        (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(public_tree(config), sort_keys=False))
         try:
             if config.cluster.address != "local":
                 needed = {

@@ -16,7 +16,7 @@ from components.data.shards import MANIFEST, QUARANTINE, SHARDS, Manifest, read_
 from components.data.summary import dataset_sheet, quarantine_by_reason
 from components.storage import Location
 from pipeline.artifacts import ShardSet
-from pipeline.config import RunConfig, config_digest, flatten
+from pipeline.config import RunConfig, config_digest, flatten, public_tree
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.follow import LAST_DELIVERY_S, Delivery, forget_deliveries
@@ -136,7 +136,7 @@ class TrackedRun:
             self.tracking.log_files(run_id, Location.of(staging), artifact_path)
 
     def _write_config(self, folder: Path) -> None:
-        text = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
+        text = yaml.safe_dump(public_tree(self._config), sort_keys=False)
         (folder / CONFIG_FILES[0]).write_text(text, encoding="utf-8")
 
     def _write_dataset(self, folder: Path, dataset: Location, manifest: Manifest, records: Collection[str]) -> None:

@@ -233,6 +233,7 @@ def test_the_run_holds_the_summary(week: Week):
     text = Path(client.download_artifacts(run_id, "retrain/summary.md")).read_text()
     assert text.startswith("**digits #3: promoted v2: ")
     assert f"<{week.mlflow}/#/experiments/" in text
+    assert client.get_run(run_id).data.params["retrain.webhook"] == "127.0.0.1 (the address is not shown)"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
