@@ -294,6 +294,28 @@ def compare_command(
         stdout.write(to_json(comparison, page) + "\n") if as_json else print_comparison(stdout, comparison, page)
 
 
+@app.command("verify-resume", rich_help_panel="Look")
+def verify_resume_command(
+    preset: Preset,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each training.")] = 200,
+    kills: Annotated[int, typer.Option(min=0, help="SIGKILLs: of a training worker, and of the driver with all its processes, by turns.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Decides whom they hit, and when.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON, as the only thing on stdout.")] = False,
+) -> None:
+    """Train undisturbed and the same with kills, and compare: weights, averages, optimiser, every point of the loss curve, what is left behind.
+
+    Exit code 0: equal, 1: not.
+    """
+    settings, _ = _load(preset, overrides, None)
+    path = str(find_preset(preset).resolve())
+    from workflows.verify_resume import verify_resume
+
+    signal.signal(signal.SIGTERM, _terminate)
+    with stdout_to_stderr() as stdout, _detaching():
+        raise typer.Exit(verify_resume(stdout, settings, path, overrides or [], steps=steps, kills=kills, seed=seed, as_json=as_json))
+
+
 @app.command(rich_help_panel="Look")
 def reference(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's folder, or how its name or digest begins.")],
