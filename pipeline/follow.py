@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from rich.markup import escape
+
+from components.model.checkpoint import damage_of, damaged_checkpoints
 from components.storage import Location
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
@@ -39,6 +42,7 @@ class Follower:
         self._context, self._steps = context, steps
         self._reader = open_metrics(context.folder)
         self._delivery = Delivery(context.folder, tracking, run_id)
+        self._damaged = set(damaged_checkpoints(context.folder))
         self._ended, self._late = threading.Event(), threading.Event()
         self._complete = False
         self._showing = threading.Thread(target=self._show, name="progress", daemon=True)
@@ -52,6 +56,7 @@ class Follower:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
         self._showing.join()
+        self._tell_damaged()
         self._delivering.join(LAST_DELIVERY_S)
         self._late.set()
         if not self._complete:
@@ -61,9 +66,19 @@ class Follower:
         done = self._last_step()
         with self._context.reporter.progress("train", self._steps, "steps", done) as advance:
             while not self._ended.wait(LOOK_LOCAL_S if self._context.folder.is_local else LOOK_REMOTE_S):
+                self._tell_damaged()
                 now = self._last_step()
                 advance(max(0, now - done))
                 done = max(done, now)
+
+    def _tell_damaged(self) -> None:
+        """Says which checkpoints workers have set aside since the last look."""
+        with contextlib.suppress(OSError):
+            for path in damaged_checkpoints(self._context.folder):
+                if path not in self._damaged:
+                    self._damaged.add(path)
+                    reason = escape(damage_of(path))
+                    self._context.reporter.line(f"  [yellow]warning[/] a damaged checkpoint is set aside as {path.name}, the one before it is used: {reason}")
 
     def _last_step(self) -> int:
         with contextlib.suppress(OSError):

@@ -66,7 +66,9 @@ class TrainConfig(BaseModel):
     checkpoint_every: int = Field(5000, ge=1, json_schema_extra=_NO_RESULT)
     """Steps between two checkpoints."""
     keep_last: int = Field(2, ge=1, json_schema_extra=_NO_RESULT)
-    """Checkpoints that are kept."""
+    """Last checkpoints that are kept."""
+    keep_every: int | None = Field(None, ge=1, json_schema_extra=_NO_RESULT)
+    """Checkpoints at multiples of this step are kept for good; a multiple of `checkpoint_every`."""
     sample_every: int = Field(10_000, ge=1, json_schema_extra=_NO_RESULT)
     """Steps between two sample grids."""
     max_nonfinite_steps: int = Field(10, ge=0, json_schema_extra=_NO_RESULT)
@@ -77,6 +79,12 @@ class TrainConfig(BaseModel):
         decays = (self.ema_decay, *self.more_ema_decays)
         if (repeated := next((decay for decay in self.more_ema_decays if decays.count(decay) > 1), None)) is not None:
             raise ValueError(f"more_ema_decays={list(self.more_ema_decays)} holds {repeated} twice, ema_decay={self.ema_decay} counted; state each decay once")
+        return self
+
+    @model_validator(mode="after")
+    def _check_keeping(self) -> Self:
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise ValueError(f"keep_every={self.keep_every} is no multiple of checkpoint_every={self.checkpoint_every}; use a multiple")
         return self
 
 

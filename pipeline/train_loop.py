@@ -373,7 +373,7 @@ def _save_checkpoint(trainer: Trainer, attempt: Attempt) -> Location:
     attempt.check()
     path = attempt.folder / checkpoint_name(trainer.step, attempt.number)
     trainer.save(path)
-    prune(attempt.folder, trainer.config.keep_last, path)
+    prune(attempt.folder, trainer.config.keep_last, path, trainer.config.keep_every)
     return path
 
 

@@ -6,15 +6,18 @@ ema.safetensors     averaged weights: what samples are drawn from
 ema-0.999.safetensors   a further average, named by its decay, where training kept any
 weights.safetensors optimizer.safetensors state.json      what training needs to go on
 manifest.json       every file with its size and SHA-256, written last
+
+damaged_step_000000500-0001/    one that does not match its manifest: set aside with `damage.txt`, which says why, and not looked at again
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -29,7 +32,9 @@ from ..storage import Location
 from .unet import UNet, UNetConfig
 
 MANIFEST = "manifest.json"
+DAMAGED, DAMAGE_FILE = "damaged_", "damage.txt"
 MAIN_AVERAGE = "ema"
+_STAGING = ".tmp"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
 
 
@@ -192,7 +197,7 @@ def _staging(path: Location) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
             yield Path(folder)
         return
-    staging = path.path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staging = path.path.with_name(f".{path.name}.{os.getpid()}{_STAGING}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
@@ -360,26 +365,76 @@ def checkpoints(folder: Location) -> list[Location]:
     return [folder / name for name in sorted(folder.folders(), reverse=True) if name.startswith("step_")]
 
 
+def checkpoint_step(path: Location) -> int:
+    """Returns the step of a checkpoint folder."""
+    return int(path.name.removeprefix("step_").partition("-")[0])
+
+
 def newest_whole_checkpoint(folder: Location) -> Location | None:
-    """Returns the last checkpoint, by step, that passes its checksums; None if there is none.
+    """Returns the last checkpoint, by step, that passes its checksums; None if there is none. Newer ones that do not are set aside.
 
     Raises:
         OSError: if the storage cannot be reached, or this machine's disk is full: then it is not known which are whole.
     """
-    for path in filter(is_complete, checkpoints(folder)):
+    for path in checkpoints(folder):
+        if _is_unfinished(path):
+            continue
         try:
             with _copied(path, None) as copy:
                 verify(copy)
-        except DataError:
+        except DataError as error:
+            _set_aside(path, str(error))
             continue
         return path
     return None
 
 
-def prune(folder: Location, keep_last: int, written: Location) -> None:
-    """Removes checkpoints before the one that was just written, but the last few whole ones; torn ones do not count among these."""
+def _is_unfinished(path: Location) -> bool:
+    """Tells whether a checkpoint on S3 lacks the manifest, which goes last: it may be under way still. On a file system it appears in one step."""
+    return not path.is_local and not (path / MANIFEST).is_file()
+
+
+def _set_aside(path: Location, reason: str) -> None:
+    """Gives a damaged checkpoint a name that says so, and a file that says why."""
+    taken, name = path.parent.folders(), f"{DAMAGED}{path.name}"
+    free = next(name for name in itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2))) if name not in taken)
+    # A disk without room for a line must not keep training from an older checkpoint.
+    with suppress(OSError):
+        (path / DAMAGE_FILE).write_text(reason + "\n")
+    path.rename(path.parent / free)
+
+
+def damaged_checkpoints(folder: Location) -> list[Location]:
+    """Returns the checkpoints of a training run that were set aside, the oldest first."""
+    return [folder / name for name in folder.folders() if name.startswith(DAMAGED)]
+
+
+def damage_of(path: Location) -> str:
+    """Returns why a checkpoint was set aside."""
+    try:
+        return (path / DAMAGE_FILE).read_text().strip()
+    except OSError:
+        return "it does not match its checksums"
+
+
+def prune(folder: Location, keep_last: int, written: Location, keep_every: int | None = None) -> None:
+    """Removes checkpoints before the one that was just written, but those to be kept; torn ones do not count among these.
+
+    Args:
+        keep_last: the last whole ones that are kept.
+        keep_every: steps, of whose multiples the last whole checkpoint is kept for good.
+    """
     whole = [path for path in checkpoints(folder) if path == written or is_complete(path)]
-    kept = {written, *whole[:keep_last]}
+    # The newest comes first, so that of several attempts' checkpoints of a step the latest is set down last.
+    of_step = {checkpoint_step(path): path for path in reversed(whole)}
+    kept = {written, *whole[:keep_last], *(path for step, path in of_step.items() if keep_every and step % keep_every == 0)}
     for path in checkpoints(folder):
         if path not in kept and path.name < written.name:
             path.remove_tree()
+    _remove_unfinished(folder)
+
+
+def _remove_unfinished(folder: Location) -> None:
+    """Removes what attempts left that were killed while they wrote a checkpoint."""
+    for staging in folder.path.glob(f".step_*{_STAGING}") if folder.is_local else ():
+        shutil.rmtree(staging, ignore_errors=True)

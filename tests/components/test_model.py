@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from servers import S3Server
 
 from components.diffusion.schedule import DiffusionConfig
 from components.errors import DataError
@@ -13,6 +14,11 @@ from components.model.checkpoint import (
     TrainingState,
     average_name,
     averages_in,
+    checkpoint_name,
+    checkpoint_step,
+    checkpoints,
+    damage_of,
+    damaged_checkpoints,
     load_denoiser,
     load_training_state,
     newest_whole_checkpoint,
@@ -140,7 +146,35 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: s
         file.unlink()
     with pytest.raises(DataError, match=file.name):
         verify(tmp_path / "step_000000008")
-    assert newest_whole_checkpoint(Location.of(tmp_path)) == Location.of(tmp_path / "step_000000004")
+    folder = Location.of(tmp_path)
+    for _ in range(2):
+        assert newest_whole_checkpoint(folder) == folder / "step_000000004"
+        assert folder.folders() == ["damaged_step_000000008", "step_000000004"]
+    assert damaged_checkpoints(folder) == [folder / "damaged_step_000000008"]
+    assert file.name in damage_of(folder / "damaged_step_000000008")
+
+
+def test_a_checkpoint_that_is_damaged_under_a_name_set_aside_before_gets_another_one(tmp_path: Path):
+    folder = Location.of(tmp_path)
+    for _ in range(3):
+        write(tmp_path / "step_000000004-0001")
+        (tmp_path / "step_000000004-0001" / "state.json").write_text("{}")
+        assert newest_whole_checkpoint(folder) is None
+    assert [path.name for path in damaged_checkpoints(folder)] == [f"damaged_step_000000004-0001{end}" for end in ("", ".2", ".3")]
+
+
+def test_on_s3_a_damaged_checkpoint_is_set_aside_and_one_under_way_is_left_alone(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in {**s3.env, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}.items():
+        monkeypatch.setenv(name, value)
+    folder = Location.of(f"s3://{s3.bucket}/damaged/run")
+    for step in (4, 8, 12):
+        write(tmp_path / "made", step)
+        (folder / checkpoint_name(step, 1)).upload(tmp_path / "made", last="manifest.json")
+    (folder / checkpoint_name(8, 1) / "weights.safetensors").write_text("half")
+    (folder / checkpoint_name(12, 1) / "manifest.json").remove()
+    assert newest_whole_checkpoint(folder) == folder / checkpoint_name(4, 1)
+    assert folder.folders() == [f"damaged_{checkpoint_name(8, 1)}", checkpoint_name(4, 1), checkpoint_name(12, 1)]
+    assert "weights.safetensors" in damage_of(folder / f"damaged_{checkpoint_name(8, 1)}")
 
 
 def test_a_checkpoint_replaces_an_older_one_of_the_same_step(tmp_path: Path):
@@ -205,6 +239,34 @@ def test_pruning_counts_whole_checkpoints_only_and_never_takes_the_one_just_writ
         (folder / torn / "ema.safetensors").write_text("half")
     prune(folder, 2, folder / "step_000000950-0003")
     assert folder.folders() == ["step_000000900-0001", "step_000000950-0003", "step_000001000-0001", "step_000001000-0002"]
+
+
+@pytest.mark.parametrize(("keep_every", "kept"), [(None, [7, 8]), (2, [2, 4, 6, 7, 8]), (3, [3, 6, 7, 8]), (4, [4, 7, 8]), (100, [7, 8])])
+def test_checkpoints_at_multiples_of_keep_every_are_never_pruned(tmp_path: Path, keep_every: int | None, kept: list[int]):
+    folder = Location.of(tmp_path)
+    for step in range(1, 9):
+        write(tmp_path / checkpoint_name(step, 1))
+        prune(folder, 2, folder / checkpoint_name(step, 1), keep_every)
+    assert [checkpoint_step(path) for path in reversed(checkpoints(folder))] == kept
+
+
+def test_of_a_step_to_be_kept_that_was_written_twice_the_later_whole_one_is_kept(tmp_path: Path):
+    folder = Location.of(tmp_path)
+    for attempt in (1, 2, 3):
+        write(tmp_path / checkpoint_name(4, attempt))
+    (tmp_path / checkpoint_name(4, 3) / "ema.safetensors").write_text("half")
+    write(tmp_path / checkpoint_name(5, 4))
+    prune(folder, 1, folder / checkpoint_name(5, 4), 4)
+    assert folder.folders() == [checkpoint_name(4, 2), checkpoint_name(5, 4)]
+
+
+def test_what_a_killed_writer_left_half_written_is_removed_by_the_next_one(tmp_path: Path):
+    (tmp_path / ".step_000000004-0001.123.tmp").mkdir()
+    (tmp_path / ".step_000000004-0001.123.tmp" / "ema.safetensors").write_text("half")
+    written = Location.of(tmp_path / checkpoint_name(8, 2))
+    write(written.path)
+    prune(Location.of(tmp_path), 2, written)
+    assert [path.name for path in tmp_path.iterdir()] == [written.name]
 
 
 def test_a_storage_that_cannot_be_reached_says_nothing_about_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,6 +18,7 @@ from cluster.config import ClusterConfig
 from cluster.machine import Gauges
 from components.data.reader import RowReader
 from components.data.shards import read_manifest
+from components.model.checkpoint import checkpoint_name, newest_whole_checkpoint
 from components.storage import Location
 from pipeline import follow, system_watch
 from pipeline.artifacts import Evaluation, TrainedModel
@@ -118,6 +119,19 @@ def test_a_server_that_never_answers_does_not_keep_a_training_from_its_end(
         with Follower(context, tracking, "0" * 32, 10):
             write_lines(NotebookWriter(Attempt(context.folder)), range(1, 11))
     assert "MLflow has not got all metrics yet; they wait in" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_a_worker_sets_aside_is_told_once_and_not_again_the_next_time(context: StageContext, capsys: pytest.CaptureFixture[str]):
+    tracking = connect(context.storage)
+    run_id = tracking.open_run("ddpm-test", "damaged", None)
+    for step in (4, 8):
+        with Follower(context, tracking, run_id, 10):
+            (context.folder / checkpoint_name(step, 1) / "manifest.json").write_text("half a manif")
+            assert newest_whole_checkpoint(context.folder) is None
+        told = [line for line in capsys.readouterr().err.splitlines() if "damaged checkpoint" in line]
+        assert len(told) == 1
+        assert f"is set aside as damaged_{checkpoint_name(step, 1)}, the one before it is used: " in told[0]
+        assert "manifest.json cannot be read" in told[0]
 
 
 def test_a_slow_server_gets_as_much_as_there_is_time_for_and_the_rest_the_next_time(context: StageContext):
