@@ -55,12 +55,14 @@ class Struck:
     """A fault that was done.
 
     Attributes:
+        hit: the process or checkpoint that it was done to.
         seconds: when, since the training first started.
         step: how far the loss curve had come.
         recovered_s: seconds from then until the curve went on.
     """
 
     kind: Kind
+    hit: str
     seconds: float
     step: int
     recovered_s: float | None = None
@@ -221,28 +223,36 @@ class Ordeal:
         """Does the next fault, if there is something that it can hit, and returns whether the command has to be started again."""
         fault = self.pending[0]
         if fault.kind == "worker killed":
-            workers = family.training_workers()
-            if not workers:
-                return False
-            with suppress(psutil.NoSuchProcess):
-                workers[fault.draw % len(workers)].kill()
+            hit = _kill_one(family.training_workers(), fault.draw)
         elif fault.kind == "driver killed":
-            family.kill()
-        elif (newest := self._newest_checkpoint()) is None:
-            return False
-        else:
+            hit = f"{family.kill()} processes"
+        elif (newest := self._newest_checkpoint()) is not None:
             family.kill()
             damage(newest, fault.kind, fault.draw)
-        self._done(fault)
-        return fault.kind != "worker killed"
+            hit = newest.name
+        else:
+            hit = ""
+        if hit:
+            self._done(fault, hit)
+        return bool(hit) and fault.kind != "worker killed"
 
     def _newest_checkpoint(self) -> Path | None:
         folder = self.trial.training_folder()
         return next((path.path for path in checkpoints(folder) if is_complete(path)), None) if folder else None
 
-    def _done(self, fault: Fault) -> None:
-        self.struck.append(Struck(fault.kind, time.monotonic() - self._began, self._step))
+    def _done(self, fault: Fault, hit: str) -> None:
+        self.struck.append(Struck(fault.kind, hit, time.monotonic() - self._began, self._step))
         self.pending, self._due = self.pending[1:], None
+
+
+def _kill_one(processes: Sequence[psutil.Process], draw: int) -> str:
+    """Kills one of some processes and returns which; nothing where there is none."""
+    if not processes:
+        return ""
+    number = draw % len(processes)
+    with suppress(psutil.NoSuchProcess):
+        processes[number].kill()
+    return f"{number + 1} of {len(processes)}, pid {processes[number].pid}"
 
 
 def damage(checkpoint: Path, kind: Kind, draw: int) -> None:

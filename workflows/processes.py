@@ -59,8 +59,9 @@ class Family:
             time.sleep(POLL_S)
         return [f"{member.pid} {_title(member)[:60]}" for member in alive]
 
-    def kill(self) -> None:
-        """Ends everybody with SIGKILL, the command first, and returns when nobody is left."""
+    def kill(self) -> int:
+        """Ends everybody with SIGKILL, the command first, waits until nobody is left, and returns how many there were."""
+        count = len(self.look())
         self._main.kill()
         self._main.wait()
         while alive := self.look():
@@ -68,6 +69,7 @@ class Family:
                 with suppress(psutil.NoSuchProcess):
                     member.kill()
             time.sleep(POLL_S)
+        return count
 
 
 def _by_parent() -> dict[int, list[psutil.Process]]:
@@ -98,7 +100,7 @@ def shared_memory_files() -> set[str]:
     found = set()
     for file in _SHARED_MEMORY.glob("*"):
         with suppress(OSError):
-            if file.stat().st_uid == os.getuid():
+            if file.is_file() and file.stat().st_uid == os.getuid():
                 found.add(file.name)
     return found
 

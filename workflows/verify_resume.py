@@ -83,7 +83,7 @@ def compare(undisturbed: Ending, disturbed: Ending) -> list[Compared]:
 
 
 def _compare_file(name: str, one: str, other: str) -> Compared:
-    return Compared(name, one[:12], "" if one == other else f"{other[:12]} after the kills")
+    return Compared(name, one[:12], "" if one == other else f"{other[:12]} where disturbed")
 
 
 def _compare_curves(what: str, one: Sequence[tuple[int, float]], other: Sequence[tuple[int, float]]) -> Compared:
@@ -214,7 +214,7 @@ def told(verdict: Verdict) -> str:
     disturbed = verdict.disturbed
     lines = [
         f"undisturbed  {verdict.undisturbed.seconds:.0f} s",
-        f"disturbed    {disturbed.seconds:.0f} s, {len(disturbed.struck)} of {verdict.wanted} kills, {disturbed.starts} starts of the command",
+        f"disturbed    {disturbed.seconds:.0f} s, {len(disturbed.struck)} of {verdict.wanted} faults, {disturbed.starts} starts of the command",
         *(f"  {_told_fault(one)}" for one in disturbed.struck),
         *(f"{'same' if one.equal else 'UNLIKE':6} {one.what}: {one.detail}{'' if one.equal else f'; {one.difference}'}" for one in verdict.compared),
         f"left behind  {verdict.left}",
@@ -225,7 +225,7 @@ def told(verdict: Verdict) -> str:
 
 def _told_fault(struck: Struck) -> str:
     after = "" if struck.recovered_s is None else f", {struck.recovered_s:.1f} s to the next step"
-    return f"{struck.kind} at {struck.seconds:.1f} s after step {struck.step}{after}"
+    return f"{struck.kind} ({struck.hit}) at {struck.seconds:.1f} s after step {struck.step}{after}"
 
 
 def _conclusion(verdict: Verdict) -> str:
@@ -233,7 +233,7 @@ def _conclusion(verdict: Verdict) -> str:
     if verdict.equal:
         waits = [one.recovered_s for one in verdict.disturbed.struck if one.recovered_s is not None]
         typical = f"; {statistics.median(waits):.0f} s to the next step (median)" if waits else ""
-        return f"EQUAL: {done} kills changed nothing{typical}"
+        return f"EQUAL: {done} faults changed nothing{typical}"
     if all(one.equal for one in verdict.compared):
-        return f"NOT SHOWN: equal, but the training ended after {done} of {wanted} kills; use more --steps"
+        return f"NOT SHOWN: equal, but the training ended after {done} of {wanted} faults; use more --steps"
     return "NOT EQUAL: " + ", ".join(one.what for one in verdict.compared if not one.equal)
