@@ -12,6 +12,7 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def main() -> None:
     settings = [*scaled_down(options.steps, options.kills), *options.settings]
     workers = load_config(preset, settings).cluster.num_workers
     folder = new_folder()
+    # Asked to end, it ends the training that it watches too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     verdict = contrast(folder, str(preset), settings, plan(options.kills, options.damages, options.steps, options.seed), Reporter())
     set_aside = damage_told(Trial(str(preset), (), folder / "b"))
     print(f"{options.preset}, {options.steps} steps, {workers} workers, {os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__},")
@@ -83,7 +86,7 @@ def table(struck: Sequence[Struck], wanted: dict[str, int]) -> str:
 
 def all_set_aside(verdict: Verdict, set_aside: Sequence[str]) -> bool:
     """Tells whether each damaged checkpoint was set aside."""
-    return all(any(one.hit in line for line in set_aside) for one in verdict.disturbed.struck if one.kind in DAMAGES)
+    return all(any(one.hit in line for line in set_aside) for one in verdict.disturbed.struck if one.hit.startswith("step_"))
 
 
 if __name__ == "__main__":

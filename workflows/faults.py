@@ -18,7 +18,7 @@ from components.model.checkpoint import checkpoints, is_complete
 from components.storage import Location
 from pipeline.artifacts import TrainedModel
 from pipeline.errors import ConfigError
-from pipeline.notebook import METRICS_FOLDER, open_metrics
+from pipeline.notebook import ATTEMPT_FILE, METRICS_FOLDER, Ticket, open_metrics
 from workflows.processes import Family
 
 Kind = Literal["worker killed", "driver killed", "newest checkpoint truncated", "newest checkpoint bit-flipped"]
@@ -58,13 +58,15 @@ class Struck:
         hit: the process or checkpoint that it was done to.
         seconds: when, since the training first started.
         step: how far the loss curve had come.
-        recovered_s: seconds from then until the curve went on.
+        attempt: number of the start of the workers that was under way.
+        recovered_s: seconds from then until a later start added to the curve.
     """
 
     kind: Kind
     hit: str
     seconds: float
     step: int
+    attempt: int
     recovered_s: float | None = None
 
 
@@ -168,6 +170,7 @@ class Ordeal:
     _began: float = field(default_factory=time.monotonic)
     _due: float | None = None
     _step: int = 0
+    _writer: int = 0
 
     def run(self) -> Endured:
         """Runs the command, strikes it, and runs it again, until it comes to its end.
@@ -208,8 +211,9 @@ class Ordeal:
         folder, now = self.trial.training_folder(), time.monotonic() - self._began
         lines = open_metrics(folder).lines() if folder else []
         self._step = lines[-1].step if lines else 0
+        self._writer = max((int(name.partition("-")[0]) for name in (folder / METRICS_FOLDER).files()), default=0) if folder else 0
         self.struck = [
-            replace(one, recovered_s=now - one.seconds) if one.recovered_s is None and (ended or self._step > one.step) else one for one in self.struck
+            replace(one, recovered_s=now - one.seconds) if one.recovered_s is None and (ended or self._writer > one.attempt) else one for one in self.struck
         ]
 
     def _is_due(self) -> bool:
@@ -226,22 +230,30 @@ class Ordeal:
             hit = _kill_one(family.training_workers(), fault.draw)
         elif fault.kind == "driver killed":
             hit = f"{family.kill()} processes"
-        elif (newest := self._newest_checkpoint()) is not None:
+        elif self._newest_checkpoint() is not None:
             family.kill()
-            damage(newest, fault.kind, fault.draw)
-            hit = newest.name
+            hit = self._damage_newest(fault)
         else:
             hit = ""
         if hit:
             self._done(fault, hit)
         return bool(hit) and fault.kind != "worker killed"
 
+    def _damage_newest(self, fault: Fault) -> str:
+        """Damages the newest checkpoint and returns its name; until all were dead, another one may have been finished, or the last one set aside."""
+        newest = self._newest_checkpoint()
+        if newest is None:
+            return "none was left"
+        damage(newest, fault.kind, fault.draw)
+        return newest.name
+
     def _newest_checkpoint(self) -> Path | None:
         folder = self.trial.training_folder()
         return next((path.path for path in checkpoints(folder) if is_complete(path)), None) if folder else None
 
     def _done(self, fault: Fault, hit: str) -> None:
-        self.struck.append(Struck(fault.kind, hit, time.monotonic() - self._began, self._step))
+        folder, seconds = self.trial.training_folder(), time.monotonic() - self._began
+        self.struck.append(Struck(fault.kind, hit, seconds, self._step, current_attempt(folder) if folder else 0))
         self.pending, self._due = self.pending[1:], None
 
 
@@ -265,6 +277,14 @@ def damage(checkpoint: Path, kind: Kind, draw: int) -> None:
         return
     content[place] ^= 1 << draw % 8
     file.write_bytes(content)
+
+
+def current_attempt(folder: Location) -> int:
+    """Returns the number of the last start of a training's workers, 0 before the first."""
+    try:
+        return Ticket.model_validate_json((folder / ATTEMPT_FILE).read_text()).number
+    except FileNotFoundError:
+        return 0
 
 
 def raw_curve(folder: Location) -> list[tuple[int, float]]:

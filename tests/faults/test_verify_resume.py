@@ -18,7 +18,7 @@ STEPS = 300
 
 
 def test_a_training_with_a_killed_worker_and_a_killed_driver_ends_like_an_undisturbed_one_and_leaves_no_process(command: Callable[..., Any], tmp_path: Path):
-    done = command("verify-resume", "digits", *SMALL, "--steps", str(STEPS), "--kills", "2", "--json", cwd=tmp_path)
+    done = command("verify-resume", "digits", *SMALL, "--steps", str(STEPS), "--kills", "2", "--json", cwd=tmp_path, timeout=390)
     assert done.code == 0, done.stdout + done.stderr
     found = done.json
     assert {one["what"] for one in found["compared"]} >= {"weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}

@@ -18,7 +18,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("run", "preprocess", "train", "evaluate", "register", "config", "sample", "models", "data", "ui"):
+    for name in ("run", "preprocess", "train", "evaluate", "register", "config", "sample", "models", "data", "ui", "verify-resume"):
         assert f" {name} " in done.stdout
 
 
