@@ -1,4 +1,4 @@
-# make demo | test | check | lock | manifests: each sets up what it needs.
+# make demo | test | test-slow | check | lock | manifests: each sets up what it needs.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,13 +8,16 @@ READY := $(VENV)/.ready
 MANIFEST ?= cifar10-small cluster.storage=/mnt/ddpm --claim ddpm-storage --secret ddpm
 KUBERNETES := cluster/kubernetes
 
-.PHONY: demo test check lock manifests clean
+.PHONY: demo test test-slow check lock manifests clean
 
 demo: $(READY)
 	$(BIN)/ddpm run digits
 
 test: check
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: $(READY)
+	$(BIN)/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -62,6 +62,7 @@ def test_a_storage_root_that_is_not_shared_is_noticed_before_the_run_with_the_no
     assert "preprocess" not in done.stdout.partition("checking from 2 nodes that ")[2]
 
 
+@pytest.mark.slow
 def test_a_link_cut_during_training_leaves_a_run_that_ends_right(site: Site, tmp_path: Path):
     nodes, s3 = site.nodes, site.s3
     settings = [*TINY, f"train.steps={STEPS}", "train.checkpoint_every=10", "cluster.num_workers=[1, 2]", "cluster.group_timeout_s=60"]

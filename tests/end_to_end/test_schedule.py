@@ -117,7 +117,7 @@ class Scheduler:
         return [(task["name"], task["state"]["name"]) for task in sorted(found, key=lambda task: task["start_time"])]
 
     def run_now(self) -> str:
-        deployment = self.ask("GET", "deployments/name/retrain/nightly")["id"]
+        deployment = self.ask("GET", f"deployments/name/retrain/{self.folder.name}")["id"]
         return self.ask("POST", f"deployments/{deployment}/create_flow_run", {})["id"]
 
     def finished(self, run_id: str, timeout: float = 60) -> dict[str, Any]:
@@ -280,6 +280,7 @@ def on_change(scheduler: Scheduler, tmp_path_factory: pytest.TempPathFactory) ->
     return scheduler
 
 
+@pytest.mark.slow
 def test_an_attempt_follows_a_change_and_nothing_else(on_change: Scheduler):
     deployment = on_change.ask("GET", "deployments/name/retrain/nightly")
     assert deployment["schedules"] == [], "the times of the earlier start are gone"
@@ -291,6 +292,7 @@ def test_an_attempt_follows_a_change_and_nothing_else(on_change: Scheduler):
     assert json.loads((on_change.folder / "seen.json").read_text())["number"] == 2
 
 
+@pytest.mark.slow
 def test_a_failed_stage_is_tried_again_and_finished_ones_are_found(on_change: Scheduler):
     on_change.behave(codes={"train": [1]}, outcome="promoted")
     before = on_change.count("begin", "preprocess"), on_change.count("begin", "train")
@@ -299,6 +301,7 @@ def test_a_failed_stage_is_tried_again_and_finished_ones_are_found(on_change: Sc
     assert (on_change.count("begin", "preprocess"), on_change.count("begin", "train")) == (before[0] + 1, before[1] + 2)
 
 
+@pytest.mark.slow
 def test_a_finished_run_shows_its_summary_and_links_into_mlflow(on_change: Scheduler):
     on_change.behave()
     run_id = on_change.finished(on_change.run_now())["id"]
@@ -317,6 +320,7 @@ def test_a_finished_run_shows_its_summary_and_links_into_mlflow(on_change: Sched
         (2, "FAILED", "Failed", "exit code 2: preprocess fails with 2"),
     ],
 )
+@pytest.mark.slow
 def test_a_stage_that_ends_the_attempt_ends_the_run_at_once_and_names_its_state(on_change: Scheduler, code: int, kind: str, name: str, message: str):
     on_change.behave(codes={"preprocess": [code]})
     run = on_change.finished(on_change.run_now())
@@ -324,6 +328,7 @@ def test_a_stage_that_ends_the_attempt_ends_the_run_at_once_and_names_its_state(
     assert [stage for stage, _ in on_change.tasks(run["id"])] == ["preprocess"]
 
 
+@pytest.mark.slow
 def test_a_run_asked_for_while_another_goes_on_is_cancelled_and_cancelling_ends_every_process(on_change: Scheduler):
     on_change.behave(seconds={"preprocess": 600})
     before = on_change.count("begin")
@@ -337,6 +342,7 @@ def test_a_run_asked_for_while_another_goes_on_is_cancelled_and_cancelling_ends_
     assert not psutil.pid_exists(script)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_ends_all_with_its_last_words(on_change: Scheduler):
     server = next(process for process in on_change.processes() if "prefect server start" in " ".join(process.cmdline()))
     server.kill()
@@ -346,6 +352,7 @@ def test_a_server_that_dies_ends_all_with_its_last_words(on_change: Scheduler):
     assert on_change.processes() == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_command_itself_retrains_promotes_and_then_skips(tmp_path: Path):
     with kept_together(Scheduler(tmp_path, free_ports(1)[0], tmp_path / "storage" / "schedule" / "digits")) as scheduler:

@@ -233,6 +233,7 @@ def jobs_of(site: Site, name: str) -> list[tuple[str, str]]:
     return sorted((job["submission_id"], job["status"]) for job in jobs if (job["metadata"] or {}).get("ddpm.name") == name)
 
 
+@pytest.mark.slow
 def test_a_tick_finds_its_job_again_in_progress_and_done(site: Site, promoted: Finished):
     assert "ddpm-retrain~nightly~monday-1 is in progress already; attached to it" in promoted.stdout
     assert re.search(r"^nightly #1: promoted v1: .*\nddpm retrain: exit code 0\n", promoted.stdout, re.MULTILINE)
@@ -241,6 +242,7 @@ def test_a_tick_finds_its_job_again_in_progress_and_done(site: Site, promoted: F
     assert jobs_of(site, "retrain~nightly~monday") == [("ddpm-retrain~nightly~monday-1", "SUCCEEDED")]
 
 
+@pytest.mark.slow
 def test_another_tick_with_nothing_new_is_skipped(site: Site, promoted: Finished):
     skipped = site.ddpm("retrain", "digits", site.storage, *NIGHTLY, "--tick", "tuesday")
     assert skipped.code == 11, skipped.stdout + skipped.stderr
@@ -248,6 +250,7 @@ def test_another_tick_with_nothing_new_is_skipped(site: Site, promoted: Finished
     assert jobs_of(site, "retrain~nightly~tuesday") == [("ddpm-retrain~nightly~tuesday-1", "SUCCEEDED")]
 
 
+@pytest.mark.slow
 def test_a_tick_goes_on_where_it_failed_and_not_where_a_person_stopped_it(site: Site, promoted: Finished):
     tick = ["retrain", "digits", site.storage, *NIGHTLY, "train.steps=4000", "--tick", "wednesday"]
     refused = site.ddpm(*tick, "retrain.max_hours=1e-9")
@@ -265,6 +268,7 @@ def test_a_tick_goes_on_where_it_failed_and_not_where_a_person_stopped_it(site: 
     assert [status for _, status in jobs_of(site, "retrain~nightly~wednesday")] == ["FAILED", "STOPPED"]
 
 
+@pytest.mark.slow
 def test_a_tick_whose_log_is_lost_is_not_taken_for_a_promotion(site: Site, promoted: Finished):
     logs = [
         path for index in range(3) for path in site.nodes.network.disk(index).rglob("job-driver-ddpm-retrain~nightly~monday-1.log") if not path.is_symlink()
@@ -342,6 +346,7 @@ def schedule(site: Site, tmp_path: Path) -> Iterator[Schedule]:
         yield Schedule(site, api, tmp_path, cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0])
 
 
+@pytest.mark.slow
 def test_the_cronjob_s_pod_and_the_rayjob_that_it_makes_run_as_written(schedule: Schedule):
     import mlflow
 

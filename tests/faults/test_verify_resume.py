@@ -17,6 +17,7 @@ SMALL = ["train.global_batch_size=32", "train.warmup_steps=2", "model.base_chann
 STEPS = 320
 
 
+@pytest.mark.slow
 def test_a_training_with_a_killed_worker_and_a_killed_driver_ends_like_an_undisturbed_one_and_leaves_no_process(command: Callable[..., Any], tmp_path: Path):
     done = command("verify-resume", "digits", *SMALL, "--steps", str(STEPS), "--kills", "2", "--json", cwd=tmp_path, timeout=390)
     assert done.code == 0, done.stdout + done.stderr
@@ -32,6 +33,7 @@ def test_a_training_with_a_killed_worker_and_a_killed_driver_ends_like_an_undist
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_trainings_that_differ_are_not_called_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     settings, preset = [*SMALL, "cluster.num_workers=1"], find_preset("digits")
     out, options = io.StringIO(), {"steps": 8, "kills": 0, "seed": 0, "as_json": True}
