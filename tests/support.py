@@ -29,6 +29,7 @@ from components.data.shards import (
     write_shard,
 )
 from components.storage import Location
+from pipeline.artifacts import MetricUnit
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -45,6 +46,19 @@ TINY = [
     "evaluate.batch_size=16",
     "evaluate.extractor=dct8",
 ]
+
+UNIT = MetricUnit(
+    extractor="fd_dct8_v1",
+    extractor_digest="e",
+    preprocessing="p",
+    reference_digest="r",
+    reference_count=100,
+    num_samples=1000,
+    first_seed=0,
+    sampler="ddim",
+    steps=50,
+)
+"""What numbers are measured in, where nothing is measured."""
 
 
 @dataclass(frozen=True)

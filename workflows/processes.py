@@ -39,13 +39,13 @@ class Family:
     def look(self) -> list[psutil.Process]:
         """Returns who is alive, new descendants included, the eldest first; to be called often, for it is how they become known."""
         children = _by_parent()
-        unseen = [member for member in self._members if _is_alive(member)]
+        unseen = [member for member in self._members if is_alive(member)]
         while unseen:
             for child in children.get(unseen.pop().pid, []):
                 if child not in self._members:
                     self._members.add(child)
                     unseen.append(child)
-        return sorted((member for member in self._members if _is_alive(member)), key=lambda member: (member.create_time(), member.pid))
+        return sorted((member for member in self._members if is_alive(member)), key=lambda member: (member.create_time(), member.pid))
 
     def training_workers(self) -> list[psutil.Process]:
         """Returns Ray Train's workers, the eldest first."""
@@ -80,7 +80,7 @@ def _by_parent() -> dict[int, list[psutil.Process]]:
     return children
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     """Tells whether it runs; what is dead and only waits to be taken note of does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -9,10 +9,10 @@ import typer
 from cluster.config import ClusterError
 from cluster.connect import quiet
 from cluster.jobs import Job, JobServer
-from pipeline.config import RunConfig, config_digest
+from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
 from workflows.outcome import said_in
-from workflows.submit import CONFIG_FILE, Packages, check_paths, check_room, follow_job, say_where, send, variables_of
+from workflows.submit import CONFIG_FILE, Packages, check_paths, check_room, check_settings, follow_job, say_where, send, variables_of
 
 _TICK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ATTEMPT, AGAIN = "retrain~", "the same command goes on with the attempt"
@@ -69,11 +69,7 @@ def _running(latest: Job | None, config: RunConfig) -> str | None:
     """
     if latest is None or not latest.is_running:
         return None
-    if latest.config_digest != config_digest(config):
-        raise ConfigError(
-            f"{latest.id} is in progress with other settings (digest {latest.config_digest}, not {config_digest(config)}); "
-            f"wait for it, or stop it with ddpm jobs stop {latest.name}"
-        )
+    check_settings(latest, config, f"{latest.id} is in progress", f"wait for it, or stop it with ddpm jobs stop {latest.name}")
     typer.echo(f"{latest.id} is in progress already; attached to it")
     return latest.id
 

@@ -60,13 +60,24 @@ def _running(latest: Job | None, config: RunConfig, name: str) -> str | None:
     """
     if latest is None or not latest.is_running:
         return None
-    if latest.config_digest != config_digest(config):
-        raise ConfigError(
-            f"--name {name} is in progress as {latest.id} with other settings (digest {latest.config_digest}, not {config_digest(config)}); "
-            f"stop it with ddpm jobs stop {name}, or choose another --name"
-        )
+    instead = f"stop it with ddpm jobs stop {name}, or choose another --name"
+    check_settings(latest, config, f"--name {name} is in progress as {latest.id}", instead)
     typer.echo(f"{name} is in progress already; attached to it")
     return latest.id
+
+
+def check_settings(job: Job, config: RunConfig, what: str, instead: str) -> None:
+    """Checks that a job in progress does what is asked for.
+
+    Args:
+        what: says of the job that it is in progress.
+        instead: what would be right.
+
+    Raises:
+        ConfigError: if it has other settings.
+    """
+    if job.config_digest != config_digest(config):
+        raise ConfigError(f"{what} with other settings (digest {job.config_digest}, not {config_digest(config)}); {instead}")
 
 
 def check_paths(config: RunConfig) -> None:

@@ -2,12 +2,9 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
@@ -15,14 +12,11 @@ from typing import IO
 import typer
 
 from components.storage import Location
-from pipeline.errors import ConfigError, RegistryError
+from pipeline.errors import RegistryError
 from pipeline.tracking import connect, public_uri, tracking_uri, ui_link
+from workflows.foreground import ASKED_TO_END, HOST, READY_TIMEOUT_S, becomes_ready, check_free, heed_signals, last_words
 
-HOST = "127.0.0.1"
-READY_TIMEOUT_S = 180
 _ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-_ASKED_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LINES_SHOWN = 5
 
 Server = subprocess.Popen[bytes]
 
@@ -38,9 +32,9 @@ def serve(storage: Location, port: int) -> None:
     if uri.startswith("http"):
         typer.echo(f"MLFLOW_TRACKING_URI names a server that is running elsewhere: {ui_link(public_uri(uri), 'models')}")
         return
-    _check_free(port)
+    check_free(port)
     connect(storage, create=False)
-    _heed_signals()
+    heed_signals()
     try:
         with tempfile.TemporaryFile() as log, _server(storage, uri, port, log) as server:
             typer.echo("starting MLflow, which takes some seconds", err=True)
@@ -73,7 +67,7 @@ def _server(storage: Location, uri: str, port: int, log: IO[bytes]) -> Iterator[
 
 def _end(server: Server) -> None:
     """Ends the server and the workers it started, the whole process group; a second Ctrl-C does not stop it from doing so."""
-    for number in _ASKED_TO_END:
+    for number in ASKED_TO_END:
         signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -83,42 +77,16 @@ def _end(server: Server) -> None:
             continue
 
 
-def _heed_signals() -> None:
-    """Makes a closed terminal and SIGTERM the same as Ctrl-C, but for what whoever started this has it ignore, as nohup does."""
-    for number in _ASKED_TO_END:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _check_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise ConfigError(f"--port {port} is taken ({error.strerror}); choose another") from error
-
-
 def _wait_until_ready(server: Server, port: int, log: IO[bytes]) -> None:
-    # Straight to loopback: a proxy of the environment would not find it.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for _ in range(READY_TIMEOUT_S * 2):
-        if server.poll() is not None:
+    try:
+        if not becomes_ready(server, f"http://{HOST}:{port}/health"):
             raise _ended(server.returncode, log)
-        try:
-            with opener.open(f"http://{HOST}:{port}/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise RegistryError(f"the MLflow server did not answer on port {port} within {READY_TIMEOUT_S} s; look whether this machine is busy, and try again")
+    except TimeoutError as error:
+        advice = "look whether this machine is busy, and try again"
+        raise RegistryError(f"the MLflow server did not answer on port {port} within {READY_TIMEOUT_S} s; {advice}") from error
 
 
 def _ended(code: int, log: IO[bytes]) -> RegistryError:
     """Returns what to say of a server that ended by itself: its last lines."""
     log.seek(0)
-    said = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    return RegistryError(f"the MLflow server ended with code {code}; it said: {' | '.join(said[-_LINES_SHOWN:]) or 'nothing'}")
+    return RegistryError(f"the MLflow server ended with code {code}; it said: {last_words(log.read().decode(errors='replace'))}")

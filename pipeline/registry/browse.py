@@ -131,10 +131,7 @@ def _facts(version: "ModelVersion", aliases: Mapping[str, object], settings: dic
 def contrast(versions: Sequence[VersionFacts]) -> Contrast:
     """Returns in what versions differ: unit and settings."""
     first = versions[0].metric
-    unlike = tuple(
-        () if first is not None and version.metric is None else tuple(unlike_parts(version.metric.unit, first.unit)) if version.metric and first else ()
-        for version in versions
-    )
+    unlike = tuple(tuple(unlike_parts(version.metric.unit, first.unit)) if version.metric and first else () for version in versions)
     keys = sorted({key for version in versions for key in version.settings})
     values = {key: tuple(version.settings.get(key, "") for version in versions) for key in keys}
     return Contrast(versions=tuple(versions), unlike=unlike, settings={key: each for key, each in values.items() if len(set(each)) > 1})

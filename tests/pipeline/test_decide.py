@@ -1,21 +1,10 @@
 import math
 
 import pytest
+from support import UNIT
 
-from pipeline.artifacts import Contest, Metric, MetricUnit, PairedTest
+from pipeline.artifacts import Contest, Metric, PairedTest
 from pipeline.registry.decide import Champion, Decision, decide, unlike_parts
-
-UNIT = MetricUnit(
-    extractor="fd_dct8_v1",
-    extractor_digest="e",
-    preprocessing="p",
-    reference_digest="r",
-    reference_count=100,
-    num_samples=1000,
-    first_seed=0,
-    sampler="ddim",
-    steps=50,
-)
 
 
 def metric(value: float, **changes: object) -> Metric:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
-from support import ROOT
+from support import ROOT, UNIT
 
 from components.storage import Location
-from pipeline.artifacts import Contest, Metric, MetricUnit, PairedTest
+from pipeline.artifacts import Contest, Metric, PairedTest
 from pipeline.context import Reporter
 from pipeline.errors import RegistryError
 from pipeline.registry import ledger as ledger_module
@@ -28,17 +28,6 @@ from pipeline.tracking import Tracking, connect
 
 NAME = "faces"
 PATHS = ":".join(str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "pipeline"))
-UNIT = MetricUnit(
-    extractor="fd_dct8_v1",
-    extractor_digest="e",
-    preprocessing="p",
-    reference_digest="r",
-    reference_count=100,
-    num_samples=1000,
-    first_seed=0,
-    sampler="ddim",
-    steps=50,
-)
 
 
 @pytest.fixture(scope="module")

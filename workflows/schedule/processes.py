@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import psutil
 
+from workflows.processes import is_alive
+
 MARK = "DDPM_SCHEDULE"
 """Environment variable that each process of a schedule inherits; it names the schedule's folder."""
 
@@ -26,14 +28,6 @@ def _mark_of(process: psutil.Process) -> str | None:
         return process.environ().get(MARK)
     except (psutil.Error, OSError):
         return None
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Tells whether a process runs; one that has ended and was not waited for does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def end(processes: Iterable[psutil.Process], grace_s: float) -> None:

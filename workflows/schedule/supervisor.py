@@ -3,11 +3,9 @@
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,15 +15,12 @@ import typer
 from components.storage import Location
 from pipeline.errors import ConfigError
 from pipeline.lease import HeldError, held
+from workflows.foreground import ASKED_TO_END, HOST, READY_TIMEOUT_S, becomes_ready, check_free, heed_signals, last_words
 from workflows.schedule import processes
 from workflows.schedule.plan import Plan
 
-HOST = "127.0.0.1"
 PASSWORD = "password"
-READY_TIMEOUT_S = 180
 GRACE_S = 30.0
-_ASKED_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LINES_SHOWN = 5
 
 Child = subprocess.Popen[bytes]
 
@@ -49,7 +44,7 @@ def supervise(plan: Plan, folder: Location) -> int:
     folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         with held(folder / "lock", wait=False):
-            _heed_signals()
+            heed_signals()
             _supervise(plan, folder)
     except HeldError as error:
         raise ConfigError(f"--name {plan.name} is scheduled already by {error}; end that one, or choose another --name and --port") from error
@@ -63,7 +58,7 @@ def supervise(plan: Plan, folder: Location) -> int:
 
 def _supervise(plan: Plan, folder: Location) -> None:
     end_leftovers(folder)
-    _check_free(plan.port)
+    check_free(plan.port)
     plan.save(folder)
     password = password_of(folder)
     env = environment(plan, folder, password)
@@ -90,7 +85,7 @@ def end_leftovers(folder: Location) -> None:
 
 def _end_in_order(folder: Location) -> None:
     """Ends the runner first, so that it begins nothing more, then the runs, which tell the server, and the server last."""
-    heeded = {number: signal.signal(number, signal.SIG_IGN) for number in _ASKED_TO_END}
+    heeded = {number: signal.signal(number, signal.SIG_IGN) for number in ASKED_TO_END}
     try:
         living = {process: " ".join(_words(process)) for process in processes.family(str(folder))}
         server = [process for process, words in living.items() if "prefect server start" in words]
@@ -160,38 +155,13 @@ def _log(folder: Location, name: str) -> Path:
     return (folder / f"{name}.log").path
 
 
-def _heed_signals() -> None:
-    """Makes a closed terminal and SIGTERM the same as Ctrl-C, but for what whoever started this has it ignore, as nohup does."""
-    for number in _ASKED_TO_END:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _check_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise ConfigError(f"--port {port} is taken ({error.strerror}); choose another") from error
-
-
 def _wait_until_ready(server: Child, plan: Plan, folder: Location) -> None:
-    # Straight to loopback: a proxy of the environment would not find it.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for _ in range(READY_TIMEOUT_S * 2):
-        if server.poll() is not None:
+    try:
+        if not becomes_ready(server, f"{plan.api}/health"):
             raise _ended("server", server.returncode, folder)
-        try:
-            with opener.open(f"{plan.api}/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise SchedulerError(f"Prefect did not answer on port {plan.port} within {READY_TIMEOUT_S} s; look whether this machine is busy, and try again")
+    except TimeoutError as error:
+        advice = "look whether this machine is busy, and try again"
+        raise SchedulerError(f"Prefect did not answer on port {plan.port} within {READY_TIMEOUT_S} s; {advice}") from error
 
 
 def _watch(children: Mapping[str, Child], folder: Location) -> None:
@@ -204,8 +174,7 @@ def _watch(children: Mapping[str, Child], folder: Location) -> None:
 
 
 def _ended(name: str, code: int, folder: Location) -> SchedulerError:
-    said = [line for line in _log(folder, name).read_text(errors="replace").splitlines() if line.strip()]
-    return SchedulerError(f"Prefect's {name} ended with code {code}; it said: {' | '.join(said[-_LINES_SHOWN:]) or 'nothing'}")
+    return SchedulerError(f"Prefect's {name} ended with code {code}; it said: {last_words(_log(folder, name).read_text(errors='replace'))}")
 
 
 def main() -> None:
