@@ -3,7 +3,7 @@
     python benchmarks/tracking.py [--preset cifar10-small] [--log-every 1] [--steps 60] [--rounds 5] [--store server|sqlite]
 
 A tracked round writes its notebook and system metrics, and another process delivers them while it trains, as the driver does; a bare round
-does none of that. Both run the loop of pipeline/train_loop.py with one worker, on noise for images. The time of a round is that from its
+does none of that. Both run the loop of pipeline/training/loop.py with one worker, on noise for images. The time of a round is that from its
 first step's start to its last one's end. MLflow's own server, or SQLite in the delivering process, takes its share of the same CPUs.
 """
 
@@ -39,12 +39,13 @@ from components.data.shards import read_manifest
 from components.storage import Location
 from pipeline.config import RunConfig, load_config
 from pipeline.context import Reporter, StageContext
-from pipeline.follow import Follower
-from pipeline.notebook import Attempt, NotebookWriter, read_metrics
-from pipeline.system_watch import SystemWatch
 from pipeline.tracking import connect
 from pipeline.train import TrainPlan
-from pipeline.train_loop import Stretch, Trainer, _run_steps, make_batch_plan, make_trainer
+from pipeline.training.follow import Follower
+from pipeline.training.loop import Stretch, _run_steps
+from pipeline.training.notebook import Attempt, NotebookWriter, read_metrics
+from pipeline.training.system_watch import SystemWatch
+from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer
 from workflows.cli import find_preset
 
 
@@ -137,7 +138,7 @@ def train(config: RunConfig, dataset: Location, folder: Location, threads: int, 
         stamps.append(time.perf_counter())
         return done
 
-    with mock.patch.object(Trainer, "update", stamped), mock.patch.object(Trainer, "save"), mock.patch("pipeline.train_loop._save_grid"):
+    with mock.patch.object(Trainer, "update", stamped), mock.patch.object(Trainer, "save"), mock.patch("pipeline.training.loop._save_grid"):
         run(trainer, plan, dataset, Attempt(folder) if tracked else None)
     return (stamps[-1] - stamps[0]) / trainer.step
 

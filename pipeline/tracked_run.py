@@ -19,9 +19,9 @@ from pipeline.artifacts import ShardSet
 from pipeline.config import RunConfig, config_digest, flatten, public_tree
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
-from pipeline.follow import LAST_DELIVERY_S, Delivery, forget_deliveries
 from pipeline.provenance import ENVIRONMENT_FILES, write_environment
 from pipeline.tracking import Tracking, git_commit, public_uri
+from pipeline.training.follow import LAST_DELIVERY_S, Delivery, forget_deliveries
 
 RUN_FILE = "mlflow_run.json"
 CONFIG_FOLDER, CONFIG_FILES = "config", ("config.yaml",)

@@ -21,10 +21,10 @@ from components.storage import Location
 from pipeline.artifacts import ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.errors import ConfigError
-from pipeline.follow import Follower
-from pipeline.notebook import read_metrics
 from pipeline.retraining.attempts import Start
 from pipeline.tracking import Tracking, public_uri
+from pipeline.training.follow import Follower
+from pipeline.training.notebook import read_metrics
 
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
 MIN_LABELS = 2
@@ -200,8 +200,8 @@ class TrainFailure(BaseModel):
 def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainOutcome:
     from ray.train.torch import TorchTrainer
 
-    from pipeline.process_group import TorchConfigOnRaysNetwork
-    from pipeline.train_loop import train_loop
+    from pipeline.training.loop import train_loop
+    from pipeline.training.process_group import TorchConfigOnRaysNetwork
 
     with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as bookkeeping:
         trainer = TorchTrainer(

@@ -18,7 +18,7 @@ from components.model.checkpoint import checkpoints, is_complete
 from components.storage import Location
 from pipeline.artifacts import TrainedModel
 from pipeline.errors import ConfigError
-from pipeline.notebook import ATTEMPT_FILE, METRICS_FOLDER, Ticket, open_metrics
+from pipeline.training.notebook import ATTEMPT_FILE, METRICS_FOLDER, Ticket, open_metrics
 from workflows.processes import Family
 
 Kind = Literal["worker killed", "driver killed", "newest checkpoint truncated", "newest checkpoint bit-flipped"]

@@ -17,8 +17,8 @@ from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
 from pipeline.measurement.bench import Bench, Numbers
 from pipeline.measurement.draw import RealSet, SampleSet
-from pipeline.notebook import read_metrics
 from pipeline.tracking import git_commit
+from pipeline.training.notebook import read_metrics
 
 GRID_SEEDS, GRID_COLUMNS = range(60), 12
 """The same for every model, so that a person sees what changed from one version to the next."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from components.storage import Location
-from pipeline import notebook
-from pipeline.notebook import Attempt, MetricsLine, NotebookReader, NotebookWriter, SupersededError, open_metrics, read_metrics, system_folder
+from pipeline.training import notebook
+from pipeline.training.notebook import Attempt, MetricsLine, NotebookReader, NotebookWriter, SupersededError, open_metrics, read_metrics, system_folder
 
 
 def line(step: int, loss: float = 0.5) -> MetricsLine:

@@ -20,17 +20,17 @@ from components.data.reader import RowReader
 from components.data.shards import read_manifest
 from components.model.checkpoint import checkpoint_name, newest_whole_checkpoint
 from components.storage import Location
-from pipeline import follow, system_watch
 from pipeline.artifacts import Evaluation, TrainedModel
 from pipeline.config import config_digest, load_config
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import RegistryError
 from pipeline.evaluate import PUBLISHED, publish
-from pipeline.follow import CURSOR_FILE, Delivery, Follower, samples_folder
-from pipeline.notebook import Attempt, MetricsLine, NotebookReader, NotebookWriter, system_folder
-from pipeline.system_watch import SystemWatch
 from pipeline.tracked_run import RUN_FILE
 from pipeline.tracking import Tracking, connect
+from pipeline.training import follow, system_watch
+from pipeline.training.follow import CURSOR_FILE, Delivery, Follower, samples_folder
+from pipeline.training.notebook import Attempt, MetricsLine, NotebookReader, NotebookWriter, system_folder
+from pipeline.training.system_watch import SystemWatch
 
 PLANTED = "planted-Secret-41c7"
 

@@ -18,7 +18,7 @@ from components.model.unet import UNetConfig
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.train import TrainConfig, TrainPlan, check_labels
-from pipeline.train_loop import Trainer, grid_pixels, make_batch_plan, make_trainer, resolve_precision
+from pipeline.training.trainer import Trainer, grid_pixels, make_batch_plan, make_trainer, resolve_precision
 
 MANIFEST = a_manifest(PixelRecipe(image_size=8, mode="L"), 0, rows_file="", rows_sha256="", shards=())
 LABELLED = MANIFEST.model_copy(update={"labels": {"dog": 1, "cat": 1}})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from components.storage import Location
-from pipeline.notebook import Attempt, MetricsLine, NotebookWriter
+from pipeline.training.notebook import Attempt, MetricsLine, NotebookWriter
 from workflows.faults import DAMAGES, KILLS, Kind, damage, plan_faults, raw_curve
 from workflows.verify_resume import Ending, compare
 

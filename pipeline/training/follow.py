@@ -19,8 +19,8 @@ from components.model.checkpoint import damage_of, damaged_checkpoints
 from components.storage import Location
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
-from pipeline.notebook import SYSTEM_FOLDER, MetricsLine, NotebookReader, open_metrics
 from pipeline.tracking import BATCH_METRICS, Tracking
+from pipeline.training.notebook import SYSTEM_FOLDER, MetricsLine, NotebookReader, open_metrics
 
 CURSOR_FILE = "delivered_step.txt"
 LOOK_LOCAL_S, LOOK_REMOTE_S = 0.5, 5.0

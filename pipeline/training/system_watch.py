@@ -4,7 +4,7 @@ import threading
 import time
 
 from cluster.machine import Gauges
-from pipeline.notebook import Attempt, MetricsLine, NotebookWriter, system_folder
+from pipeline.training.notebook import Attempt, MetricsLine, NotebookWriter, system_folder
 
 WATCH_EVERY_S = 10.0
 _LEAVE_S = 5.0

@@ -1,0 +1,1 @@
+"""Training on the workers, and following it from the driver."""
