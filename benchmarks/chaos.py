@@ -1,9 +1,10 @@
 """Kills one training again and again at seeded random moments, damages its checkpoints, and compares it with an undisturbed one.
 
-    python benchmarks/chaos.py [--preset digits] [--kills 20] [--damages 4] [--steps 1100] [--seed 0] [section.key=value ...]
+    python benchmarks/chaos.py [--preset digits] [--kills 20] [--damages 4] [--others 6] [--steps 1500] [--seed 0] [section.key=value ...]
 
 Kills hit a training worker, or the driver with all its processes, by turns. Damage is done to the newest checkpoint where the driver is dead:
-its weights are cut short, or one bit of them is turned. After each the same command is run again. Prints a table in Markdown: seconds to the next
+its weights are cut short, or one bit of them is turned. The others: a worker that is stopped for good (SIGSTOP), the command asked to end (SIGTERM), and
+Ray's head killed. After each the same command is run again. Prints a table in Markdown: seconds to the next
 step are from the fault to the first new point of the loss curve, starting Ray, importing torch and repeating steps included. Exit code 1 where
 the numbers differ.
 """
@@ -16,6 +17,7 @@ import signal
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -27,29 +29,32 @@ from components.model.checkpoint import damage_of, damaged_checkpoints
 from pipeline.config import load_config
 from pipeline.context import Reporter
 from workflows.cli import find_preset
-from workflows.faults import DAMAGES, KILLS, Fault, Struck, Trial, new_folder, plan_faults
+from workflows.faults import DAMAGES, HARDSHIPS, KILLS, Fault, Kind, Struck, Trial, new_folder, plan_faults
 from workflows.verify_resume import Verdict, contrast, scaled_down, told
+
+HANG_S = 10
+Counts = Sequence[tuple[tuple[Kind, ...], int]]
 
 
 def main() -> None:
     """Runs both trainings and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("--kills", 20), ("--damages", 4), ("--steps", 1100), ("--seed", 0)):
+    for name, default in (("--kills", 20), ("--damages", 4), ("--others", 6), ("--steps", 1500), ("--seed", 0)):
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--preset", default="digits")
     parser.add_argument("settings", nargs="*")
     options = parser.parse_args()
     preset = find_preset(options.preset).resolve()
-    settings = [*scaled_down(options.steps, options.kills), *options.settings]
+    settings = [*scaled_down(options.steps, options.kills + options.others), f"train.hang_timeout_s={HANG_S}", *options.settings]
     workers = load_config(preset, settings).cluster.num_workers
     folder = new_folder()
     # Asked to end, it ends the training that it watches too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    verdict = contrast(folder, str(preset), settings, plan(options.kills, options.damages, options.steps, options.seed), Reporter())
+    verdict = contrast(folder, str(preset), settings, plan(counts(options), options.steps, options.seed), Reporter())
     set_aside = damage_told(Trial(str(preset), (), folder / "b"))
     print(f"{options.preset}, {options.steps} steps, {workers} workers, {os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__},")
     print(f"load {psutil.getloadavg()[1]:.1f}, seed {options.seed}\n")
-    print(table(verdict.disturbed.struck, plan_counts(options.kills, options.damages)))
+    print(table(verdict.disturbed.struck, plan_counts(counts(options))))
     print(told(verdict))
     print("\n".join(["checkpoints set aside:", *set_aside]))
     if not (verdict.equal and all_set_aside(verdict, set_aside)):
@@ -57,14 +62,20 @@ def main() -> None:
     shutil.rmtree(folder)
 
 
-def plan(kills: int, damages: int, steps: int, seed: int) -> list[Fault]:
-    """Returns the faults of both sorts, the earliest first."""
-    return sorted(plan_faults(KILLS, kills, steps, seed) + plan_faults(DAMAGES, damages, steps, seed + 1), key=lambda fault: fault.step)
+def counts(options: argparse.Namespace) -> Counts:
+    """Returns how many of each sort of faults are wanted."""
+    return ((KILLS, options.kills), (DAMAGES, options.damages), (HARDSHIPS, options.others))
 
 
-def plan_counts(kills: int, damages: int) -> dict[str, int]:
+def plan(wanted: Counts, steps: int, seed: int) -> list[Fault]:
+    """Returns the faults of all sorts, the earliest first."""
+    faults = [plan_faults(kinds, total, steps, seed + number) for number, (kinds, total) in enumerate(wanted)]
+    return sorted(chain.from_iterable(faults), key=lambda fault: fault.step)
+
+
+def plan_counts(wanted: Counts) -> dict[str, int]:
     """Returns how often each fault is wanted."""
-    return {kind: len(range(number, total, len(kinds))) for kinds, total in ((KILLS, kills), (DAMAGES, damages)) for number, kind in enumerate(kinds)}
+    return {kind: len(range(number, total, len(kinds))) for kinds, total in wanted for number, kind in enumerate(kinds)}
 
 
 def damage_told(trial: Trial) -> list[str]:

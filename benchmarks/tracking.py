@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from servers import mlflow_server
 from support import write_dataset
 
+from cluster.board import Board
 from cluster.config import ClusterConfig
 from components.data.batches import Batch
 from components.data.reader import RowReader
@@ -40,10 +41,11 @@ from components.storage import Location
 from pipeline.config import RunConfig, load_config
 from pipeline.context import Reporter, StageContext
 from pipeline.tracking import connect
-from pipeline.train import TrainPlan
 from pipeline.training.follow import Follower
-from pipeline.training.loop import Stretch, _run_steps
+from pipeline.training.loop import Stretch, Worker
 from pipeline.training.notebook import Attempt, NotebookWriter, read_metrics
+from pipeline.training.plan import TrainPlan
+from pipeline.training.pulse import Pulse
 from pipeline.training.system_watch import SystemWatch
 from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer
 from workflows.cli import find_preset
@@ -138,7 +140,11 @@ def train(config: RunConfig, dataset: Location, folder: Location, threads: int, 
         stamps.append(time.perf_counter())
         return done
 
-    with mock.patch.object(Trainer, "update", stamped), mock.patch.object(Trainer, "save"), mock.patch("pipeline.training.loop._save_grid"):
+    with (
+        mock.patch.object(Trainer, "update", stamped),
+        mock.patch("pipeline.training.checkpoint_writer.write_checkpoint"),
+        mock.patch("pipeline.training.loop._save_grid"),
+    ):
         run(trainer, plan, dataset, Attempt(folder) if tracked else None)
     return (stamps[-1] - stamps[0]) / trainer.step
 
@@ -150,7 +156,9 @@ def run(trainer: Trainer, plan: TrainPlan, dataset: Location, attempt: Attempt |
     with ExitStack() as stack:
         if watch:
             stack.enter_context(watch)
-        _run_steps(trainer, make_batch_plan(plan, manifest), RowReader(dataset, manifest), attempt, watch, 0, 1)
+        pulse = Pulse(Board("benchmark"), 1, 0, 1, node_id="", node="", first=0)
+        worker = Worker(trainer, make_batch_plan(plan, manifest), RowReader(dataset, manifest), pulse, watch, 0, 1)
+        worker.lead(attempt) if attempt else worker.follow()
 
 
 @contextmanager

@@ -13,6 +13,10 @@ class ClusterError(Exception):
     """Raised when a run cannot be placed. The message names the setting and says what would be right."""
 
 
+class HeadLostError(ClusterError):
+    """Raised when Ray's head is gone; the process has to end, for Ray ends it within a minute anyway. The same command goes on with a new one."""
+
+
 class ClusterConfig(BaseModel):
     """Machines, workers and storage."""
 
@@ -44,6 +48,8 @@ class ClusterConfig(BaseModel):
     """Seconds between two looks whether more workers of the range would fit now."""
     max_failures: int = Field(3, ge=0)
     """Times that training starts again from its last good checkpoint after a worker failed."""
+    grace_s: int = Field(25, ge=0)
+    """Seconds that SIGTERM leaves the workers to save a checkpoint; less than what whoever sends it waits before SIGKILL."""
     group_timeout_s: int = Field(300, ge=10)
     """Seconds after which a worker that waits for a silent peer gives up."""
     cache: str | None = None

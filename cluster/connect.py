@@ -7,10 +7,12 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .config import ClusterConfig, ClusterError
+from .config import ClusterConfig, ClusterError, HeadLostError
 from .tree import stage_tree
 
 _ENVIRONMENT = {
@@ -45,6 +47,19 @@ def disconnect() -> None:
     """Ends the connection, and with it a Ray that was started on this machine for the run."""
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
+
+
+@contextmanager
+def disconnecting() -> Iterator[None]:
+    """Disconnects after a block; not from a head that is gone, for which Ray would wait a minute and then end the process."""
+    try:
+        yield
+    except HeadLostError:
+        raise
+    except BaseException:
+        disconnect()
+        raise
+    disconnect()
 
 
 def quiet() -> None:

@@ -49,7 +49,7 @@ class Lookout:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(LOOK_S)  # longer only where the head is gone, which it waits for
 
     @property
     def patience_s(self) -> float:

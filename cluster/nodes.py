@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from .config import ClusterError
+
 Answer = TypeVar("Answer")
+KILL_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,36 @@ def ask_every_node(
             cause = getattr(error, "cause", None) or error
             failures.append(Failure(asked[reference], f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"))
     return answers, failures
+
+
+def draining_nodes() -> dict[str, float]:
+    """Returns the nodes that are to be taken away, by id, with the deadline in seconds since 1970 (0 where there is none)."""
+    from ray._private.state import state
+
+    return {str(node): deadline / 1000 for node, deadline in state.get_draining_nodes().items()}
+
+
+def kill_process(node_id: str, pid: int) -> bool:
+    """Kills a worker process of Ray on a node, and tells whether there was one to kill.
+
+    Raises:
+        ClusterError: if the node does not answer, or the process is not ours to kill.
+    """
+    answers, failures = ask_every_node([Node(node_id, node_id[:8], {})], _kill_here, [pid], KILL_TIMEOUT_S)
+    if failures:
+        raise ClusterError(f"process {pid} of node {node_id[:8]} could not be ended ({failures[0].reason})")
+    return answers[node_id]
+
+
+def _kill_here(pid: int) -> bool:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        # The number may be another process's by now; Ray gives its workers titles.
+        if "ray::" not in " ".join(process.cmdline()):
+            return False
+        process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True

@@ -11,6 +11,7 @@ from .config import ClusterConfig, ClusterError
 from .nodes import Node, count, describe, living_nodes
 
 if TYPE_CHECKING:
+    from ray.train import UserCallback
     from ray.train.v2.api.config import RunConfig, ScalingConfig
 
 POLL_S, TELL_S, SETTLE_POLLS = 2.0, 30.0, 8
@@ -225,8 +226,8 @@ def scaling_config(config: ClusterConfig, placement: Placement) -> "ScalingConfi
     )
 
 
-def run_config(config: ClusterConfig, *, bookkeeping: str, name: str) -> "RunConfig":
-    """Returns how often a failed group of workers starts again, and a folder for Ray's notes.
+def run_config(config: ClusterConfig, *, bookkeeping: str, name: str, callbacks: "Sequence[UserCallback]" = ()) -> "RunConfig":
+    """Returns how often a failed group of workers starts again, a folder for Ray's notes, and whom it tells of failures.
 
     Checkpoints are not reported to Ray, so its notes decide nothing and may lie on the driver's machine alone.
     """
@@ -238,4 +239,5 @@ def run_config(config: ClusterConfig, *, bookkeeping: str, name: str) -> "RunCon
         storage_path=bookkeeping,
         failure_config=FailureConfig(max_failures=config.max_failures),
         logging_config=LoggingConfig(log_level="ERROR"),
+        callbacks=list(callbacks),
     )

@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.measurement.bench import EvaluateConfig
 from pipeline.register import RegistryConfig
 from pipeline.retraining.config import RetrainConfig
-from pipeline.train import TrainConfig
+from pipeline.training.plan import TrainConfig
 
 DIGEST_LENGTH = 16
 
@@ -198,4 +198,13 @@ def public_tree(config: RunConfig) -> dict[str, Any]:
 def flatten(config: RunConfig) -> dict[str, str]:
     """Returns every setting as `section.key` -> text."""
     tree = public_tree(config)
-    return {f"{section}.{key}": json.dumps(value) if isinstance(value, list | dict) else str(value) for section in tree for key, value in tree[section].items()}
+    return {f"{section}.{key}": _told(value) for section in tree for key, value in tree[section].items()}
+
+
+def flat_result_fields(**sections: BaseModel) -> dict[str, str]:
+    """Returns the settings of some sections that can change a result, as `section.key` -> text."""
+    return {f"{name}.{key}": _told(value) for name, section in sections.items() for key, value in result_fields(section).items()}
+
+
+def _told(value: object) -> str:
+    return json.dumps(value) if isinstance(value, list | dict) else str(value)

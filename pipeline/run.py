@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cluster.connect import disconnect
+from cluster.connect import disconnecting
 from components.errors import DataError
 from components.storage import Location
 from pipeline import evaluate as evaluate_stage
@@ -17,7 +17,7 @@ from pipeline import preprocess as preprocess_stage
 from pipeline import register as register_stage
 from pipeline import train as train_stage
 from pipeline.artifacts import STAGES, AnyReceipt, Contest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
-from pipeline.config import RunConfig, config_digest, digest_of, public_tree
+from pipeline.config import RunConfig, config_digest, digest_of, flat_result_fields, public_tree
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
 from pipeline.lease import HeldError, alone, held
@@ -148,7 +148,7 @@ def run(
         check_files(config.evaluate)
         tracking = connect(storage) if until != "preprocess" else None
         (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(public_tree(config), sort_keys=False))
-        try:
+        with disconnecting():
             if config.cluster.address != "local":
                 needed = {
                     "data.source": config.data.source,
@@ -159,8 +159,6 @@ def run(
                 cluster = check_cluster(config.cluster, needed, storage, pipeline.reporter)
                 pipeline.config = config.model_copy(update={"cluster": cluster})
             _run_stages(pipeline, tracking, until)
-        finally:
-            disconnect()
     return pipeline.reports
 
 
@@ -191,6 +189,13 @@ def _train_inputs(pipeline: Pipeline, shards: ShardSet) -> str:
     """Returns the digest of all that decides the weights."""
     config, start = pipeline.config, pipeline.given.start if pipeline.given else None
     return digest_of(shards.digest, config.model, config.diffusion, config.train, *([start.sha256] if start else []))
+
+
+def _train_settings(pipeline: Pipeline, shards: ShardSet) -> dict[str, str]:
+    """Returns what `_train_inputs` is the digest of, for messages."""
+    config, start = pipeline.config, pipeline.given.start if pipeline.given else None
+    settings = flat_result_fields(model=config.model, diffusion=config.diffusion, train=config.train)
+    return settings | {"dataset": shards.digest} | ({"start": start.sha256} if start else {})
 
 
 def _preprocess(pipeline: Pipeline) -> ShardSet:
@@ -224,6 +229,7 @@ def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: st
             tracking=tracked.tracking,
             run_id=tracked.open(),
             config_digest=config_digest(config),
+            settings=_train_settings(pipeline, shards),
             start=pipeline.given.start if pipeline.given else None,
         )
 

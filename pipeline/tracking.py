@@ -115,6 +115,13 @@ class Tracking:
                 self.client.log_batch(run_id, params=fresh[first : first + 90])
             self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
+    def tag_run(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Sets tags of a run."""
+        from mlflow.entities import RunTag
+
+        with translated(self.uri):
+            self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
     def log_dataset(self, run_id: str, *, name: str, digest: str, folder: Location, profile: Mapping[str, object]) -> None:
         """Names the dataset that a run trains on, once.
 

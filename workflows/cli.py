@@ -3,12 +3,13 @@
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 PRESETS = Path(__file__).with_name("presets")
 PACKAGES = ("components", "cluster", "pipeline", "workflows")
-USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+USER_ERROR, INTERRUPTED, RESUME = 2, 130, 75  # 75: EX_TEMPFAIL of sysexits.h, which asks for another try
 
 app = typer.Typer(
     name="ddpm",
@@ -128,7 +129,7 @@ def retrain(
             code = make_attempt(stdout, config, run_name, until, as_json=as_json, as_job=as_job)
         except KeyboardInterrupt as interrupt:
             typer.echo("interrupted; the same command goes on with the attempt", err=True)
-            raise typer.Exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
+            raise typer.Exit(RESUME if isinstance(interrupt, Terminated) else INTERRUPTED) from None
     raise typer.Exit(code)
 
 
@@ -148,7 +149,7 @@ def _run(preset: str, overrides: list[str] | None, name: str | None, until: "Sta
             reports = run_pipeline(config, run_name, until=until, start_from=stages[start_from] if start_from else None)
         except KeyboardInterrupt as interrupt:
             typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
-            raise typer.Exit(TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED) from None
+            raise typer.Exit(RESUME if isinstance(interrupt, Terminated) else INTERRUPTED) from None
         if as_json:
             stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
         else:
@@ -415,7 +416,16 @@ def main() -> None:
             raise
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
-        sys.exit(USER_ERROR)
+        _leave(error)
+
+
+def _leave(error: Exception) -> NoReturn:
+    from cluster.config import HeadLostError
+
+    if isinstance(error, HeadLostError):
+        sys.stdout.flush()
+        os._exit(RESUME)  # what Ray does at an exit waits for the head
+    sys.exit(USER_ERROR)
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

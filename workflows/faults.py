@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -18,11 +19,15 @@ from components.model.checkpoint import checkpoints, is_complete
 from components.storage import Location
 from pipeline.artifacts import TrainedModel
 from pipeline.errors import ConfigError
-from pipeline.training.notebook import ATTEMPT_FILE, METRICS_FOLDER, Ticket, open_metrics
+from pipeline.training.notebook import METRICS_FOLDER, attempts_so_far, open_metrics
 from workflows.processes import Family
 
-Kind = Literal["worker killed", "driver killed", "newest checkpoint truncated", "newest checkpoint bit-flipped"]
+Kind = Literal[
+    "worker killed", "driver killed", "newest checkpoint truncated", "newest checkpoint bit-flipped", "worker stands still", "asked to end", "head killed"
+]
 KILLS: tuple[Kind, ...] = ("worker killed", "driver killed")
+HARDSHIPS: tuple[Kind, ...] = ("worker stands still", "asked to end", "head killed")
+"""Faults other than kills of what trains: SIGSTOP, SIGTERM, SIGKILL of Ray's head."""
 DAMAGES: tuple[Kind, ...] = ("newest checkpoint truncated", "newest checkpoint bit-flipped")
 
 RUN_NAME = "verify"
@@ -224,10 +229,16 @@ class Ordeal:
         return time.monotonic() >= self._due
 
     def _strike(self, family: Family) -> bool:
-        """Does the next fault, if there is something that it can hit, and returns whether the command has to be started again."""
+        """Does the next fault, if there is something that it can hit, and returns whether that has ended the command for good."""
         fault = self.pending[0]
         if fault.kind == "worker killed":
-            hit = _kill_one(family.training_workers(), fault.draw)
+            hit = _send_one(family.training_workers(), fault.draw, signal.SIGKILL)
+        elif fault.kind == "worker stands still":
+            hit = _send_one(family.training_workers(), fault.draw, signal.SIGSTOP) if self._makes_steps() else ""
+        elif fault.kind == "asked to end":
+            hit = _send_one([family.main], 0, signal.SIGTERM) if self._makes_steps() else ""
+        elif fault.kind == "head killed":
+            hit = _send_one(family.called("gcs_server"), 0, signal.SIGKILL)
         elif fault.kind == "driver killed":
             hit = f"{family.kill()} processes"
         elif self._newest_checkpoint() is not None:
@@ -237,7 +248,12 @@ class Ordeal:
             hit = ""
         if hit:
             self._done(fault, hit)
-        return bool(hit) and fault.kind != "worker killed"
+        return bool(hit) and fault.kind in ("driver killed", *DAMAGES)
+
+    def _makes_steps(self) -> bool:
+        """Tells whether the workers that run now have come as far as a step."""
+        folder = self.trial.training_folder()
+        return folder is not None and self._writer == attempts_so_far(folder) > 0
 
     def _damage_newest(self, fault: Fault) -> str:
         """Damages the newest checkpoint and returns its name; until all were dead, another one may have been finished, or the last one set aside."""
@@ -253,18 +269,18 @@ class Ordeal:
 
     def _done(self, fault: Fault, hit: str) -> None:
         folder, seconds = self.trial.training_folder(), time.monotonic() - self._began
-        self.struck.append(Struck(fault.kind, hit, seconds, self._step, current_attempt(folder) if folder else 0))
+        self.struck.append(Struck(fault.kind, hit, seconds, self._step, attempts_so_far(folder) if folder else 0))
         self.pending, self._due = self.pending[1:], None
 
 
-def _kill_one(processes: Sequence[psutil.Process], draw: int) -> str:
-    """Kills one of some processes and returns which; nothing where there is none."""
+def _send_one(processes: Sequence[psutil.Process], draw: int, number: signal.Signals) -> str:
+    """Sends one of some processes a signal and returns which; nothing where there is none."""
     if not processes:
         return ""
-    number = draw % len(processes)
+    chosen = draw % len(processes)
     with suppress(psutil.NoSuchProcess):
-        processes[number].kill()
-    return f"{number + 1} of {len(processes)}, pid {processes[number].pid}"
+        processes[chosen].send_signal(number)
+    return f"{chosen + 1} of {len(processes)}, pid {processes[chosen].pid}"
 
 
 def damage(checkpoint: Path, kind: Kind, draw: int) -> None:
@@ -277,14 +293,6 @@ def damage(checkpoint: Path, kind: Kind, draw: int) -> None:
         return
     content[place] ^= 1 << draw % 8
     file.write_bytes(content)
-
-
-def current_attempt(folder: Location) -> int:
-    """Returns the number of the last start of a training's workers, 0 before the first."""
-    try:
-        return Ticket.model_validate_json((folder / ATTEMPT_FILE).read_text()).number
-    except FileNotFoundError:
-        return 0
 
 
 def raw_curve(folder: Location) -> list[tuple[int, float]]:

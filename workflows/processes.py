@@ -47,9 +47,18 @@ class Family:
                     unseen.append(child)
         return sorted((member for member in self._members if is_alive(member)), key=lambda member: (member.create_time(), member.pid))
 
+    @property
+    def main(self) -> psutil.Process:
+        """The command itself."""
+        return psutil.Process(self._main.pid)
+
     def training_workers(self) -> list[psutil.Process]:
         """Returns Ray Train's workers, the eldest first."""
-        return [member for member in self.look() if TRAINING_WORKER in _title(member)]
+        return self.called(TRAINING_WORKER)
+
+    def called(self, title: str) -> list[psutil.Process]:
+        """Returns who has something in its command line, the eldest first."""
+        return [member for member in self.look() if title in _title(member)]
 
     def wait(self, seconds: float) -> list[str]:
         """Waits until nobody is alive any more, and returns who is after that many seconds, such as `123 raylet`."""

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ MANIFEST = "manifest.json"
 DAMAGED, DAMAGE_FILE = "damaged_", "damage.txt"
 MAIN_AVERAGE = "ema"
 _STAGING = ".tmp"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
 
 
@@ -116,6 +118,12 @@ class TrainingRecord(BaseModel):
     """Arithmetic of the network's forward and backward passes."""
     nonfinite_steps: int = 0
     """Steps whose gradient was not finite, and which were left out."""
+    settings: Mapping[str, str] = {}
+    """All that the digest is made of, for a message that says which of it differs."""
+    open_losses: tuple[float, ...] = ()
+    """Losses of the steps since the last point of the curve."""
+    open_norms: tuple[float, ...] = ()
+    """Norms of the gradients of these steps."""
 
 
 @dataclass(frozen=True)
@@ -207,12 +215,21 @@ def _staging(path: Location) -> Iterator[Path]:
 
 
 def write_weights(path: Path, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file that is as readable to others as the files beside it."""
+    """Writes a safetensors file that is as readable to others as the files beside it.
+
+    Raises:
+        OSError: if it cannot be written, because the disk is full for example.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
-    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path, None if metadata is None else dict(metadata))
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        number = _OS_ERROR.search(str(error))
+        raise (OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else OSError(str(error))) from error
     # The library puts a file in its place that only its owner may read.
     path.chmod(mode)
 

@@ -21,6 +21,7 @@ from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.tracking import BATCH_METRICS, Tracking
 from pipeline.training.notebook import SYSTEM_FOLDER, MetricsLine, NotebookReader, open_metrics
+from pipeline.training.restarts import restarts_of
 
 CURSOR_FILE = "delivered_step.txt"
 LOOK_LOCAL_S, LOOK_REMOTE_S = 0.5, 5.0
@@ -101,6 +102,7 @@ class Delivery:
     def __init__(self, folder: Location, tracking: Tracking, run_id: str) -> None:
         self._folder, self._tracking, self._run_id = folder, tracking, run_id
         self._channels = {"": _Channel(open_metrics(folder), folder / CURSOR_FILE)}
+        self._told_restarts = 0
 
     def deliver(self, go_on: Callable[[], bool] = lambda: True) -> bool:
         """Sends the lines and sample grids that the run has not got yet, and returns whether it has all now.
@@ -122,7 +124,15 @@ class Delivery:
                     return False
                 self._tracking.log_metrics(self._run_id, [(line.timestamp_ms, line.step, line.metrics) for line in batch])
                 channel.note(batch[-1].step)
+        self._send_restarts()
         return self._send_pictures(go_on)
+
+    def _send_restarts(self) -> None:
+        """Tags the run with the starts of its workers after the first: when, from which step, and why."""
+        restarts = restarts_of(self._folder)
+        if len(restarts) > self._told_restarts:
+            self._tracking.tag_run(self._run_id, {f"restart.{restart.attempt:04d}": str(restart) for restart in restarts})
+            self._told_restarts = len(restarts)
 
     def _send_pictures(self, go_on: Callable[[], bool]) -> bool:
         folder = samples_folder(self._folder)

@@ -2,23 +2,30 @@
 
 import contextlib
 import math
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from cluster.board import Board
 from cluster.machine import cpu_model
 from components.data.batches import Batch, BatchPlan
 from components.data.copies import Copies
 from components.data.reader import RowReader
 from components.data.shards import read_manifest
+from components.errors import DataError
 from components.figures import grid
-from components.model.checkpoint import checkpoint_name, manifest_of, newest_whole_checkpoint, prune
+from components.model.checkpoint import TrainingRecord, manifest_of, newest_whole_checkpoint
 from components.storage import Location
-from pipeline.train import TrainFailure, TrainOutcome, TrainPlan
+from pipeline.training.checkpoint_writer import CheckpointWriter, UnwritableError
 from pipeline.training.follow import samples_folder
 from pipeline.training.notebook import Attempt, MetricsLine, NotebookWriter, SupersededError, Ticket
+from pipeline.training.plan import TrainFailure, TrainOutcome, TrainPlan
+from pipeline.training.pulse import SAVED, TROUBLE, Pulse
+from pipeline.training.restarts import note_restart
 from pipeline.training.system_watch import SystemWatch
 from pipeline.training.trainer import Trainer, grid_pixels, make_batch_plan, make_trainer
 
@@ -26,37 +33,67 @@ GRID_COLUMNS = 8
 
 
 class Stretch:
-    """Averages over a stretch of steps, on each worker."""
+    """Averages over the steps since the last point of the curve; every worker has the same.
 
-    def __init__(self) -> None:
+    Each step's loss is added up over the workers while the next step goes on, so that a checkpoint between two points can hold them.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        """Starts with no step."""
+        self._num_workers = num_workers
         self.reset()
 
     def reset(self) -> None:
         """Starts a new stretch of steps."""
         self._losses: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
-        self._waited, self._started = 0.0, time.perf_counter()
+        self._sums: list[torch.distributed.Work] = []
+        self._steps, self._waited, self._stood_still, self._started = 0, 0.0, 0.0, time.perf_counter()
+
+    def go_on(self, record: TrainingRecord, device: torch.device) -> None:
+        """Takes over the steps that a checkpoint held."""
+        self._losses = [torch.tensor(loss, device=device) for loss in record.open_losses]
+        self._norms = [torch.tensor(norm, device=device) for norm in record.open_norms]
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor, waited: float) -> None:
-        """Notes one step: its loss, its gradient norm, and the seconds spent waiting for data."""
+        """Notes one step: this worker's loss, the gradient's norm, and the seconds spent waiting for data."""
+        if self._num_workers > 1:
+            loss = loss / self._num_workers
+            self._sums.append(torch.distributed.all_reduce(loss, async_op=True))
         self._losses.append(loss)
         self._norms.append(norm)
-        self._waited += waited
+        self._steps, self._waited = self._steps + 1, self._waited + waited
 
-    def mean_loss(self) -> torch.Tensor:
-        """Returns this worker's mean loss over the stretch."""
-        return torch.stack(self._losses).mean()
+    def stood_still(self, seconds: float) -> None:
+        """Notes time that training waited for a checkpoint."""
+        self._stood_still += seconds
 
-    def line(self, trainer: Trainer, loss: float) -> MetricsLine:
+    def leave_out(self, seconds: float) -> None:
+        """Leaves time out that went into something else than training."""
+        self._started += seconds
+
+    def open(self) -> tuple[list[float], list[float]]:
+        """Returns losses and norms so far, for a checkpoint."""
+        self._settle()
+        return ([float(loss) for loss in self._losses], [float(norm) for norm in self._norms])
+
+    def _settle(self) -> None:
+        for total in self._sums:
+            total.wait()
+        self._sums = []
+
+    def line(self, trainer: Trainer) -> MetricsLine:
         """Returns what the notebook says of the stretch; values that are not finite are left out."""
+        self._settle()
         seconds = time.perf_counter() - self._started
         metrics = {
-            "train/loss": loss,
+            "train/loss": float(torch.stack(self._losses).mean()),
             "train/gradient_norm": float(torch.stack(self._norms).mean()),
             "train/learning_rate": trainer.learning_rate(),
             "train/nonfinite_steps": float(trainer.nonfinite_steps),
-            "perf/images_per_second": len(self._losses) * trainer.config.global_batch_size / seconds,
+            "perf/images_per_second": self._steps * trainer.config.global_batch_size / seconds,
             "perf/data_wait_fraction": self._waited / seconds,
+            "perf/checkpoint_wait_fraction": self._stood_still / seconds,
         }
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
         return MetricsLine(step=trainer.step, timestamp_ms=time.time_ns() // 1_000_000, metrics=finite)
@@ -74,14 +111,22 @@ def train_loop(config: dict[str, Any]) -> str:
     device, folder, dataset = get_device(), Location.of(plan.folder), Location.of(plan.dataset)
     manifest = read_manifest(dataset)
     attempt, resumed = _agree_on_start(folder, rank)
-    trainer = make_trainer(plan, manifest, device, resumed)
+    try:
+        trainer = make_trainer(plan, manifest, device, resumed)
+    except DataError as error:
+        return TrainFailure(failure=str(error)).model_dump_json()
+    board = Board(plan.board)
+    if rank == 0:
+        note_restart(folder, board, attempt.number, trainer.step, world)
     if world > 1:
         trainer.network = prepare_model(trainer.unet, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
     batch_plan = make_batch_plan(plan, manifest)
     reader = RowReader(dataset, manifest, copies=Copies.of(plan.cache, plan.cache_bytes))
+    node = {"node_id": ray.get_runtime_context().get_node_id(), "node": platform.node()}
     try:
-        with _watch(attempt, context) as watch:
-            newest = _run_steps(trainer, batch_plan, reader, attempt if rank == 0 else None, watch, rank, world) or resumed
+        with Pulse(board, attempt.number, rank, world, **node, first=trainer.step) as pulse, _watch(attempt, context) as watch:
+            worker = Worker(trainer, batch_plan, reader, pulse, watch, rank, world)
+            newest = (worker.lead(attempt) if rank == 0 else worker.follow()) or resumed
     except (FloatingPointError, SupersededError) as error:
         return TrainFailure(failure=str(error)).model_dump_json()
     return "" if newest is None or rank else _outcome(trainer, newest, world, device).model_dump_json()
@@ -118,37 +163,94 @@ def _watch(attempt: Attempt, context: Any) -> contextlib.AbstractContextManager[
     return SystemWatch(attempt, context.get_node_rank(), alone=context.get_local_world_size() == context.get_world_size())
 
 
-def _run_steps(
-    trainer: Trainer, plan: BatchPlan, reader: RowReader, attempt: Attempt | None, watch: SystemWatch | None, rank: int, world: int
-) -> Location | None:
-    """Trains to the end. The first worker, which holds the attempt, returns the last checkpoint that it wrote, the others None."""
-    config, lanes, stretch = trainer.config, plan.lanes_of(rank, world), Stretch()
-    trainer.share = len(lanes) * world / plan.order.lanes
-    newest = None
-    if attempt and trainer.step == 0:
-        _save_grid(trainer, attempt)
-        stretch.reset()
-    batches = plan.batches(reader, range(trainer.step, config.steps), lanes)
-    with NotebookWriter(attempt) if attempt else contextlib.nullcontext() as notebook:
-        for batch, waited in _timed(batches):
+@dataclass
+class Worker:
+    """One worker at its steps."""
+
+    trainer: Trainer
+    plan: BatchPlan
+    reader: RowReader
+    pulse: Pulse
+    watch: SystemWatch | None
+    rank: int
+    world: int
+
+    def follow(self) -> None:
+        """Trains to the end; only the first worker writes."""
+        for stretch in self._steps():
+            if self._is_point():
+                stretch.reset()
+
+    def lead(self, attempt: Attempt) -> Location | None:
+        """Trains to the end, writes the curve, the pictures and the checkpoints, and returns the last checkpoint; None where all was done before.
+
+        Raises:
+            SupersededError: if another attempt took this one's place.
+        """
+        if self.trainer.step == 0:
+            self._draw(attempt)
+        with NotebookWriter(attempt) as notebook, self._checkpoints(attempt, notebook) as checkpoints:
+            self._lead(attempt, notebook, checkpoints)
+            self.pulse.phase = "ending"
+            try:
+                return checkpoints.finish()
+            except UnwritableError as error:
+                right = "make room or mend it, and the same command goes on from the last checkpoint"
+                self.pulse.give_up(f"cluster.storage: {attempt.folder} cannot be written ({error}); {right}")
+                raise
+
+    def _lead(self, attempt: Attempt, notebook: NotebookWriter, checkpoints: CheckpointWriter) -> None:
+        trainer, saved = self.trainer, ""
+        for stretch in self._steps():
+            if self._is_point():
+                notebook.append(stretch.line(trainer))
+                stretch.reset()
+            if trainer.step % trainer.config.sample_every == 0:
+                stretch.leave_out(self._draw(attempt))
+            wanted = self.pulse.wanted
+            if self._is_checkpoint() or wanted != saved:
+                self.pulse.phase = "saving"
+                stretch.stood_still(checkpoints.save(trainer.everything(*stretch.open()), self._answer(wanted)))
+                saved = wanted
+
+    def _checkpoints(self, attempt: Attempt, notebook: NotebookWriter) -> CheckpointWriter:
+        return CheckpointWriter(attempt, notebook, self.trainer.spec, self.trainer.config, lambda trouble: self.pulse.say(TROUBLE, trouble))
+
+    def _answer(self, wanted: str) -> Callable[[int], None] | None:
+        """Returns what tells the driver that the checkpoint it asked for is whole."""
+        return (lambda step: self.pulse.say(SAVED, f"{wanted} {step}")) if wanted else None
+
+    def _steps(self) -> Iterator[Stretch]:
+        """Takes one step after the other, and gives the steps since the last point of the curve after each."""
+        trainer, lanes, stretch = self.trainer, self.plan.lanes_of(self.rank, self.world), Stretch(self.world)
+        trainer.share = len(lanes) * self.world / self.plan.order.lanes
+        if trainer.resumed is not None:
+            stretch.go_on(trainer.resumed, trainer.device)
+        self.pulse.phase = "waiting for data"
+        for batch, waited in _timed(self.plan.batches(self.reader, range(trainer.step, trainer.config.steps), lanes)):
+            self.pulse.phase = "computing"
             loss, norm = trainer.update(batch, lanes[0])
             stretch.add(loss, norm, waited)
-            at_checkpoint = trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps
-            if trainer.step % config.log_every == 0 or at_checkpoint:
-                loss_now = _mean_over_workers(stretch.mean_loss(), world)
-                if notebook:
-                    notebook.append(stretch.line(trainer, loss_now))
-                if watch:
-                    watch.look(trainer.step)
-                stretch.reset()
-            if attempt and trainer.step % config.sample_every == 0:
-                _save_grid(trainer, attempt)
-                stretch.reset()
-            if attempt and notebook and at_checkpoint:
-                notebook.flush()
-                newest = _save_checkpoint(trainer, attempt)
-                stretch.reset()
-    return newest
+            self.pulse.step = trainer.step
+            if self.watch and self._is_point():
+                self.watch.look(trainer.step)
+            yield stretch
+            self.pulse.phase = "waiting for data"
+        self.pulse.phase = "ending"
+
+    def _is_checkpoint(self) -> bool:
+        return self.trainer.step % self.trainer.config.checkpoint_every == 0 or self.trainer.step == self.trainer.config.steps
+
+    def _is_point(self) -> bool:
+        """Tells whether the curve has a point at this step."""
+        return self.trainer.step % self.trainer.config.log_every == 0 or self._is_checkpoint()
+
+    def _draw(self, attempt: Attempt) -> float:
+        """Draws the sample grid and returns how long that took."""
+        started = time.perf_counter()
+        self.pulse.phase = "drawing samples"
+        _save_grid(self.trainer, attempt)
+        return time.perf_counter() - started
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
@@ -158,20 +260,6 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         for batch in batches:
             yield batch, time.perf_counter() - started
             started = time.perf_counter()
-
-
-def _mean_over_workers(value: torch.Tensor, world: int) -> float:
-    if world > 1:
-        torch.distributed.all_reduce(value)
-    return float(value) / world
-
-
-def _save_checkpoint(trainer: Trainer, attempt: Attempt) -> Location:
-    attempt.check()
-    path = attempt.folder / checkpoint_name(trainer.step, attempt.number)
-    trainer.save(path)
-    prune(attempt.folder, trainer.config.keep_last, path, trainer.config.keep_every)
-    return path
 
 
 def _save_grid(trainer: Trainer, attempt: Attempt) -> None:

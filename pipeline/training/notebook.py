@@ -96,6 +96,12 @@ def _read_ticket(folder: Location) -> Ticket | None:
         return None
 
 
+def attempts_so_far(folder: Location) -> int:
+    """Returns the number of the last start of a training's workers, 0 before the first."""
+    ticket = _read_ticket(folder)
+    return ticket.number if ticket else 0
+
+
 class NotebookWriter:
     """Writes lines on behalf of one attempt. Steps that an earlier attempt wrote down are not written again: they are the same numbers.
 

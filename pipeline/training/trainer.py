@@ -1,6 +1,7 @@
 """One worker's network, optimiser and averages: a step, and the way into a checkpoint and back."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from components.diffusion.schedule import Schedule
 from components.errors import DataError
 from components.model.checkpoint import (
     DenoiserSpec,
+    Resumable,
     TrainingRecord,
     TrainingState,
     average_name,
@@ -30,7 +32,7 @@ from components.model.ema import Ema
 from components.storage import Location
 from components.streams import Purpose, stream
 from pipeline.retraining.attempts import Start
-from pipeline.train import TrainConfig, TrainPlan
+from pipeline.training.plan import TrainConfig, TrainPlan
 
 Precision = Literal["float32", "bfloat16"]
 GRID_SEEDS = range(16)
@@ -53,6 +55,8 @@ class Trainer:
         unet: the denoiser itself.
         more_averages: averages of further decays, by the name that checkpoints give them.
         step: optimiser steps done.
+        settings: all that `inputs` is the digest of, for messages.
+        resumed: where the checkpoint stood that this training goes on from.
         share: this worker's part of the batch over an equal part; not 1 only where the workers do not divide the lanes.
     """
 
@@ -70,6 +74,8 @@ class Trainer:
     step: int = 0
     nonfinite_steps: int = 0
     share: float = 1.0
+    settings: Mapping[str, str] = field(default_factory=dict)
+    resumed: TrainingRecord | None = None
 
     def learning_rate(self) -> float:
         """Returns the learning rate of the next step: linear warm-up, then constant (DDPM appendix B)."""
@@ -111,28 +117,43 @@ class Trainer:
         for average in (self.ema, *self.more_averages.values()):
             average.update(self.unet, self.step)
 
-    def state(self) -> TrainingState:
-        """Returns what a checkpoint holds beyond the averaged weights."""
+    def everything(self, open_losses: Sequence[float] = (), open_norms: Sequence[float] = ()) -> Resumable:
+        """Returns all that a checkpoint holds: the living tensors, which the next step changes.
+
+        Args:
+            open_losses: losses of the steps since the last point of the curve.
+            open_norms: norms of the gradients of these steps.
+        """
         moments = self.optimizer.state_dict()["state"]
         flat = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items()}
-        record = TrainingRecord(step=self.step, train_digest=self.inputs, precision=self.precision, nonfinite_steps=self.nonfinite_steps)
-        return TrainingState(self.unet.state_dict(), flat, record)
+        record = TrainingRecord(
+            step=self.step,
+            train_digest=self.inputs,
+            precision=self.precision,
+            nonfinite_steps=self.nonfinite_steps,
+            settings=self.settings,
+            open_losses=tuple(open_losses),
+            open_norms=tuple(open_norms),
+        )
+        more = {name: average.weights for name, average in self.more_averages.items()}
+        return Resumable(self.ema.weights, TrainingState(self.unet.state_dict(), flat, record), more)
 
     def save(self, path: Location) -> None:
         """Writes everything as a checkpoint."""
-        more = {name: average.weights for name, average in self.more_averages.items()}
-        write_checkpoint(path, self.spec, self.ema.weights, self.state(), more_averages=more)
+        now = self.everything()
+        write_checkpoint(path, self.spec, now.ema, now.state, more_averages=now.more_averages)
 
     def resume(self, path: Location) -> None:
         """Takes over everything from a checkpoint.
 
         Raises:
-            DataError: if it is not whole, or made of other inputs.
+            DataError: if it is not whole, or made of other inputs; names the settings that differ.
         """
         resumable = load_training_state(path)
         state = resumable.state
         if state.record.train_digest != self.inputs:
-            raise DataError(f"{path} was trained on other settings or data ({state.record.train_digest}, not {self.inputs}); move it away")
+            told = differences(state.record.settings, self.settings) or f"digest {state.record.train_digest}, not {self.inputs}"
+            raise DataError(f"{path} was trained with other settings ({told}); move it away, or train with those")
         self.precision = state.record.precision
         self.unet.load_state_dict(dict(state.weights))
         self.ema.load(resumable.ema)
@@ -147,7 +168,13 @@ class Trainer:
             moments.setdefault(int(index), {})[name] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.step, self.nonfinite_steps = state.record.step, state.record.nonfinite_steps
+        self.step, self.nonfinite_steps, self.resumed = state.record.step, state.record.nonfinite_steps, state.record
+
+
+def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """Returns which settings differ, in words, such as `train.lr is 0.0002 there and 0.001 here`; nothing where those there are not known."""
+    keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)) if there else []
+    return ", ".join(f"{key} is {there.get(key, 'missing')} there and {here.get(key, 'missing')} here" for key in keys)
 
 
 def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resume_from: Location | None) -> Trainer:
@@ -177,6 +204,7 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
         Ema(unet, plan.train.ema_decay),
         {average_name(decay): Ema(unet, decay) for decay in plan.train.more_ema_decays},
         Schedule(plan.diffusion).to(device),
+        settings=plan.settings,
     )
     if resume_from is not None:
         trainer.resume(resume_from)

@@ -13,11 +13,14 @@ from components.data.reader import RowReader
 from components.data.shards import Manifest
 from components.diffusion.schedule import DiffusionConfig
 from components.errors import DataError
+from components.model.checkpoint import TrainingRecord
 from components.model.ema import Ema
 from components.model.unet import UNetConfig
 from components.storage import Location
 from pipeline.artifacts import ShardSet
-from pipeline.train import TrainConfig, TrainPlan, check_labels
+from pipeline.train import check_labels
+from pipeline.training.loop import Stretch
+from pipeline.training.plan import TrainConfig, TrainPlan
 from pipeline.training.trainer import Trainer, grid_pixels, make_batch_plan, make_trainer, resolve_precision
 
 MANIFEST = a_manifest(PixelRecipe(image_size=8, mode="L"), 0, rows_file="", rows_sha256="", shards=())
@@ -68,8 +71,37 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path, settin
     for ours, average in zip([undisturbed.ema, *undisturbed.more_averages.values()], [resumed.ema, *resumed.more_averages.values()], strict=True):
         for name, value in ours.weights.items():
             assert torch.equal(value, average.weights[name]), name
-    theirs = dict(resumed.state().optimizer)
-    assert all(torch.equal(value, theirs[name]) for name, value in undisturbed.state().optimizer.items())
+    theirs = dict(resumed.everything().state.optimizer)
+    assert all(torch.equal(value, theirs[name]) for name, value in undisturbed.everything().state.optimizer.items())
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_the_settings_that_differ(tmp_path: Path):
+    path = Location.of(tmp_path / "step_000000001")
+    there = plan().model_copy(update={"inputs": "a", "settings": {"train.lr": "0.0002", "train.seed": "0", "dataset": "d1"}})
+    trainer = make_trainer(there, MANIFEST, CPU, None)
+    train(trainer, 1)
+    trainer.save(path)
+    here = there.model_copy(update={"inputs": "b", "settings": {"train.lr": "0.001", "train.seed": "0", "dataset": "d2"}})
+    with pytest.raises(DataError, match=r"\(dataset is d1 there and d2 here, train\.lr is 0\.0002 there and 0\.001 here\)"):
+        make_trainer(here, MANIFEST, CPU, path)
+
+
+def test_a_point_of_the_curve_is_the_same_where_a_checkpoint_lay_between_its_steps():
+    losses, norms = torch.rand(5), torch.rand(5)
+    trainer = make_trainer(plan(), MANIFEST, CPU, None)
+    straight, before, after = Stretch(1), Stretch(1), Stretch(1)
+    for index in range(5):
+        straight.add(losses[index], norms[index], 0.0)
+    for index in range(3):
+        before.add(losses[index], norms[index], 0.0)
+    open_losses, open_norms = before.open()
+    record = TrainingRecord(step=3, train_digest="", precision="float32", open_losses=tuple(open_losses), open_norms=tuple(open_norms))
+    after.go_on(TrainingRecord.model_validate_json(record.model_dump_json()), CPU)
+    for index in range(3, 5):
+        after.add(losses[index], norms[index], 0.0)
+    assert [after.line(trainer).metrics[name] for name in ("train/loss", "train/gradient_norm")] == [
+        straight.line(trainer).metrics[name] for name in ("train/loss", "train/gradient_norm")
+    ]
 
 
 def test_one_step_is_adams_of_a_plain_optimizer():

@@ -1,0 +1,95 @@
+"""What a training worker tells the driver while it trains, and what the driver asks of it: notes on the board, one look a second."""
+
+import os
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from cluster.board import Board, BoardLostError
+
+BEAT_S = 1.0
+BEATS, SAVE, SAVED, TROUBLE, GIVEN_UP, DRAINED, REASON = "beat/", "save", "saved", "trouble", "given-up", "drained", "reason"
+"""Keys of the board. REASON says why the workers have to start again; it is there from then until they do."""
+
+
+Phase = Literal["starting", "waiting for data", "computing", "drawing samples", "saving", "ending"]
+
+
+class Beat(BaseModel):
+    """One worker, this second.
+
+    Attributes:
+        number: goes up with every beat, whatever the worker does.
+        attempt: start of the group of workers that this one belongs to.
+        first: step that the attempt went on from.
+        step: optimiser steps done.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    number: int
+    attempt: int
+    rank: int
+    num_workers: int
+    node_id: str
+    node: str
+    pid: int
+    first: int
+    step: int
+    phase: Phase
+
+
+class Pulse:
+    """Beats in a thread of its own during a block; the training thread only sets what it is at.
+
+    Attributes:
+        step: optimiser steps done.
+        phase: what the training thread is at.
+        wanted: name of the last checkpoint that the driver asked for out of turn; empty where it asked for none.
+    """
+
+    def __init__(self, board: Board, attempt: int, rank: int, num_workers: int, *, node_id: str, node: str, first: int) -> None:
+        """Prepares the pulse of one worker.
+
+        Args:
+            first: step that this attempt goes on from.
+        """
+        self._board, self._number = board, 0
+        self._who = {"attempt": attempt, "rank": rank, "num_workers": num_workers, "node_id": node_id, "node": node, "pid": os.getpid(), "first": first}
+        self.step, self.wanted = first, ""
+        self.phase: Phase = "starting"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+
+    def say(self, key: str, note: str) -> None:
+        """Puts a note on the board, if the head answers."""
+        with suppress(BoardLostError):
+            self._board.put(key, note)
+
+    def give_up(self, reason: str) -> None:
+        """Has the driver end the run with a reason that starting again would not mend, and waits for that."""
+        while not self._stop.is_set():
+            self.say(GIVEN_UP, reason)
+            time.sleep(BEAT_S)
+
+    def _beat(self) -> None:
+        while True:
+            self._number += 1
+            with suppress(BoardLostError):
+                beat = Beat.model_validate(self._who | {"number": self._number, "step": self.step, "phase": self.phase})
+                self._board.put(f"{BEATS}{beat.rank}", beat.model_dump_json())
+                self.wanted = self._board.get(SAVE) or ""
+            if self._stop.wait(BEAT_S):
+                return
+
+    def __enter__(self) -> "Pulse":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,189 @@
+"""The driver's watch over its workers while they train: who stands still, which node goes, whether to save before leaving."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+from rich.markup import escape
+
+from cluster.board import Board, BoardLostError
+from cluster.config import ClusterConfig, ClusterError, HeadLostError
+from cluster.nodes import draining_nodes, kill_process
+from pipeline.errors import ConfigError
+from pipeline.training.pulse import BEATS, DRAINED, GIVEN_UP, REASON, SAVE, SAVED, TROUBLE, Beat
+from pipeline.training.stillness import Stillness
+
+LOOK_S, HEAD_LOST_S = 0.5, 20.0
+_LEAVING = "leaving"
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+class Vigil:
+    """Watches during a block; the block's main thread is interrupted when there is nothing to wait for any more.
+
+    SIGTERM has the workers save before the command leaves; a second one ends it at once.
+
+    Attributes:
+        failure: what the block is to raise, None while there is nothing.
+        left: whether it was interrupted because of SIGTERM.
+    """
+
+    def __init__(
+        self, board: Board, config: ClusterConfig, hang_timeout_s: float, *, before: int, tell: Callable[[str], None], interrupt: Callable[[], None]
+    ) -> None:
+        """Prepares the watch.
+
+        Args:
+            hang_timeout_s: seconds without a step after which workers are taken to hang.
+            before: number of the last attempt of an earlier command, 0 where there was none.
+            tell: is given lines for a person.
+            interrupt: raises KeyboardInterrupt in the block's main thread.
+        """
+        self._board, self._config, self._tell, self._interrupt = board, config, tell, interrupt
+        self._stillness = Stillness(hang_timeout_s)
+        self._told_attempt = self._before = before
+        self._told_trouble = ""
+        self._condemned = before
+        self._draining: set[str] = set()
+        self._leave, self._ended = threading.Event(), threading.Event()
+        self._deadline: float | None = None
+        self._lost_since: float | None = None
+        self._handler: Handler = None
+        self.failure: Exception | None = None
+        self.left = False
+        self._thread = threading.Thread(target=self._watch, name="vigil", daemon=True)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            try:
+                self._look()
+                self._lost_since = None
+            except BoardLostError:
+                self._lost_since = self._lost_since or time.monotonic()
+                if time.monotonic() - self._lost_since >= HEAD_LOST_S or self._leave.is_set():
+                    self.failure = HeadLostError(f"Ray's head has not answered for {HEAD_LOST_S:.0f} s; the same command goes on from the last checkpoint")
+            if self.failure is not None or self.left:
+                self._interrupt()
+                return
+
+    def _look(self) -> None:
+        beats = self._beats()
+        self._tell_start(beats)
+        self._tell_trouble()
+        if reason := self._board.get(GIVEN_UP):
+            self.failure = ConfigError(reason)
+        elif self._leave.is_set():
+            self._go(beats)
+        elif self._board.get(REASON):
+            return  # a start is under way
+        elif hung := self._stillness.look(beats, time.monotonic()):
+            self._restart(hung)
+        else:
+            self._heed_draining(beats)
+
+    def _beats(self) -> list[Beat]:
+        """Returns the last beat of each worker of the newest attempt of this command, by rank."""
+        notes = [Beat.model_validate_json(note) for note in self._board.below(BEATS).values()]
+        newest = max((beat.attempt for beat in notes), default=0)
+        return sorted((beat for beat in notes if beat.attempt == newest > self._before), key=lambda beat: beat.rank)
+
+    def _tell_start(self, beats: Sequence[Beat]) -> None:
+        if beats and beats[0].attempt > max(1, self._told_attempt):
+            beat = beats[0]
+            workers = f"{beat.num_workers} worker{'s' if beat.num_workers > 1 else ''}"
+            self._tell(f"  start {beat.attempt}: {workers} go{'es' if beat.num_workers == 1 else ''} on from step {beat.first}")
+        self._told_attempt = max(self._told_attempt, beats[0].attempt if beats else 0)
+
+    def _tell_trouble(self) -> None:
+        trouble = self._board.get(TROUBLE) or ""
+        if trouble != self._told_trouble:
+            told = (
+                f"a checkpoint cannot be written ({escape(trouble)}); training goes on, and it is tried again"
+                if trouble
+                else "checkpoints can be written again"
+            )
+            self._tell(f"  [yellow]warning[/] {told}")
+        self._told_trouble = trouble
+
+    def _restart(self, hung: Sequence[Beat]) -> None:
+        """Names the workers that hang, and kills the first: Ray then starts the group again."""
+        if hung[0].attempt <= self._condemned:
+            return
+        self._condemned = hung[0].attempt
+        named = ", ".join(f"worker {beat.rank} ({beat.node}, pid {beat.pid}, {beat.phase} after step {beat.step})" for beat in hung)
+        reason = f"{named} made no step for too long (train.hang_timeout_s)"
+        self._board.put(REASON, reason)
+        try:
+            was_there = kill_process(hung[0].node_id, hung[0].pid)
+        except ClusterError as error:
+            self._tell(f"  [yellow]warning[/] {escape(str(error))}; Ray finds out by itself")
+            return
+        if was_there:
+            self._tell(f"  [yellow]warning[/] {escape(reason)}; the workers start again")
+        else:
+            self._board.put(REASON, "")
+
+    def _heed_draining(self, beats: Sequence[Beat]) -> None:
+        """Has a checkpoint saved when a node with workers on it is to be taken away."""
+        if self._config.address == "local":
+            return
+        named = {beat.node_id: beat.node for beat in beats}
+        for node_id in set(draining_nodes()) & set(named) - self._draining:
+            self._draining.add(node_id)
+            self._tell(f"  node {named[node_id]} is to be taken away; saving a checkpoint")
+            self._board.put(DRAINED, f"node {named[node_id]} was taken away")
+            self._board.put(SAVE, f"{node_id} is drained")
+
+    def _go(self, beats: Sequence[Beat]) -> None:
+        """Saves before leaving, within the grace period."""
+        if not beats:
+            self.left = True
+            return
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._config.grace_s
+            self._tell(f"  asked to end: saving a checkpoint, for at most {self._config.grace_s} s")
+            self._board.put(SAVE, _LEAVING)
+        saved = self._board.get(SAVED) or ""
+        name, _, step = saved.rpartition(" ")
+        if name == _LEAVING:
+            self._tell(f"  saved at step {step}")
+            self.left = True
+        elif time.monotonic() >= self._deadline:
+            self._tell(f"  [yellow]warning[/] no checkpoint was saved within {self._config.grace_s} s; the last one before is used")
+            self.left = True
+
+    def why(self, error: BaseException) -> str:
+        """Returns in a line why the block ends with an error."""
+        if self.left:
+            return "the command was asked to end (SIGTERM)"
+        if isinstance(error, KeyboardInterrupt) and self.failure is None:
+            return "the command was interrupted"
+        return " ".join(str(self.failure or error).split())[:300] or type(error).__name__
+
+    def explain(self) -> None:
+        """Raises in the main thread why it was interrupted, if the watch did it."""
+        if self.failure is not None:
+            raise self.failure
+        if self.left and callable(self._handler):
+            self._handler(signal.SIGTERM, None)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        if self._leave.is_set() and callable(self._handler):
+            self._handler(number, frame)
+        self._leave.set()
+
+    def __enter__(self) -> "Vigil":
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
