@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     WEIGHTS = 5
     TIMESTEP_LOSS = 6
     SAMPLE_LABEL = 7
+    DROPOUT = 8
 
 
 def stream(purpose: Purpose, seed: int, *counters: int) -> np.random.Generator:

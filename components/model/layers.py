@@ -1,6 +1,7 @@
 """The parts of the DDPM U-Net. Activations are (B, C, H, W), channels_last in memory where the caller says so."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -57,6 +58,36 @@ class TimeMLP(nn.Module):
         return list(self.projections(F.silu(embedding))[:, :, None, None].split(self.block_channels, dim=1))
 
 
+class LaneDropout(nn.Module):
+    """Dropout of (B, C, H, W) whose mask is a function of seeds: B is cut into as many equal lanes, and each lane's mask depends on its own seed only.
+
+    Without seeds it is torch's dropout, drawn from the global generator.
+
+    Attributes:
+        p: probability that an activation is dropped.
+        seeds: one for each lane of the batch, in the order in which the lanes lie in it.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.seeds: Sequence[int] = ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        return (x * self._mask(x)).to(x.dtype) if self.seeds else F.dropout(x, self.p)
+
+    def _mask(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns 0 where x is dropped and 1 / (1 - p) elsewhere, in float32, drawn in the order of channels_last whatever the layout of x."""
+        batch, channels, height, width = x.shape
+        mask = torch.empty((batch, height, width, channels), device=x.device)
+        generator = torch.Generator(x.device)
+        for lane, seed in zip(mask.unflatten(0, (len(self.seeds), -1)), self.seeds, strict=True):
+            lane.bernoulli_(1.0 - self.p, generator=generator.manual_seed(seed))
+        return mask.mul_(1.0 / (1.0 - self.p)).permute(0, 3, 1, 2)
+
+
 class ResidualBlock(nn.Module):
     """Two convolutions around a time bias, and a shortcut (DDPM appendix B)."""
 
@@ -66,7 +97,7 @@ class ResidualBlock(nn.Module):
         self.norm_1 = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
         self.conv_1 = conv3x3(in_channels, out_channels)
         self.norm_2 = nn.GroupNorm(num_groups, out_channels, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = LaneDropout(dropout)
         self.conv_2 = conv3x3(out_channels, out_channels, scale=0.0)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         if isinstance(self.shortcut, nn.Conv2d):

@@ -1,13 +1,15 @@
 """The U-Net of the DDPM paper: eps_hat = UNet(x_t, t), or UNet(x_t, t, labels) where it is told the class."""
 
+from collections.abc import Sequence
 from typing import Self
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
-from .layers import Downsample, ResidualBlock, SelfAttention, TimeMLP, Upsample, conv3x3
+from .layers import Downsample, LaneDropout, ResidualBlock, SelfAttention, TimeMLP, Upsample, conv3x3
 
 
 class UNetConfig(BaseModel):
@@ -141,6 +143,19 @@ class UNet(nn.Module):
         if labels is None:
             labels = torch.full((len(x_t),), self.label_embedding.num_embeddings - 1, device=x_t.device)
         return self.label_embedding(labels)
+
+    def key_dropout(self, lanes: Sequence[np.random.Generator]) -> None:
+        """Makes the dropout masks of later passes a function of one generator per lane; a batch then holds these lanes one after the other, of equal size.
+
+        Each dropout layer takes one seed of each generator, whatever the others take: a pass repeated has the same masks.
+
+        Args:
+            lanes: none to draw from torch's global generator again.
+        """
+        layers = [module for module in self.modules() if isinstance(module, LaneDropout)]
+        seeds = [lane.integers(2**63, size=len(layers)).tolist() for lane in lanes]
+        for number, layer in enumerate(layers):
+            layer.seeds = [of_lane[number] for of_lane in seeds]
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         biases = iter(self.time(t, self._condition(x_t, labels)))

@@ -229,7 +229,7 @@ class Worker:
         self.pulse.phase = "waiting for data"
         for batch, waited in _timed(self.plan.batches(self.reader, range(trainer.step, trainer.config.steps), lanes)):
             self.pulse.phase = "computing"
-            loss, norm = trainer.update(batch, lanes[0])
+            loss, norm = trainer.update(batch, lanes)
             stretch.add(loss, norm, waited)
             self.pulse.step = trainer.step
             if self.watch and self._is_point():

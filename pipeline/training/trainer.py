@@ -29,6 +29,7 @@ from components.model.checkpoint import (
     write_checkpoint,
 )
 from components.model.ema import Ema
+from components.model.unet import UNet
 from components.storage import Location
 from components.streams import Purpose, stream
 from pipeline.retraining.attempts import Start
@@ -65,7 +66,7 @@ class Trainer:
     inputs: str
     device: torch.device
     precision: Precision
-    unet: nn.Module
+    unet: UNet
     network: nn.Module
     optimizer: torch.optim.AdamW
     ema: Ema
@@ -81,14 +82,16 @@ class Trainer:
         """Returns the learning rate of the next step: linear warm-up, then constant (DDPM appendix B)."""
         return self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
 
-    def update(self, batch: Batch, first_lane: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, batch: Batch, lanes: range) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes one optimiser step and returns this worker's loss, whose mean over the workers is the batch's, and the gradient's norm before clipping.
+
+        Args:
+            lanes: those that the batch holds, one after the other.
 
         Raises:
             FloatingPointError: if too many gradients were not finite.
         """
-        # Dropout is the only draw inside the network; it is keyed by the worker's first lane, so that a resumed step repeats it.
-        torch.manual_seed(int(stream(Purpose.WEIGHTS, self.config.seed, self.step + 1, first_lane).integers(2**32)))
+        self._key_dropout(lanes)
         x_0 = to_model_range(batch.pixels.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         eps, t = batch.eps.to(self.device, non_blocking=True), batch.t.to(self.device, non_blocking=True)
         labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
@@ -101,6 +104,11 @@ class Trainer:
         self._apply(norm)
         self.step += 1
         return loss.detach(), norm
+
+    def _key_dropout(self, lanes: range) -> None:
+        """Makes the masks of this step, the only draws inside the network, a function of (seed, step, lane)."""
+        if self.spec.model.dropout:
+            self.unet.key_dropout([stream(Purpose.DROPOUT, self.config.seed, self.step, lane) for lane in lanes])
 
     def _apply(self, norm: torch.Tensor) -> None:
         if not torch.isfinite(norm):

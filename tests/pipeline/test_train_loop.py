@@ -26,6 +26,7 @@ from pipeline.training.trainer import Trainer, grid_pixels, make_batch_plan, mak
 MANIFEST = a_manifest(PixelRecipe(image_size=8, mode="L"), 0, rows_file="", rows_sha256="", shards=())
 LABELLED = MANIFEST.model_copy(update={"labels": {"dog": 1, "cat": 1}})
 CPU = torch.device("cpu")
+LANES = range(4)
 
 
 def plan(conditional: bool = False, **changes: object) -> TrainPlan:
@@ -53,7 +54,7 @@ def batch(step: int, num_classes: int = 0) -> Batch:
 
 def train(trainer: Trainer, until: int) -> list[float]:
     num_classes = len(trainer.spec.label_names)
-    return [float(trainer.update(batch(step, num_classes), first_lane=0)[0]) for step in range(trainer.step, until)]
+    return [float(trainer.update(batch(step, num_classes), LANES)[0]) for step in range(trainer.step, until)]
 
 
 @pytest.mark.parametrize(("settings", "manifest"), [(plan(more_ema_decays=[0.5, 0.1]), MANIFEST), (plan(conditional=True), LABELLED)])
@@ -108,7 +109,7 @@ def test_one_step_is_adams_of_a_plain_optimizer():
     ours, plain = make_trainer(plan(warmup_steps=0), MANIFEST, CPU, None), make_trainer(plan(warmup_steps=0), MANIFEST, CPU, None)
     reference = torch.optim.Adam([parameter.detach().clone().requires_grad_() for parameter in plain.unet.parameters()], lr=1e-2, foreach=False)
     for step in range(3):
-        ours.update(batch(step), 0)
+        ours.update(batch(step), LANES)
         for mine, theirs in zip(ours.unet.parameters(), reference.param_groups[0]["params"], strict=True):
             assert mine.grad is not None
             theirs.grad = mine.grad.clone()
@@ -122,7 +123,7 @@ def test_the_learning_rate_warms_up_from_the_first_step():
     rates = []
     for step in range(5):
         rates.append(trainer.learning_rate())
-        trainer.update(batch(step), 0)
+        trainer.update(batch(step), LANES)
     assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2, 1e-2])
 
 
@@ -130,45 +131,55 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_counted_and_stops_past_th
     trainer = make_trainer(plan(max_nonfinite_steps=1), MANIFEST, CPU, None)
     before = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
     broken = Batch(0, torch.arange(4), batch(0).pixels, batch(0).t, torch.full((4, 1, 8, 8), float("nan")))
-    trainer.update(broken, 0)
+    trainer.update(broken, LANES)
     assert trainer.nonfinite_steps == 1
     assert all(torch.equal(value, before[name]) for name, value in trainer.unet.state_dict().items())
     with pytest.raises(FloatingPointError, match=r"train\.max_nonfinite_steps=1 is exceeded at step 1"):
-        trainer.update(broken, 0)
+        trainer.update(broken, LANES)
 
 
 def test_bfloat16_trains_with_float32_weights_and_loss():
     trainer = make_trainer(plan(precision="bfloat16"), MANIFEST, CPU, None)
     exact = make_trainer(plan(precision="float32"), MANIFEST, CPU, None)
-    loss, norm = trainer.update(batch(0), 0)
+    loss, norm = trainer.update(batch(0), LANES)
     assert (loss.dtype, norm.dtype, next(trainer.unet.parameters()).dtype) == (torch.float32,) * 3
-    assert float(loss) == pytest.approx(float(exact.update(batch(0), 0)[0]), rel=0.02)
+    assert float(loss) == pytest.approx(float(exact.update(batch(0), LANES)[0]), rel=0.02)
     assert resolve_precision("auto", CPU) in ("float32", "bfloat16")
 
 
-def test_workers_with_unequal_parts_of_a_batch_weigh_them_by_their_size():
-    without_dropout = plan().model_copy(update={"model": plan().model.model_copy(update={"dropout": 0.0})})
-    whole = batch(0)
-    parts = [(slice(0, 1), 0.5), (slice(1, 4), 1.5)]
-    losses, gradients = [], []
-    for rows, share in [(slice(0, 4), 1.0), *parts]:
-        trainer = make_trainer(without_dropout, MANIFEST, CPU, None)
-        trainer.share = share
-        trainer.config = trainer.config.model_copy(update={"grad_clip": 1e9})
-        loss, _ = trainer.update(Batch(0, whole.rows[rows], whole.pixels[rows], whole.t[rows], whole.eps[rows]), 0)
-        losses.append(loss)
-        gradients.append([parameter.grad for parameter in trainer.unet.parameters()])
-    torch.testing.assert_close((losses[1] + losses[2]) / 2, losses[0])
-    for full, one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close((one + other) / 2, full, rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("parts", [[range(0, 2), range(2, 4)], [range(lane, lane + 1) for lane in LANES], [range(0, 1), range(1, 4)]], ids=str)
+def test_with_dropout_loss_and_gradient_are_the_mean_of_those_of_any_workers_weighed_by_their_lanes(parts: list[range]):
+    expected_loss, expected = gradient(LANES)
+    shares = [gradient(lanes, len(lanes) * len(parts) / len(LANES)) for lanes in parts]
+    torch.testing.assert_close(torch.stack([loss for loss, _ in shares]).mean(), expected_loss)
+    for whole, *pieces in zip(expected, *(gradients for _, gradients in shares), strict=True):
+        torch.testing.assert_close(torch.stack(pieces).mean(dim=0), whole, rtol=1e-3, atol=1e-5)
+
+
+def test_the_same_batch_meets_the_same_masks_at_the_same_step_and_others_at_another_or_with_another_seed():
+    losses = [float(gradient(LANES, step=step, seed=seed)[0]) for step, seed in ((0, 0), (1, 0), (0, 1))]
+    assert len(set(losses)) == 3
+    assert float(gradient(LANES)[0]) == losses[0]
+
+
+def gradient(lanes: range, share: float = 1.0, *, step: int = 0, seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns the loss and the gradient of a worker that carries these lanes of one and the same batch, with one and the same weights."""
+    trainer, whole, rows = make_trainer(plan(grad_clip=1e9, seed=seed), MANIFEST, CPU, None), batch(0), slice(lanes.start, lanes.stop)
+    # Fresh weights leave out what follows dropout: its convolutions start at 0.
+    weights = torch.Generator().manual_seed(0)
+    for parameter in trainer.unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=weights)
+    trainer.step, trainer.share = step, share
+    loss, _ = trainer.update(Batch(step, whole.rows[rows], whole.pixels[rows], whole.t[rows], whole.eps[rows]), lanes)
+    return loss, [parameter.grad for parameter in trainer.unet.parameters() if parameter.grad is not None]
 
 
 def test_each_average_is_the_one_that_its_decay_alone_would_give():
     trainer, alone = make_trainer(plan(more_ema_decays=[0.15, 0.3]), MANIFEST, CPU, None), make_trainer(plan(), MANIFEST, CPU, None)
     emas = [Ema(alone.unet, decay) for decay in (0.9999, 0.15, 0.3)]
     for step in range(6):
-        trainer.update(batch(step), 0)
-        alone.update(batch(step), 0)
+        trainer.update(batch(step), LANES)
+        alone.update(batch(step), LANES)
         for ema in emas:
             ema.update(alone.unet, step)
     averages = [trainer.ema, trainer.more_averages["ema-0.15"], trainer.more_averages["ema-0.3"]]
@@ -184,7 +195,7 @@ def test_a_conditional_model_draws_the_class_that_it_is_told(tmp_path: Path):
     trainer = make_trainer(toy(), manifest, CPU, None)
     reader, batches = RowReader(Location.of(tmp_path), manifest), make_batch_plan(toy(), manifest)
     for step in range(60):
-        trainer.update(batches.batch(reader, step, range(8)), 0)
+        trainer.update(batches.batch(reader, step, range(8)), range(8))
     brightness = grid_pixels(trainer).mean(axis=(1, 2, 3))
     assert brightness[0::2].max() < 90
     assert brightness[1::2].min() > 165
