@@ -7,13 +7,14 @@ place on a file system, and an S3 object exists once its upload is complete.
 import contextlib
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .scratch import scratch
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile
@@ -113,19 +114,21 @@ class Location:
         """Gives a block a local file to write, which becomes this file, flushed to disk, when the block ends well.
 
         Args:
-            within: folder for the file until then; by default its own, or this machine's temporary folder for a file on S3.
+            within: folder for the file until then; by default its own. A file on S3 is written in a temporary one of this machine.
         """
-        folder = (within or self.parent).path if self.is_local else Path(tempfile.gettempdir())
+        if not self.is_local:
+            with scratch("upload") as scratched:
+                yield scratched / self.name
+                self._upload(scratched / self.name)
+            return
+        folder = (within or self.parent).path
         folder.mkdir(parents=True, exist_ok=True)
         staging = folder / f".{self.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{_TEMPORARY}"
         try:
             yield staging
-            if self.is_local:
-                with staging.open("rb") as file:
-                    os.fsync(file.fileno())
-                staging.replace(self.path)
-            else:
-                self._upload(staging)
+            with staging.open("rb") as file:
+                os.fsync(file.fileno())
+            staging.replace(self.path)
         finally:
             staging.unlink(missing_ok=True)
 
@@ -217,9 +220,9 @@ class Location:
         if self.is_local:
             yield self.path
             return
-        with tempfile.TemporaryDirectory(prefix="ddpm-copy-") as copy:
-            self._download_tree(Path(copy), only)
-            yield Path(copy)
+        with scratch("copy") as copy:
+            self._download_tree(copy, only)
+            yield copy
 
     def _download_tree(self, target: Path, only: Sequence[str] | None) -> None:
         target.mkdir(parents=True, exist_ok=True)

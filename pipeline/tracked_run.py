@@ -1,7 +1,6 @@
 """The MLflow run of a trained model: what it is, what it trains on, and the same one each time."""
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from rich.markup import escape
 from components.data.copies import Copies
 from components.data.shards import MANIFEST, QUARANTINE, SHARDS, Manifest, read_manifest, shard_location
 from components.data.summary import dataset_sheet, quarantine_by_reason
+from components.scratch import scratch
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.config import RunConfig, config_digest, flatten, public_tree
@@ -131,8 +131,8 @@ class TrackedRun:
         """Logs the files that a function writes into a folder, unless the run has those names from a call before: what it started with stays."""
         if self.tracking.has_files(run_id, artifact_path, names):
             return
-        with tempfile.TemporaryDirectory(prefix="ddpm-artifacts-") as staging:
-            write(Path(staging))
+        with scratch("artifacts") as staging:
+            write(staging)
             self.tracking.log_files(run_id, Location.of(staging), artifact_path)
 
     def _write_config(self, folder: Path) -> None:

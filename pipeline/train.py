@@ -3,7 +3,6 @@
 import itertools
 import signal
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from components.data.shards import read_manifest
 from components.diffusion.schedule import DiffusionConfig
 from components.errors import DataError
 from components.model.unet import UNetConfig
+from components.scratch import scratch
 from components.storage import Location
 from pipeline.artifacts import ShardSet, TrainedModel
 from pipeline.context import StageContext
@@ -115,12 +115,12 @@ def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainO
     board.clear()
     if before:
         board.put(REASON, ended)
-    with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as bookkeeping:
+    with scratch("ray-train") as bookkeeping:
         trainer = TorchTrainer(
             train_loop,  # pyrefly: ignore[bad-argument-type]  (its return value is the result's, as Ray documents)
             train_loop_config={"plan": plan.model_dump_json()},
             scaling_config=scaling_config(context.cluster, placement),
-            run_config=run_config(context.cluster, bookkeeping=bookkeeping, name=context.folder.name, callbacks=[Witness(board)]),
+            run_config=run_config(context.cluster, bookkeeping=str(bookkeeping), name=context.folder.name, callbacks=[Witness(board)]),
             torch_config=TorchConfigOnRaysNetwork(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
         )
         with _watched(plan, context, board, before), waiting_aloud(context.cluster, context.reporter.line), _interruptible():

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -25,6 +24,7 @@ from components.model.checkpoint import read_spec
 from components.report.page import format_estimate, write_report
 from components.report.records import Compared, Estimate, Picture, Report, Section, Verdict
 from components.report.records import Comparison as Side
+from components.scratch import scratch
 from components.storage import Location
 from pipeline.config import load_sections
 from pipeline.context import Reporter, StageContext
@@ -93,12 +93,12 @@ def compare_models(wanted: Wanted) -> tuple[Comparison, Path]:
         comparison = compare([each.entrant for each in found], recipes, config, dataset.folder, context=context)
     finally:
         disconnect()
-    with tempfile.TemporaryDirectory(prefix="ddpm-compare-") as staging:
-        page = write_comparison(Path(staging), comparison, [each.entrant.name for each in found])
+    with scratch("compare") as staging:
+        page = write_comparison(staging, comparison, [each.entrant.name for each in found])
         for run_id in {str(each.version.run_id) for each in found if each.version is not None}:
             if tracking is not None:
                 tracking.log_files(run_id, Location.of(staging), f"compare/{context.inputs}")
-        _hand_over(Path(staging), wanted.out)
+        _hand_over(staging, wanted.out)
     return comparison, wanted.out / page.name
 
 

@@ -1,6 +1,5 @@
 """A grid of images from a registered model or a checkpoint folder."""
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from components.diffusion.recipe import SAMPLERS, Recipe, SamplerName
 from components.figures import grid
 from components.model.checkpoint import Denoiser, load_denoiser
 from components.model.request import Request, draw
+from components.scratch import scratch
 from components.storage import Location
 from pipeline.errors import ConfigError, RegistryError
 from pipeline.tracking import connect, translated
@@ -50,9 +50,9 @@ def _load(model: str, storage: str) -> Denoiser:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    with translated(tracking.uri), tempfile.TemporaryDirectory(prefix="ddpm-sample-") as folder:
+    with translated(tracking.uri), scratch("sample") as folder:
         try:
-            fetched = mlflow.artifacts.download_artifacts(model.rstrip("/") + "/artifacts/checkpoint", dst_path=folder)
+            fetched = mlflow.artifacts.download_artifacts(model.rstrip("/") + "/artifacts/checkpoint", dst_path=str(folder))
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise RegistryError(f"{model} is not in the registry ({error.message}); `ddpm models` lists what is") from error

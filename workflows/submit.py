@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from cluster.jobs import Job, JobServer
 from cluster.placement import plan
 from cluster.tree import COMMIT_FILE, stage_tree
 from components.ingest.sources import TORCHVISION
+from components.scratch import scratch
 from pipeline.config import RunConfig, config_digest
 from pipeline.errors import ConfigError
 from pipeline.tracking import git_commit, ui_link
@@ -116,10 +116,10 @@ def send(server: JobServer, config: RunConfig, name: str, attempt: int, command:
     tree["cluster"]["address"] = "auto"
     extra = {CONFIG_FILE: yaml.safe_dump(tree, sort_keys=False), COMMIT_FILE: git_commit() + "\n"}
     entrypoint = f"{PYTHON[packages]} -m workflows {command}"
-    with tempfile.TemporaryDirectory(prefix="ddpm-tree-") as folder:
-        size = stage_tree(Path(folder), extra)
+    with scratch("tree") as folder:
+        size = stage_tree(folder, extra)
         typer.echo(f"sending {size / 2**20:.1f} MiB of working tree")
-        runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": dict(variables) | DRIVER}
+        runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": dict(variables) | DRIVER}
         return server.submit(entrypoint, name=name, attempt=attempt, config_digest=config_digest(config), runtime_env=runtime_env)
 
 

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..diffusion.schedule import DiffusionConfig, Schedule
 from ..errors import DataError
+from ..scratch import scratch
 from ..storage import Location
 from .unet import UNet, UNetConfig
 
@@ -202,8 +202,8 @@ def write_checkpoint(
 @contextmanager
 def _staging(path: Location) -> Iterator[Path]:
     if not path.is_local:
-        with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
-            yield Path(folder)
+        with scratch("checkpoint") as folder:
+            yield folder
         return
     staging = path.path.with_name(f".{path.name}.{os.getpid()}{_STAGING}")
     shutil.rmtree(staging, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Which features decide, and where their weights come from."""
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from cluster.placement import Placement
 from components.data.reader import NO_LABEL, RowReader
 from components.data.shards import read_manifest
 from components.errors import DataError
+from components.scratch import scratch
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
@@ -104,9 +104,9 @@ def _inception(config: "EvaluateConfig", storage: Location) -> Location:
         return Location.of(fetch_inception_weights(kept.path))
     found = next(iter(kept.files()), None)
     if found is None:
-        with tempfile.TemporaryDirectory(prefix="ddpm-inception-") as folder:
-            found = fetch_inception_weights(Path(folder)).name
-            kept.upload(Path(folder))
+        with scratch("inception") as folder:
+            found = fetch_inception_weights(folder).name
+            kept.upload(folder)
     return kept / found
 
 
@@ -147,6 +147,6 @@ def make_classifier(dataset: str, folder: str, threads: int) -> None:
     labelled = np.flatnonzero(classes != NO_LABEL)
     most = min(CLASSIFIER_ROWS, max(MIN_CLASSES, CLASSIFIER_BYTES // manifest.row_bytes))
     labelled = labelled[:: -(-len(labelled) // most)]  # spread over all labels, by which rows are sorted
-    with tempfile.TemporaryDirectory(prefix="ddpm-classifier-") as staging:
-        train_classifier(reader.pixels(labelled), classes[labelled].astype(np.int64), Path(staging) / "made")
-        Location.of(folder).upload(Path(staging) / "made", last=RECORD)
+    with scratch("classifier") as staging:
+        train_classifier(reader.pixels(labelled), classes[labelled].astype(np.int64), staging / "made")
+        Location.of(folder).upload(staging / "made", last=RECORD)

@@ -1,6 +1,5 @@
 """What a person looks at after an evaluation: grids, curves, pairs, and one page with all of it."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from components.data.shards import Split
 from components.figures import closest_pairs, grid, interpolation_sheet, save_animation
 from components.report.page import write_report
 from components.report.records import Estimate, Number, Picture, Report, Section, Verdict
+from components.scratch import scratch
 from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
 from pipeline.measurement.bench import Bench, Numbers
@@ -59,15 +59,15 @@ def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: Tra
     images = team.first("draw", samples, list(GRID_SEEDS), bench.config.batch_size)
     between = team.first("interpolate", samples, PAIRS, PAIR_STEPS)
     lines = [line for line in read_metrics(Location.of(model.folder)) if "train/loss" in line.metrics]
-    with tempfile.TemporaryDirectory(prefix="ddpm-pictures-") as staging:
-        paths = {name: Path(staging) / file for name, file in FILES.items()}
+    with scratch("pictures") as staging:
+        paths = {name: staging / file for name, file in FILES.items()}
         grid(images, GRID_COLUMNS).save(paths["grid"])
         save_animation(paths["animation"], [grid(frame, ANIMATION_COLUMNS) for frame in frames])
         interpolation_sheet(between, PAIRS, "Spherical interpolation of the starting noise, each image from the same network.").save(paths["interpolation"])
         save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines])
         _draw_timesteps(bench, samples, paths["timesteps"])
         _draw_copies(bench, samples, numbers, paths["copies"], pixels)
-        folder.upload(Path(staging))
+        folder.upload(staging)
         return Pictures(folder, {name: path.read_bytes() for name, path in paths.items() if path.is_file()})
 
 

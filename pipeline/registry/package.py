@@ -4,7 +4,6 @@ import ast
 import hashlib
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version as installed_version
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import components
+from components.scratch import scratch
 from components.storage import Location
 from pipeline.artifacts import Evaluation, TrainedModel
 
@@ -29,8 +29,7 @@ def log_model(name: str, model: TrainedModel, evaluation: Evaluation, run_id: st
     """Logs a model that carries its own code and weights, without pickle; returns the logged model's id."""
     import mlflow
 
-    with tempfile.TemporaryDirectory(prefix="ddpm-register-") as staging:
-        folder = Path(staging)
+    with scratch("register") as folder:
         spec = _write_weights(folder, evaluation)
         package = copy_code(folder)
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():

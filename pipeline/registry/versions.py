@@ -1,12 +1,12 @@
 """What the registry holds: versions by address, their tags, their checkpoints."""
 
 import hashlib
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from components.scratch import scratch
 from components.storage import Location
 from pipeline.artifacts import Metric, MetricUnit, Registration
 from pipeline.errors import RegistryError
@@ -138,8 +138,8 @@ def fetch_checkpoint(tracking: Tracking, model: str, storage: Location) -> Locat
     if not (kept / "manifest.json").is_file():
         import mlflow
 
-        with translated(tracking.uri), tempfile.TemporaryDirectory(prefix="ddpm-model-") as folder:
-            fetched = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}/artifacts/checkpoint", dst_path=folder)
+        with translated(tracking.uri), scratch("model") as folder:
+            fetched = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}/artifacts/checkpoint", dst_path=str(folder))
             kept.upload(Path(fetched), last="manifest.json")
     return kept
 

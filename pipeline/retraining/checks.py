@@ -1,12 +1,10 @@
 """The guards, asked about real data and a real plan."""
 
-import tempfile
-from pathlib import Path
-
 from components.data.catalog import Dataset
 from components.data.copies import Copies
 from components.data.drift import Drift, measure_drift
 from components.data.drift_picture import drift_picture
+from components.scratch import scratch
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.config import RunConfig
@@ -42,9 +40,9 @@ def look_at_data(config: RunConfig, latest: Latest | None, shards: ShardSet, pla
         picture = drift_picture(
             drift, latest.dataset, after, max_label_drift=limits.max_label_drift, max_brightness_drift=limits.max_brightness_drift, copies=copies
         )
-        with tempfile.TemporaryDirectory(prefix="ddpm-drift-") as folder:
-            picture.save(Path(folder) / PICTURE)
-            (place / PICTURE).write_bytes((Path(folder) / PICTURE).read_bytes())
+        with scratch("drift") as folder:
+            picture.save(folder / PICTURE)
+            (place / PICTURE).write_bytes((folder / PICTURE).read_bytes())
     elif (place / PICTURE).is_file():  # of the same attempt, when a guard stopped it
         (place / PICTURE).remove()
     return found, drift

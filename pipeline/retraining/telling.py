@@ -1,9 +1,8 @@
 """Tells people what became of an attempt: a summary beside its journal, in its MLflow run, and by webhook."""
 
 import os
-import tempfile
-from pathlib import Path
 
+from components.scratch import scratch
 from components.storage import Location
 from pipeline.context import Reporter
 from pipeline.errors import RegistryError
@@ -43,8 +42,8 @@ def tell(
 
 
 def _log(place: Location, storage: Location, run_id: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="ddpm-summary-") as folder:
+    with scratch("summary") as folder:
         for name in (MARKDOWN, RECORD, PICTURE):
             if (place / name).is_file():
-                (Path(folder) / name).write_bytes((place / name).read_bytes())
+                (folder / name).write_bytes((place / name).read_bytes())
         connect(storage).log_files(run_id, Location.of(folder), ARTIFACTS)

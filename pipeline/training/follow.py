@@ -6,16 +6,15 @@ that is slow or away costs training nothing, and a line is delivered once.
 
 import contextlib
 import itertools
-import tempfile
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import TracebackType
 
 from rich.markup import escape
 
 from components.model.checkpoint import damage_of, damaged_checkpoints
+from components.scratch import scratch
 from components.storage import Location
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
@@ -147,8 +146,8 @@ class Delivery:
     def _send_picture(self, picture: Location) -> None:
         step = int(picture.name.removesuffix(".png").removeprefix("step_"))
         if not self._tracking.has_picture(self._run_id, key=PICTURES_KEY, step=step):
-            with tempfile.TemporaryDirectory(prefix="ddpm-picture-") as folder:
-                copy = Path(folder) / picture.name
+            with scratch("picture") as folder:
+                copy = folder / picture.name
                 picture.download(copy)
                 self._tracking.log_picture(self._run_id, copy, key=PICTURES_KEY, step=step)
         (picture.parent / (picture.name + _DELIVERED)).write_text("")

@@ -5,10 +5,11 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from components.scratch import scratch
 
 if TYPE_CHECKING:
     from components.storage import Location
@@ -118,8 +119,8 @@ def _check_cron(line: str | None) -> None:
         return
     from pipeline.errors import ConfigError
 
-    with tempfile.TemporaryDirectory(prefix="ddpm-cron-") as folder:
-        env = os.environ | {"PREFECT_HOME": folder}
+    with scratch("cron") as folder:
+        env = os.environ | {"PREFECT_HOME": str(folder)}
         done = subprocess.run([sys.executable, "-c", _CRON_CHECK, line], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
