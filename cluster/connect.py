@@ -20,7 +20,6 @@ _ENVIRONMENT = {
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DEDUP_LOGS": "0",
     "RAY_worker_niceness": "0",  # Ray would have them yield to everything else on the machine, as no training by itself does
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -71,6 +70,8 @@ def quiet() -> None:
 def _prepare_environment(config: ClusterConfig) -> None:
     """Sets what Ray reads, and a token: the cluster's, or for a Ray of our own one that nobody else knows."""
     quiet()
+    # A process that notices nodes which are to be taken away, so that their loss is no failure; this machine is not taken away with notice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0" if config.address == "local" else "1")
     if config.is_elastic:
         # A shrinking group first asks for as many workers as before, and tries fewer when that has timed out.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")

@@ -13,6 +13,7 @@ from cluster.board import Board
 from cluster.connect import connect
 from cluster.interrupt import interruptible
 from cluster.lookout import waiting_aloud
+from cluster.nodes import count
 from cluster.placement import Placement, place, run_config, scaling_config
 from components.data.shards import read_manifest
 from components.diffusion.schedule import DiffusionConfig
@@ -99,9 +100,9 @@ def train(
 
 def _derived(config: TrainConfig, placement: Placement, start: Start | None) -> str:
     """Returns the values that follow from the settings and the machines, for a person to see at the start."""
-    where = "one GPU each" if placement.use_gpu else f"{placement.threads} CPU thread{'s' if placement.threads > 1 else ''} each"
+    where = "one GPU each" if placement.use_gpu else f"{count(placement.threads, 'CPU thread')} each"
     begin = f", starting from {start.weights} of {start.model}" if start else ""
-    return f"  {placement.num_workers} workers with {where}, {config.global_batch_size // placement.num_workers} images per worker and step{begin}"
+    return f"  {count(placement.num_workers, 'worker')} with {where}, {config.global_batch_size // placement.num_workers} images per worker and step{begin}"
 
 
 def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainOutcome:

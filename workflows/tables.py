@@ -10,6 +10,7 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
+from cluster.nodes import count
 from pipeline.artifacts import Evaluation, Metric, Registration, ShardSet, StageName, TrainedModel
 from pipeline.config import RunConfig, config_digest, section_fields
 from pipeline.registry.browse import Contrast, VersionFacts
@@ -36,7 +37,8 @@ def _result(report: StageReport) -> str:
         known = f", {receipt.num_listed - receipt.num_opened} known before" if receipt.num_opened and receipt.num_opened < receipt.num_listed else ""
         return f"{receipt.num_rows} images{held_out} in {receipt.num_shards} shards{bad}{known}, dataset {receipt.digest}"
     if isinstance(receipt, TrainedModel):
-        return f"{receipt.steps} steps, loss {receipt.loss:.4g}, {receipt.images_per_second:.0f} images/s, {receipt.num_workers} workers, {receipt.precision}"
+        how = f"{count(receipt.num_workers, 'worker')}, {receipt.precision}"
+        return f"{receipt.steps} steps, loss {receipt.loss:.4g}, {receipt.images_per_second:.0f} images/s, {how}"
     if isinstance(receipt, Evaluation):
         return ", ".join(f"{metric.name} = {metric.value:.4g}{_error(metric)}" for metric in (receipt.metric, *receipt.guards))
     assert isinstance(receipt, Registration)

@@ -6,7 +6,7 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 
 from cluster.board import Board
-from pipeline.training.pulse import DRAINED, REASON
+from pipeline.training.pulse import REASON
 
 _MOST = 300
 
@@ -22,8 +22,7 @@ class Witness(UserCallback):
         """Notes the first worker that died, or else the first that raised, unless a reason is known already."""
         try:
             if not self._board.get(REASON):
-                self._board.put(REASON, self._board.get(DRAINED) or told(worker_exceptions))
-                self._board.put(DRAINED, "")
+                self._board.put(REASON, told(worker_exceptions))
         except Exception:  # whatever it is, a note is not worth the run: Ray would end it
             return
 

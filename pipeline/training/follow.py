@@ -36,7 +36,7 @@ def samples_folder(folder: Location) -> Location:
 
 
 class Follower:
-    """Reads a training folder while a block runs, and delivers what is left when it ends, for a minute at most."""
+    """Reads a training folder while a block runs, and tries once to deliver what is left when it ends, for a minute at most."""
 
     def __init__(self, context: StageContext, tracking: Tracking, run_id: str, steps: int) -> None:
         self._context, self._steps = context, steps

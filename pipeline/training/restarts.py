@@ -10,8 +10,9 @@ from contextlib import suppress
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.board import Board, BoardLostError
+from cluster.nodes import count
 from components.storage import Location
-from pipeline.training.pulse import BEATS, REASON, Beat
+from pipeline.training.pulse import BEATS, DRAINED, REASON, Beat
 
 FOLDER, _ENDED = "restarts", "ended.txt"
 KILLED = "the command was killed, or its machine was lost"
@@ -35,7 +36,7 @@ class Restart(BaseModel):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.time} from step {self.step} with {self.num_workers} worker{'s' if self.num_workers > 1 else ''}: {self.reason}"
+        return f"{self.time} from step {self.step} with {count(self.num_workers, 'worker')}: {self.reason}"
 
 
 def note_restart(folder: Location, board: Board, attempt: int, step: int, num_workers: int) -> None:
@@ -50,8 +51,10 @@ def note_restart(folder: Location, board: Board, attempt: int, step: int, num_wo
 
 def _take_reason(board: Board, num_workers: int) -> str:
     with suppress(BoardLostError):
-        if reason := board.get(REASON):
-            board.put(REASON, "")
+        reasons = [board.get(key) for key in (DRAINED, REASON)]
+        for key in (DRAINED, REASON):
+            board.put(key, "")
+        if reason := next(filter(None, reasons), None):
             return reason
         before = board.get(f"{BEATS}0")
         workers = Beat.model_validate_json(before).num_workers if before else num_workers

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from cluster.board import Board, BoardLostError
 from cluster.config import ClusterConfig, ClusterError, HeadLostError
-from cluster.nodes import draining_nodes, kill_process
+from cluster.nodes import count, draining_nodes, kill_process
 from pipeline.errors import ConfigError
 from pipeline.training.pulse import BEATS, DRAINED, GIVEN_UP, REASON, SAVE, SAVED, TROUBLE, Beat
 from pipeline.training.stillness import Stillness
@@ -94,8 +94,7 @@ class Vigil:
     def _tell_start(self, beats: Sequence[Beat]) -> None:
         if beats and beats[0].attempt > max(1, self._told_attempt):
             beat = beats[0]
-            workers = f"{beat.num_workers} worker{'s' if beat.num_workers > 1 else ''}"
-            self._tell(f"  start {beat.attempt}: {workers} go{'es' if beat.num_workers == 1 else ''} on from step {beat.first}")
+            self._tell(f"  start {beat.attempt}: from step {beat.first} with {count(beat.num_workers, 'worker')}")
         self._told_attempt = max(self._told_attempt, beats[0].attempt if beats else 0)
 
     def _tell_trouble(self) -> None:

@@ -103,7 +103,7 @@ def test_asked_to_end_it_saves_where_it_is_and_says_that_it_is_to_be_resumed(und
     assert folder is not None
     assert [name for name in folder.folders() if name.startswith(f"step_{step:09d}")] != []
     assert Ordeal(trial, []).run().starts == 1
-    assert f"go on from step {step}" in trial.log.read_text()
+    assert f"start 2: from step {step} with 2 workers" in trial.log.read_text()
     assert unlike(undisturbed, trial) == []
 
 

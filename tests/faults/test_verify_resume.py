@@ -29,7 +29,7 @@ def test_a_training_with_a_killed_worker_and_a_killed_driver_ends_like_an_undist
     assert all(one["recovered_s"] > 0 for one in found["disturbed"]["struck"])
     assert found["disturbed"]["starts"] >= 2
     assert (found["undisturbed"]["starts"], found["undisturbed"]["struck"]) == (1, [])
-    assert (found["left"]["processes"], found["left"]["shared_memory"]) == ([], [])
+    assert found["left"] == {"processes": [], "shared_memory": [], "temporary": []}
     assert list(tmp_path.iterdir()) == []
 
 
