@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.training.pulse import BEATS, DRAINED, GIVEN_UP, REASON, SAVE, SAVED, TROUBLE, Beat
 from pipeline.training.stillness import Stillness
 
-LOOK_S, HEAD_LOST_S = 0.5, 20.0
+LOOK_S, HEAD_LOST_S, LAST_MOMENT_S = 0.5, 20.0, 10.0
 _LEAVING = "leaving"
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -48,7 +48,7 @@ class Vigil:
         self._told_attempt = self._before = before
         self._told_trouble = ""
         self._condemned = before
-        self._draining: set[str] = set()
+        self._draining: set[tuple[str, bool]] = set()
         self._leave, self._ended = threading.Event(), threading.Event()
         self._deadline: float | None = None
         self._lost_since: float | None = None
@@ -127,15 +127,17 @@ class Vigil:
             self._board.put(REASON, "")
 
     def _heed_draining(self, beats: Sequence[Beat]) -> None:
-        """Has a checkpoint saved when a node with workers on it is to be taken away."""
+        """Has a checkpoint saved when a node with workers on it is to be taken away, and another shortly before it is."""
         if self._config.address == "local":
             return
         named = {beat.node_id: beat.node for beat in beats}
-        for node_id in set(draining_nodes()) & set(named) - self._draining:
-            self._draining.add(node_id)
-            self._tell(f"  node {named[node_id]} is to be taken away; saving a checkpoint")
-            self._board.put(DRAINED, f"node {named[node_id]} was taken away")
-            self._board.put(SAVE, f"{node_id} is drained")
+        for node_id, deadline in draining_nodes().items():
+            soon = 0 < deadline - time.time() < LAST_MOMENT_S
+            if node_id in named and (node_id, soon) not in self._draining:
+                self._draining |= {(node_id, False), (node_id, soon)}
+                self._tell(f"  node {named[node_id]} is to be taken away{' now' if soon else ''}; saving a checkpoint")
+                self._board.put(DRAINED, f"node {named[node_id]} was taken away")
+                self._board.put(SAVE, f"{node_id} is drained{' now' if soon else ''}")
 
     def _go(self, beats: Sequence[Beat]) -> None:
         """Saves before leaving, within the grace period."""
