@@ -6,10 +6,12 @@ It needs no process, no port and no folder of its own. Nothing that has to outli
 from dataclasses import dataclass
 from typing import Any
 
+from .config import ClusterError
+
 REACH_S = 5.0
 
 
-class BoardLostError(Exception):
+class BoardLostError(ClusterError):
     """Raised when Ray's head does not answer."""
 
 
@@ -60,4 +62,5 @@ class Board:
         try:
             return getattr(client, method)(*arguments, timeout=REACH_S)
         except (RayError, OSError, RuntimeError) as error:
-            raise BoardLostError(" ".join(str(error).split())[:200]) from error
+            message = " ".join(str(error).split())[:200]
+            raise BoardLostError(f"Ray's head does not answer ({message}); the same command goes on when it does, or with a new one") from error

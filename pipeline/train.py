@@ -4,10 +4,11 @@ import itertools
 import signal
 import statistics
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
+from rich.markup import escape
 
 from cluster.board import Board
 from cluster.connect import connect
@@ -28,7 +29,7 @@ from pipeline.retraining.attempts import Start
 from pipeline.tracking import Tracking, public_uri
 from pipeline.training.follow import Follower
 from pipeline.training.notebook import attempts_so_far, read_metrics
-from pipeline.training.plan import TrainConfig, TrainFailure, TrainOutcome, TrainPlan
+from pipeline.training.plan import TrainConfig, TrainFailure, TrainOutcome, TrainPlan, differences
 from pipeline.training.pulse import REASON
 from pipeline.training.restarts import note_end, take_end
 from pipeline.training.vigil import Vigil
@@ -92,6 +93,7 @@ def train(
         start=start,
     )
     context.reporter.line(_derived(config, placement, start))
+    tell_unfinished(context, settings)
     with Follower(context, tracking, run_id, config.steps):
         outcome = _fit(plan, placement, context)
     receipt = _receipt(outcome, config, shards, context, tracking.uri, run_id, config_digest)
@@ -103,6 +105,25 @@ def _derived(config: TrainConfig, placement: Placement, start: Start | None) -> 
     where = "one GPU each" if placement.use_gpu else f"{count(placement.threads, 'CPU thread')} each"
     begin = f", starting from {start.weights} of {start.model}" if start else ""
     return f"  {count(placement.num_workers, 'worker')} with {where}, {config.global_batch_size // placement.num_workers} images per worker and step{begin}"
+
+
+def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
+    """Says at a first start which trainings of the run, of other settings, were left unfinished, and what differs."""
+    from components.model.checkpoint import TrainingRecord, checkpoints, is_complete
+
+    if checkpoints(context.folder):
+        return
+    for name in context.folder.parent.folders():
+        other = context.folder.parent / name
+        newest = next(filter(is_complete, checkpoints(other)), None)
+        if newest is None or ".old-" in name or (other / "receipt.json").is_file():
+            continue
+        with suppress(OSError, ValidationError):
+            record = TrainingRecord.model_validate_json((newest / "state.json").read_text())
+            told = differences(record.settings, settings) or "other settings"
+            context.reporter.line(
+                f"  [yellow]note[/] this begins anew: a training of the run that stopped at step {record.step} stays in {other} ({escape(told)})"
+            )
 
 
 def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainOutcome:

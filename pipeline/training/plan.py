@@ -1,5 +1,6 @@
 """What training is told, what travels to its workers, and what comes back."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -111,3 +112,9 @@ class TrainFailure(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     failure: str
+
+
+def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """Returns which settings differ, in words, such as `train.lr is 0.0002 there and 0.001 here`; nothing where those there are not known."""
+    keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)) if there else []
+    return ", ".join(f"{key} is {there.get(key, 'missing')} there and {here.get(key, 'missing')} here" for key in keys)

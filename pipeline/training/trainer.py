@@ -33,7 +33,7 @@ from components.model.unet import UNet
 from components.storage import Location
 from components.streams import Purpose, stream
 from pipeline.retraining.attempts import Start
-from pipeline.training.plan import TrainConfig, TrainPlan
+from pipeline.training.plan import TrainConfig, TrainPlan, differences
 
 Precision = Literal["float32", "bfloat16"]
 GRID_SEEDS = range(16)
@@ -177,12 +177,6 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step, self.nonfinite_steps, self.resumed = state.record.step, state.record.nonfinite_steps, state.record
-
-
-def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """Returns which settings differ, in words, such as `train.lr is 0.0002 there and 0.001 here`; nothing where those there are not known."""
-    keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)) if there else []
-    return ", ".join(f"{key} is {there.get(key, 'missing')} there and {here.get(key, 'missing')} here" for key in keys)
 
 
 def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resume_from: Location | None) -> Trainer:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import a_manifest, write_dataset
 
+from cluster.config import ClusterConfig
 from components.data.batches import Batch
 from components.data.images import PixelRecipe
 from components.data.reader import RowReader
@@ -18,7 +19,8 @@ from components.model.ema import Ema
 from components.model.unet import UNetConfig
 from components.storage import Location
 from pipeline.artifacts import ShardSet
-from pipeline.train import check_labels
+from pipeline.context import Reporter, StageContext
+from pipeline.train import check_labels, tell_unfinished
 from pipeline.training.loop import Stretch
 from pipeline.training.plan import TrainConfig, TrainPlan
 from pipeline.training.trainer import Trainer, grid_pixels, make_batch_plan, make_trainer, resolve_precision
@@ -85,6 +87,20 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_settings_that_differ
     here = there.model_copy(update={"inputs": "b", "settings": {"train.lr": "0.001", "train.seed": "0", "dataset": "d2"}})
     with pytest.raises(DataError, match=r"\(dataset is d1 there and d2 here, train\.lr is 0\.0002 there and 0\.001 here\)"):
         make_trainer(here, MANIFEST, CPU, path)
+
+
+def test_a_training_that_begins_anew_says_which_one_stays_and_in_what_it_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    stage = Location.of(tmp_path)
+    trainer = make_trainer(plan().model_copy(update={"settings": {"train.lr": "0.0002", "dataset": "d"}}), MANIFEST, CPU, None)
+    train(trainer, 3)
+    trainer.save(stage / "aaa" / "step_000000003-0001")
+    context = StageContext(stage, stage / "bbb", "bbb", "run", ClusterConfig(), Reporter())
+    tell_unfinished(context, {"train.lr": "0.001", "dataset": "d"})
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"stopped at step 3 stays in {stage / 'aaa'} (train.lr is 0.0002 there and 0.001 here)" in said
+    (stage / "aaa" / "receipt.json").write_text("{}")
+    tell_unfinished(context, {"train.lr": "0.001", "dataset": "d"})
+    assert capsys.readouterr().err == ""
 
 
 def test_a_point_of_the_curve_is_the_same_where_a_checkpoint_lay_between_its_steps():
