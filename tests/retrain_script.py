@@ -67,7 +67,7 @@ def _write(folder: Path, what: str, stage: str) -> None:
 
 def _leave(folder: Path, stage: str) -> None:
     _write(folder, "interrupted", stage)
-    sys.exit(143)
+    sys.exit(75)
 
 
 if __name__ == "__main__":
