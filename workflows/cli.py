@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import os
 import re
 import signal
 import sys
@@ -423,8 +422,10 @@ def _leave(error: Exception) -> NoReturn:
     from cluster.config import HeadLostError
 
     if isinstance(error, HeadLostError):
+        from cluster.connect import abandon
+
         sys.stdout.flush()
-        os._exit(RESUME)  # what Ray does at an exit waits for the head
+        abandon(RESUME)
     sys.exit(USER_ERROR)
 
 
