@@ -295,6 +295,8 @@ def _prepare_environment() -> None:
         os.environ.setdefault(name, value)
     for name in _LINES_OF_MLFLOW:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It prints with a traceback what it raises too.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def _check_answers(uri: str) -> None:
