@@ -16,7 +16,9 @@ from pipeline.errors import ConfigError
 from pipeline.training.pulse import BEATS, DRAINED, GIVEN_UP, REASON, SAVE, SAVED, TROUBLE, Beat
 from pipeline.training.stillness import Stillness
 
-LOOK_S, HEAD_LOST_S, LAST_MOMENT_S = 0.5, 20.0, 10.0
+LOOK_S, LAST_MOMENT_S = 0.5, 10.0
+HEAD_LOST_S = {True: 20.0, False: 45.0}
+"""Patience with a head of our own, which does not come back, and with a cluster's, which may; Ray ends the process after a minute."""
 _LEAVING = "leaving"
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -64,10 +66,12 @@ class Vigil:
                 self._lost_since = None
             except BoardLostError:
                 self._lost_since = self._lost_since or time.monotonic()
-                if time.monotonic() - self._lost_since >= HEAD_LOST_S or self._leave.is_set():
-                    self.failure = HeadLostError(f"Ray's head has not answered for {HEAD_LOST_S:.0f} s; the same command goes on from the last checkpoint")
+                silent_s = time.monotonic() - self._lost_since
+                if silent_s >= HEAD_LOST_S[self._config.address == "local"] or self._leave.is_set():
+                    self.failure = HeadLostError(f"Ray's head has not answered for {silent_s:.0f} s; the same command goes on from the last checkpoint")
             if self.failure is not None or self.left:
-                self._interrupt()
+                if not self._ended.is_set():
+                    self._interrupt()
                 return
 
     def _look(self) -> None:
@@ -99,13 +103,10 @@ class Vigil:
 
     def _tell_trouble(self) -> None:
         trouble = self._board.get(TROUBLE) or ""
-        if trouble != self._told_trouble:
-            told = (
-                f"a checkpoint cannot be written ({escape(trouble)}); training goes on, and it is tried again"
-                if trouble
-                else "checkpoints can be written again"
-            )
-            self._tell(f"  [yellow]warning[/] {told}")
+        if trouble and trouble != self._told_trouble:
+            self._tell(f"  [yellow]warning[/] a checkpoint cannot be written ({escape(trouble)}); training goes on, and it is tried again")
+        elif trouble != self._told_trouble:
+            self._tell("  checkpoints can be written again")
         self._told_trouble = trouble
 
     def _restart(self, hung: Sequence[Beat]) -> None:
@@ -188,3 +189,5 @@ class Vigil:
         self._thread.join()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._handler)
+        if kind is None and self._leave.is_set() and callable(self._handler):
+            self._handler(signal.SIGTERM, None)  # it came when the block was over anyway

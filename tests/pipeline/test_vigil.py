@@ -1,0 +1,185 @@
+"""What the driver's watch does with SIGTERM and with what it reads on the board; the board is a dictionary, the signals are real."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from cluster.board import BoardLostError
+from cluster.config import ClusterConfig, HeadLostError
+from cluster.interrupt import interruptible
+from pipeline.errors import ConfigError
+from pipeline.training import vigil as vigil_module
+from pipeline.training.pulse import BEATS, GIVEN_UP, SAVE, SAVED, TROUBLE, Beat
+from pipeline.training.vigil import Vigil
+
+
+class Asked(KeyboardInterrupt):
+    """What the command's own handler of SIGTERM raises."""
+
+
+@dataclass
+class Notes:
+    """A board in this process."""
+
+    notes: dict[str, str] = field(default_factory=dict)
+    is_lost: bool = False
+
+    def put(self, key: str, note: str) -> None:
+        self.check()
+        self.notes[key] = note
+
+    def get(self, key: str) -> str | None:
+        self.check()
+        return self.notes.get(key)
+
+    def below(self, prefix: str) -> dict[str, str]:
+        self.check()
+        return {key: note for key, note in self.notes.items() if key.startswith(prefix)}
+
+    def check(self) -> None:
+        if self.is_lost:
+            raise BoardLostError("gone")
+
+    def beat(self, step: int, attempt: int = 1, first: int = 0) -> None:
+        beat = Beat(number=step, attempt=attempt, rank=0, num_workers=1, node_id="n", node="host", pid=1, first=first, step=step, phase="computing")
+        self.notes[f"{BEATS}0"] = beat.model_dump_json()
+
+
+@pytest.fixture
+def board() -> Notes:
+    return Notes()
+
+
+@pytest.fixture(autouse=True)
+def asked() -> Iterator[None]:
+    def raise_asked(*_: object) -> None:
+        raise Asked
+
+    before = signal.signal(signal.SIGTERM, raise_asked)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def watch(board: Notes, block: Callable[[], None], told: list[str], before: int = 0, grace_s: int = 25) -> Vigil:
+    """Runs a block under the watch, as the training stage does."""
+    config = ClusterConfig(grace_s=grace_s)
+    with interruptible() as interrupt, Vigil(board, config, 60, before=before, tell=told.append, interrupt=interrupt) as vigil:  # type: ignore[arg-type]
+        try:
+            block()
+        except KeyboardInterrupt:
+            vigil.explain()
+            raise
+    return vigil
+
+
+def forever() -> None:
+    time.sleep(60)
+    raise AssertionError("not interrupted")
+
+
+def send_sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_has_a_checkpoint_saved_and_then_leaves(board: Notes):
+    board.beat(7)
+    told: list[str] = []
+
+    def block() -> None:
+        send_sigterm()
+        while SAVE not in board.notes:
+            time.sleep(0.05)
+        board.put(SAVED, f"{board.notes[SAVE]} 8")
+        forever()
+
+    with pytest.raises(Asked):
+        watch(board, block, told)
+    assert told == ["  asked to end: saving a checkpoint, for at most 25 s", "  saved at step 8"]
+
+
+def test_an_answer_to_another_request_is_not_taken_for_the_checkpoint_and_the_grace_period_ends(board: Notes):
+    board.beat(7)
+    board.put(SAVED, "abc is drained 3")
+    told: list[str] = []
+    with pytest.raises(Asked):
+        watch(board, lambda: (send_sigterm(), forever()), told, grace_s=1)  # type: ignore[arg-type]
+    assert told[-1] == "  [yellow]warning[/] no checkpoint was saved within 1 s; the last one before is used"
+
+
+def test_before_the_workers_train_sigterm_leaves_at_once(board: Notes):
+    board.beat(7, attempt=1)
+    told: list[str] = []
+    with pytest.raises(Asked):
+        watch(board, lambda: (send_sigterm(), forever()), told, before=1)  # type: ignore[arg-type]
+    assert told == []
+
+
+def test_a_second_sigterm_waits_for_nothing(board: Notes):
+    board.beat(7)
+
+    def block() -> None:
+        send_sigterm()
+        send_sigterm()
+        raise AssertionError("not ended")
+
+    with pytest.raises(Asked):
+        watch(board, block, [])
+
+
+def test_sigterm_at_the_very_end_is_not_lost(board: Notes):
+    with pytest.raises(Asked):
+        watch(board, send_sigterm, [])
+    with pytest.raises(Asked):
+        send_sigterm()
+
+
+def test_what_a_worker_gives_up_for_ends_the_block(board: Notes):
+    board.put(GIVEN_UP, "cluster.storage: cannot be written")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        watch(board, forever, [])
+
+
+def test_a_head_that_does_not_answer_ends_the_block_and_one_that_is_back_does_not(board: Notes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vigil_module, "LOOK_S", 0.01)
+    monkeypatch.setattr(vigil_module, "HEAD_LOST_S", {True: 0.5, False: 60.0})
+
+    def away_for_a_moment() -> None:
+        board.is_lost = True
+        time.sleep(0.1)
+        board.is_lost = False
+        time.sleep(0.6)
+
+    assert watch(board, away_for_a_moment, []).failure is None
+    board.is_lost = True
+    with pytest.raises(HeadLostError):
+        watch(board, forever, [])
+
+
+def test_starts_and_troubles_are_told_once_each(board: Notes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vigil_module, "LOOK_S", 0.01)
+    told: list[str] = []
+
+    def block() -> None:
+        for attempt, trouble in ((1, ""), (2, "No space left on device"), (2, "")):
+            board.beat(attempt * 100, attempt=attempt, first=attempt * 10)
+            board.put(TROUBLE, trouble)
+            time.sleep(0.2)
+
+    watch(board, block, told)
+    assert told == [
+        "  start 2: from step 20 with 1 worker",
+        "  [yellow]warning[/] a checkpoint cannot be written (No space left on device); training goes on, and it is tried again",
+        "  checkpoints can be written again",
+    ]
+
+
+def test_handlers_and_threads_are_as_before_when_the_block_is_over(board: Notes):
+    handler, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
+    watch(board, lambda: None, [])
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert threading.active_count() == threads
