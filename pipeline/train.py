@@ -92,7 +92,7 @@ def train(
         cache_bytes=context.cluster.cache_bytes,
         start=start,
     )
-    context.reporter.line(_derived(config, placement, start))
+    context.reporter.line(_derived(config, placement, None if attempts_so_far(context.folder) else start))
     tell_unfinished(context, settings)
     with Follower(context, tracking, run_id, config.steps):
         outcome = _fit(plan, placement, context)

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -187,6 +188,9 @@ class Vigil:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join()
+        with suppress(BoardLostError):
+            if self.failure is None:
+                self._tell_start(self._beats())  # one that was too short for a look
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._handler)
         if kind is None and self._leave.is_set() and callable(self._handler):

@@ -119,7 +119,7 @@ def test_killed_with_all_its_processes_and_run_again_it_ends_with_the_same_weigh
     running.wait()
     again = command("run", "digits", *TINY, "--name", "killed", "--json", cwd=home)
     assert again.code == 0, again.stderr
-    assert re.search("going on from step_00000000[48]-0001", again.stderr)
+    assert re.search("start 2: from step [48] with 2 workers", again.stderr)
     assert again.json["train"]["weights_sha256"] == first["train"]["weights_sha256"]
     assert losses(again.json) == losses(first)
 
