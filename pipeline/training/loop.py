@@ -41,13 +41,14 @@ class Stretch:
     def __init__(self, num_workers: int) -> None:
         """Starts with no step."""
         self._num_workers = num_workers
+        self._sums: list[torch.distributed.Work] = []
         self.reset()
 
     def reset(self) -> None:
         """Starts a new stretch of steps."""
+        self._settle()
         self._losses: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
-        self._sums: list[torch.distributed.Work] = []
         self._steps, self._waited, self._stood_still, self._started = 0, 0.0, 0.0, time.perf_counter()
 
     def go_on(self, record: TrainingRecord, device: torch.device) -> None:
