@@ -143,7 +143,7 @@ def train(config: RunConfig, dataset: Location, folder: Location, threads: int, 
     with (
         mock.patch.object(Trainer, "update", stamped),
         mock.patch("pipeline.training.checkpoint_writer.write_checkpoint"),
-        mock.patch("pipeline.training.loop._save_grid"),
+        mock.patch.object(Worker, "_draw", return_value=0.0),
     ):
         run(trainer, plan, dataset, Attempt(folder) if tracked else None)
     return (stamps[-1] - stamps[0]) / trainer.step

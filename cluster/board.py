@@ -6,12 +6,12 @@ It needs no process, no port and no folder of its own. Nothing that has to outli
 from dataclasses import dataclass
 from typing import Any
 
-from .config import ClusterError
+from .config import HeadLostError
 
 REACH_S = 5.0
 
 
-class BoardLostError(ClusterError):
+class BoardLostError(HeadLostError):
     """Raised when Ray's head does not answer."""
 
 

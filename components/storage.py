@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 _REMOTE = "s3://"
-_TEMPORARY = ".tmp"
+TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True, order=True)
@@ -123,7 +123,7 @@ class Location:
             return
         folder = (within or self.parent).path
         folder.mkdir(parents=True, exist_ok=True)
-        staging = folder / f".{self.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{_TEMPORARY}"
+        staging = folder / f".{self.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
         try:
             yield staging
             with staging.open("rb") as file:
@@ -153,13 +153,13 @@ class Location:
     def files(self) -> dict[str, int]:
         """Returns the files that lie directly in a folder, name -> bytes, sorted by name; none where there is no folder."""
         if self.is_local:
-            return {name: size for name, size, is_folder in self._scan() if not is_folder and not name.endswith(_TEMPORARY)}
+            return {name: size for name, size, is_folder in self._scan() if not is_folder and not name.endswith(TEMPORARY)}
         return {info.base_name: info.size for info in self._children() if info.is_file}
 
     def folders(self) -> list[str]:
         """Returns the names of the folders that lie directly in a folder, sorted; none where there is no folder."""
         if self.is_local:
-            return [name for name, _, is_folder in self._scan() if is_folder and not name.endswith(_TEMPORARY)]
+            return [name for name, _, is_folder in self._scan() if is_folder and not name.endswith(TEMPORARY)]
         return [info.base_name for info in self._children() if not info.is_file]
 
     def remove(self) -> None:

@@ -1,6 +1,7 @@
 """The MLflow run of a trained model: what it is, what it trains on, and the same one each time."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.provenance import ENVIRONMENT_FILES, write_environment
 from pipeline.tracking import Tracking, git_commit, public_uri
-from pipeline.training.follow import LAST_DELIVERY_S, Delivery, forget_deliveries
+from pipeline.training.follow import LAST_DELIVERY_S, LEAVING_S, Delivery, forget_deliveries, in_haste
 
 RUN_FILE = "mlflow_run.json"
 CONFIG_FOLDER, CONFIG_FILES = "config", ("config.yaml",)
@@ -159,8 +160,16 @@ class TrackedRun:
         if self._run_id is None:
             return
         status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        if not in_haste(error):
+            self._try_to_end(self._run_id, status)
+            return
+        ending = threading.Thread(target=self._try_to_end, args=(self._run_id, status), name="end-of-run", daemon=True)
+        ending.start()
+        ending.join(LEAVING_S)
+
+    def _try_to_end(self, run_id: str, status: str) -> None:
         try:
-            self._end(self._run_id, status)
+            self._end(run_id, status)
         except (RegistryError, OSError) as failure:
             self._context.reporter.line(f"  [yellow]warning[/] {escape(str(failure))}; the same command tells it the rest")
 

@@ -17,7 +17,7 @@ from pipeline.errors import RegistryError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-BATCH_METRICS = 900
+BATCH_METRICS, BATCH_TAGS = 900, 90
 REACH_TIMEOUT_S = 5
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -120,7 +120,9 @@ class Tracking:
         from mlflow.entities import RunTag
 
         with translated(self.uri):
-            self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            entries = [RunTag(key, value) for key, value in tags.items()]
+            for first in range(0, len(entries), BATCH_TAGS):
+                self.client.log_batch(run_id, tags=entries[first : first + BATCH_TAGS])
 
     def log_dataset(self, run_id: str, *, name: str, digest: str, folder: Location, profile: Mapping[str, object]) -> None:
         """Names the dataset that a run trains on, once.

@@ -1,6 +1,7 @@
 """Shards in, a trained denoiser out: starts the workers, follows them, and hands on their last checkpoint."""
 
 import itertools
+import shutil
 import signal
 import statistics
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from components.diffusion.schedule import DiffusionConfig
 from components.errors import DataError
 from components.model.unet import UNetConfig
 from components.scratch import scratch
-from components.storage import Location
+from components.storage import TEMPORARY, Location
 from pipeline.artifacts import ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.errors import ConfigError
@@ -74,6 +75,8 @@ def train(
         ConfigError: if more than `train.max_nonfinite_steps` gradients were not finite.
         RuntimeError: if the workers failed more than `cluster.max_failures` times.
     """
+    from components.model.checkpoint import prune
+
     read_manifest(Location.of(shards.path))
     connect(context.cluster)
     placement = place(context.cluster, context.reporter.line)
@@ -94,8 +97,12 @@ def train(
     )
     context.reporter.line(_derived(config, placement, None if attempts_so_far(context.folder) else start))
     tell_unfinished(context, settings)
+    _sweep(context.folder)
     with Follower(context, tracking, run_id, config.steps):
         outcome = _fit(plan, placement, context)
+    _sweep(context.folder)
+    with suppress(OSError):  # the last worker to write may have been killed before it did this
+        prune(context.folder, config.keep_last, Location.of(outcome.checkpoint), config.keep_every)
     receipt = _receipt(outcome, config, shards, context, tracking.uri, run_id, config_digest)
     return receipt if start is None else receipt.model_copy(update={"start": f"{start.weights} of {start.model}"})
 
@@ -105,6 +112,12 @@ def _derived(config: TrainConfig, placement: Placement, start: Start | None) -> 
     where = "one GPU each" if placement.use_gpu else f"{count(placement.threads, 'CPU thread')} each"
     begin = f", starting from {start.weights} of {start.model}" if start else ""
     return f"  {count(placement.num_workers, 'worker')} with {where}, {config.global_batch_size // placement.num_workers} images per worker and step{begin}"
+
+
+def _sweep(folder: Location) -> None:
+    """Removes what killed processes left half written; nobody else writes here while no worker trains, for this process holds the run."""
+    for left in folder.path.rglob(f".*{TEMPORARY}") if folder.is_local else ():
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:

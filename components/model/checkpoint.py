@@ -35,6 +35,7 @@ from .unet import UNet, UNetConfig
 MANIFEST = "manifest.json"
 DAMAGED, DAMAGE_FILE = "damaged_", "damage.txt"
 MAIN_AVERAGE = "ema"
+TRAINING_FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 _STAGING = ".tmp"
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
@@ -189,7 +190,9 @@ def write_checkpoint(
             write_weights(staging / "weights.safetensors", state.weights)
             write_weights(staging / "optimizer.safetensors", state.optimizer)
             _write_json(staging / "state.json", state.record.model_dump())
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(staging.iterdir())}
+        names = ["denoiser.json", *(f"{name}.safetensors" for name in (MAIN_AVERAGE, *(more_averages or {}))), *(() if state is None else TRAINING_FILES)]
+        # By name, not by what is there: a file that somebody took away is an error, and not a checkpoint without it.
+        files = {name: {"bytes": (staging / name).stat().st_size, "sha256": sha256_of(staging / name)} for name in sorted(names)}
         _write_json(staging / MANIFEST, {"format": 1, "files": files})
         _sync(staging)
         path.remove_tree()
@@ -448,10 +451,16 @@ def prune(folder: Location, keep_last: int, written: Location, keep_every: int |
     for path in checkpoints(folder):
         if path not in kept and path.name < written.name:
             path.remove_tree()
-    _remove_unfinished(folder)
+    _remove_unfinished(folder, _attempt_of(written.name))
 
 
-def _remove_unfinished(folder: Location) -> None:
-    """Removes what attempts left that were killed while they wrote a checkpoint."""
+def _remove_unfinished(folder: Location, attempt: int) -> None:
+    """Removes what attempts left that were killed while they wrote a checkpoint; never what an attempt is writing that may have taken this one's place."""
     for staging in folder.path.glob(f".step_*{_STAGING}") if folder.is_local else ():
-        shutil.rmtree(staging, ignore_errors=True)
+        if _attempt_of(staging.name.lstrip(".").partition(".")[0]) <= attempt:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _attempt_of(name: str) -> int:
+    """Returns the attempt that a checkpoint's name tells, 0 where it tells none."""
+    return int(name.rpartition("-")[2]) if "-" in name else 0

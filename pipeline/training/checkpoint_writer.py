@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 
 import torch
@@ -148,7 +149,8 @@ class CheckpointWriter:
         path = folder / checkpoint_name(record.step, self._attempt.number)
         write_checkpoint(path, self._spec, everything.ema, everything.state, more_averages=everything.more_averages)
         self.newest = path
-        prune(folder, self._config.keep_last, path, self._config.keep_every)
+        with suppress(OSError):  # the next one makes up for it
+            prune(folder, self._config.keep_last, path, self._config.keep_every)
 
     def __enter__(self) -> "CheckpointWriter":
         self._thread.start()

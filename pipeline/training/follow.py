@@ -13,6 +13,7 @@ from types import TracebackType
 
 from rich.markup import escape
 
+from cluster.config import HeadLostError
 from components.model.checkpoint import damage_of, damaged_checkpoints
 from components.scratch import scratch
 from components.storage import Location
@@ -25,7 +26,7 @@ from pipeline.training.restarts import restarts_of
 CURSOR_FILE = "delivered_step.txt"
 LOOK_LOCAL_S, LOOK_REMOTE_S = 0.5, 5.0
 DELIVER_EVERY_S = 5.0
-LAST_DELIVERY_S = 60.0
+LAST_DELIVERY_S, LEAVING_S = 60.0, 5.0
 PICTURES_KEY = "samples"
 _DELIVERED = ".delivered"
 
@@ -33,6 +34,11 @@ _DELIVERED = ".delivered"
 def samples_folder(folder: Location) -> Location:
     """Returns where a training run puts its sample grids."""
     return folder / "samples"
+
+
+def in_haste(error: BaseException | None) -> bool:
+    """Tells whether a block ends because somebody waits for the command to end; what is not delivered then waits for the next one."""
+    return isinstance(error, KeyboardInterrupt | HeadLostError)
 
 
 class Follower:
@@ -57,7 +63,7 @@ class Follower:
         self._ended.set()
         self._showing.join()
         self._tell_damaged()
-        self._delivering.join(LAST_DELIVERY_S)
+        self._delivering.join(LEAVING_S if in_haste(error) else LAST_DELIVERY_S)
         self._late.set()
         if not self._complete:
             self._context.reporter.line(f"  [yellow]warning[/] MLflow has not got all metrics yet; they wait in {self._context.folder}")

@@ -5,9 +5,10 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from cluster.board import Board
@@ -166,7 +167,11 @@ def _watch(attempt: Attempt, context: Any) -> contextlib.AbstractContextManager[
 
 @dataclass
 class Worker:
-    """One worker at its steps."""
+    """One worker at its steps.
+
+    Attributes:
+        pictures: sample grids that are still to be written, by step.
+    """
 
     trainer: Trainer
     plan: BatchPlan
@@ -175,6 +180,7 @@ class Worker:
     watch: SystemWatch | None
     rank: int
     world: int
+    pictures: dict[int, np.ndarray] = field(default_factory=dict)
 
     def follow(self) -> None:
         """Trains to the end; only the first worker writes."""
@@ -194,7 +200,9 @@ class Worker:
             self._lead(attempt, notebook, checkpoints)
             self.pulse.phase = "ending"
             try:
-                return checkpoints.finish()
+                newest = checkpoints.finish()
+                self._write_pictures(attempt)
+                return newest
             except UnwritableError as error:
                 right = "make room or mend it, and the same command goes on from the last checkpoint"
                 self.pulse.give_up(f"cluster.storage: {attempt.folder} cannot be written ({error}); {right}")
@@ -228,6 +236,8 @@ class Worker:
         if trainer.resumed is not None:
             stretch.go_on(trainer.resumed, trainer.device)
         self.pulse.phase = "waiting for data"
+        if self.world > 1 and trainer.step < trainer.config.steps:
+            trainer.warm_up(self.plan.batch(self.reader, trainer.step, lanes), lanes)
         for batch, waited in _timed(self.plan.batches(self.reader, range(trainer.step, trainer.config.steps), lanes)):
             self.pulse.phase = "computing"
             loss, norm = trainer.update(batch, lanes)
@@ -247,11 +257,19 @@ class Worker:
         return self.trainer.step % self.trainer.config.log_every == 0 or self._is_checkpoint()
 
     def _draw(self, attempt: Attempt) -> float:
-        """Draws the sample grid and returns how long that took."""
+        """Draws the sample grid and returns how long that took; one that cannot be written now is written with the next."""
         started = time.perf_counter()
         self.pulse.phase = "drawing samples"
-        _save_grid(self.trainer, attempt)
+        self.pictures[self.trainer.step] = grid_pixels(self.trainer)
+        with contextlib.suppress(OSError):
+            self._write_pictures(attempt)
         return time.perf_counter() - started
+
+    def _write_pictures(self, attempt: Attempt) -> None:
+        for step in sorted(self.pictures):
+            with (samples_folder(attempt.folder) / f"step_{step:09d}.png").staged() as staging:
+                grid(self.pictures[step], GRID_COLUMNS).save(staging, format="PNG")
+            del self.pictures[step]
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
@@ -261,10 +279,3 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
         for batch in batches:
             yield batch, time.perf_counter() - started
             started = time.perf_counter()
-
-
-def _save_grid(trainer: Trainer, attempt: Attempt) -> None:
-    """Writes a small grid of samples, wide rather than tall."""
-    pixels = grid_pixels(trainer)
-    with (samples_folder(attempt.folder) / f"step_{trainer.step:09d}.png").staged() as staging:
-        grid(pixels, GRID_COLUMNS).save(staging, format="PNG")

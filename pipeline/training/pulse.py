@@ -81,7 +81,7 @@ class Pulse:
             self._number += 1
             with suppress(BoardLostError):
                 beat = Beat.model_validate(self._who | {"number": self._number, "step": self.step, "phase": self.phase})
-                self._board.put(f"{BEATS}{beat.rank}", beat.model_dump_json())
+                self._board.put(f"{BEATS}{beat.attempt}/{beat.rank}", beat.model_dump_json())
                 self.wanted = self._board.get(SAVE) or ""
             if self._stop.wait(BEAT_S):
                 return

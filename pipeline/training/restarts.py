@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster.board import Board, BoardLostError
 from cluster.nodes import count
 from components.storage import Location
-from pipeline.training.pulse import BEATS, DRAINED, REASON, Beat
+from pipeline.training.pulse import BEATS, DRAINED, REASON, SAVE, TROUBLE, Beat
 
 FOLDER, _ENDED = "restarts", "ended.txt"
 KILLED = "the command was killed, or its machine was lost"
@@ -41,23 +41,25 @@ class Restart(BaseModel):
 
 def note_restart(folder: Location, board: Board, attempt: int, step: int, num_workers: int) -> None:
     """Writes a start down, if it is not the first; a disk without room for it does not keep training from going on."""
+    reason = _take_reason(board, attempt, num_workers)
     if attempt == 1:
         return
     with suppress(OSError):
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        restart = Restart(attempt=attempt, time=now, step=step, num_workers=num_workers, reason=_take_reason(board, num_workers))
+        restart = Restart(attempt=attempt, time=now, step=step, num_workers=num_workers, reason=reason)
         (folder / FOLDER / f"{attempt:04d}.json").write_text(restart.model_dump_json() + "\n")
 
 
-def _take_reason(board: Board, num_workers: int) -> str:
+def _take_reason(board: Board, attempt: int, num_workers: int) -> str:
+    """Returns why this attempt starts, and takes off what the last one left on the board."""
     with suppress(BoardLostError):
         reasons = [board.get(key) for key in (DRAINED, REASON)]
-        for key in (DRAINED, REASON):
+        for key in (DRAINED, REASON, SAVE, TROUBLE):
             board.put(key, "")
         if reason := next(filter(None, reasons), None):
             return reason
-        before = board.get(f"{BEATS}0")
-        workers = Beat.model_validate_json(before).num_workers if before else num_workers
+        earlier = [beat for beat in map(Beat.model_validate_json, board.below(BEATS).values()) if beat.attempt < attempt]
+        workers = max(earlier, key=lambda beat: beat.attempt).num_workers if earlier else num_workers
         if workers != num_workers:
             return f"the number of workers changed from {workers} to {num_workers}"
     return "its workers were lost"

@@ -6,7 +6,7 @@ from typing import get_args
 
 from pipeline.training.pulse import Beat, Phase
 
-SILENT_S, SLOWEST_TIMES = 10.0, 5.0
+SILENT_S, SLOWEST_TIMES, LONG_TIMES = 10.0, 5.0, 10.0
 _ORDER = {phase: number for number, phase in enumerate(get_args(Phase))}
 _MAY_TAKE_LONG = ("drawing samples", "saving", "ending")
 
@@ -19,13 +19,14 @@ class _Seen:
     step_at: float
     number: int
     number_at: float
+    phase: Phase
 
 
 class Stillness:
     """Watches the beats of one run, attempt after attempt.
 
     An attempt stands still when none of its workers has finished a step for the limit, or for five times its longest step so far where
-    that is more. Time before its first step does not count, nor does that of a living worker which draws samples, saves or ends.
+    that is more; for ten times as long before its first step, and while a living worker draws samples, saves or ends.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -46,12 +47,12 @@ class Stillness:
             self._attempt, self._seen, self._slowest = beats[0].attempt, {}, 0.0
         for beat in beats:
             self._note(beat, now)
-        if not beats or not any(beat.step > beat.first for beat in beats):
+        if not beats:
             return []
         silent = [beat for beat in beats if now - self._seen[beat.rank].number_at >= min(SILENT_S, self._limit_s)]
-        if any(beat.phase in _MAY_TAKE_LONG for beat in beats if beat not in silent):
-            return []
-        if now - max(seen.step_at for seen in self._seen.values()) < max(self._limit_s, SLOWEST_TIMES * self._slowest):
+        may_take_long = any(beat.phase in _MAY_TAKE_LONG for beat in beats if beat not in silent) or not any(beat.step > beat.first for beat in beats)
+        limit_s = max(self._limit_s, SLOWEST_TIMES * self._slowest) * (LONG_TIMES if may_take_long else 1.0)
+        if now - max(seen.step_at for seen in self._seen.values()) < limit_s:
             return []
         if silent:
             return silent
@@ -59,10 +60,14 @@ class Stillness:
         return [beat for beat in beats if (beat.step, _ORDER[beat.phase]) == behind]
 
     def _note(self, beat: Beat, now: float) -> None:
-        seen = self._seen.setdefault(beat.rank, _Seen(beat.step, now, beat.number, now))
+        seen = self._seen.setdefault(beat.rank, _Seen(beat.step, now, beat.number, now, beat.phase))
         if beat.step != seen.step:
             if seen.step > beat.first:
                 self._slowest = max(self._slowest, (now - seen.step_at) / (beat.step - seen.step))
             seen.step, seen.step_at = beat.step, now
+        if seen.phase in _MAY_TAKE_LONG and beat.phase not in _MAY_TAKE_LONG:
+            for other in self._seen.values():
+                other.step_at = now  # what took long is over
+        seen.phase = beat.phase
         if beat.number != seen.number:
             seen.number, seen.number_at = beat.number, now

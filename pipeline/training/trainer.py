@@ -91,6 +91,14 @@ class Trainer:
         Raises:
             FloatingPointError: if too many gradients were not finite.
         """
+        loss = self._gradient(batch, lanes)
+        norm = nn.utils.clip_grad_norm_(self.unet.parameters(), self.config.grad_clip)
+        self._apply(norm)
+        self.step += 1
+        return loss, norm
+
+    def _gradient(self, batch: Batch, lanes: range) -> torch.Tensor:
+        """Computes the gradient of this step and returns this worker's loss."""
         self._key_dropout(lanes)
         x_0 = to_model_range(batch.pixels.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
         eps, t = batch.eps.to(self.device, non_blocking=True), batch.t.to(self.device, non_blocking=True)
@@ -100,10 +108,16 @@ class Trainer:
         loss = loss if self.share == 1.0 else loss * self.share
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.unet.parameters(), self.config.grad_clip)
-        self._apply(norm)
-        self.step += 1
-        return loss.detach(), norm
+        return loss.detach()
+
+    def warm_up(self, batch: Batch, lanes: range) -> None:
+        """Computes a gradient and throws it away.
+
+        DDP sorts its buckets anew after the first backward pass of a process, and the order of sums over three or more workers follows the
+        buckets. So that a step after a restart sums as the same step does without one, the first pass is never a step.
+        """
+        self._gradient(batch, lanes)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _key_dropout(self, lanes: range) -> None:
         """Makes the masks of this step, the only draws inside the network, a function of (seed, step, lane)."""

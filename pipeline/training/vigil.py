@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from cluster.board import Board, BoardLostError
 from cluster.config import ClusterConfig, ClusterError, HeadLostError
+from cluster.interrupt import Interrupted
 from cluster.nodes import count, draining_nodes, kill_process
 from pipeline.errors import ConfigError
 from pipeline.training.pulse import BEATS, DRAINED, GIVEN_UP, REASON, SAVE, SAVED, TROUBLE, Beat
@@ -46,7 +47,7 @@ class Vigil:
             tell: is given lines for a person.
             interrupt: raises KeyboardInterrupt in the block's main thread.
         """
-        self._board, self._config, self._tell, self._interrupt = board, config, tell, interrupt
+        self._board, self._config, self._say, self._interrupt = board, config, tell, interrupt
         self._stillness = Stillness(hang_timeout_s)
         self._told_attempt = self._before = before
         self._told_trouble = ""
@@ -60,6 +61,11 @@ class Vigil:
         self.left = False
         self._thread = threading.Thread(target=self._watch, name="vigil", daemon=True)
 
+    def _tell(self, line: str) -> None:
+        """Tells a person, if there still is one: a closed pipe ends the process where rich finds it."""
+        with suppress(OSError, SystemExit):
+            self._say(line)
+
     def _watch(self) -> None:
         while not self._ended.wait(LOOK_S):
             try:
@@ -70,6 +76,8 @@ class Vigil:
                 silent_s = time.monotonic() - self._lost_since
                 if silent_s >= HEAD_LOST_S[self._config.address == "local"] or self._leave.is_set():
                     self.failure = HeadLostError(f"Ray's head has not answered for {silent_s:.0f} s; the same command goes on from the last checkpoint")
+            except Exception:
+                self.left = self._leave.is_set()  # a look that fails must not keep the command from ending
             if self.failure is not None or self.left:
                 if not self._ended.is_set():
                     self._interrupt()
@@ -121,8 +129,9 @@ class Vigil:
         try:
             was_there = kill_process(hung[0].node_id, hung[0].pid)
         except ClusterError as error:
-            self._tell(f"  [yellow]warning[/] {escape(str(error))}; Ray finds out by itself")
-            return
+            self._tell(f"  [yellow]warning[/] {escape(str(error))}; it is tried again")
+            self._condemned -= 1
+            was_there = False
         if was_there:
             self._tell(f"  [yellow]warning[/] {escape(reason)}; the workers start again")
         else:
@@ -137,9 +146,9 @@ class Vigil:
             soon = 0 < deadline - time.time() < LAST_MOMENT_S
             if node_id in named and (node_id, soon) not in self._draining:
                 self._draining |= {(node_id, False), (node_id, soon)}
-                self._tell(f"  node {named[node_id]} is to be taken away{' now' if soon else ''}; saving a checkpoint")
-                self._board.put(DRAINED, f"node {named[node_id]} was taken away")
                 self._board.put(SAVE, f"{node_id} is drained{' now' if soon else ''}")
+                self._board.put(DRAINED, f"node {named[node_id]} was taken away")
+                self._tell(f"  node {named[node_id]} is to be taken away{' now' if soon else ''}; saving a checkpoint")
 
     def _go(self, beats: Sequence[Beat]) -> None:
         """Saves before leaving, within the grace period."""
@@ -148,8 +157,8 @@ class Vigil:
             return
         if self._deadline is None:
             self._deadline = time.monotonic() + self._config.grace_s
-            self._tell(f"  asked to end: saving a checkpoint, for at most {self._config.grace_s} s")
             self._board.put(SAVE, _LEAVING)
+            self._tell(f"  asked to end: saving a checkpoint, for at most {self._config.grace_s} s")
         saved = self._board.get(SAVED) or ""
         name, _, step = saved.rpartition(" ")
         if name == _LEAVING:
@@ -187,7 +196,8 @@ class Vigil:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
-        self._thread.join()
+        with suppress(Interrupted):  # the watch may have asked for it just now
+            self._thread.join()
         with suppress(BoardLostError):
             if self.failure is None:
                 self._tell_start(self._beats())  # one that was too short for a look

@@ -38,15 +38,24 @@ def test_of_workers_that_live_the_one_behind_is_waited_for():
     assert found(Stillness(LIMIT), (0, 61), [[beat(0, now, 5), beat(1, now, 5)] for now in (0, 61)]) == [0, 1]
 
 
-def test_time_before_the_first_step_does_not_count():
-    assert found(Stillness(LIMIT), (0, 1000), [[beat(0, now, 0), beat(1, now, 0)] for now in (0, 1000)]) == []
+def test_a_start_is_given_ten_times_as_long():
+    starting = [[beat(0, now, 0), beat(1, now, 0)] for now in (0, 599, 601)]
+    assert found(Stillness(LIMIT), (0, 599), starting[:2]) == []
+    assert found(Stillness(LIMIT), (0, 599, 601), starting) == [0, 1]
 
 
-def test_a_living_worker_that_draws_or_saves_is_given_time_and_a_dead_one_is_not():
-    drawing = [[beat(0, now, 5, "drawing samples"), beat(1, now, 5)] for now in (0, 61)]
-    assert found(Stillness(LIMIT), (0, 61), drawing) == []
+def test_a_living_worker_that_draws_or_saves_is_given_ten_times_as_long_and_a_dead_one_is_not():
+    drawing = [[beat(0, now, 5, "drawing samples"), beat(1, now, 5)] for now in (0, 599, 601)]
+    assert found(Stillness(LIMIT), (0, 599), drawing[:2]) == []
+    assert found(Stillness(LIMIT), (0, 599, 601), drawing) == [1]
     stopped = [[beat(0, 7, 5, "drawing samples"), beat(1, now, 5)] for now in (0, 61)]
     assert found(Stillness(LIMIT), (0, 61), stopped) == [0]
+
+
+def test_the_step_after_a_long_save_has_its_own_time():
+    saved = [[beat(0, now, 5, phase)] for now, phase in ((0, "saving"), (300, "saving"), (301, "computing"), (360, "computing"), (362, "computing"))]  # type: ignore[arg-type]
+    assert found(Stillness(LIMIT), (0, 300, 301, 360), saved[:4]) == []
+    assert found(Stillness(LIMIT), (0, 300, 301, 360, 362), saved) == [0]
 
 
 def test_steps_that_take_long_raise_the_limit_to_five_times_the_longest():

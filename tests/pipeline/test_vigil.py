@@ -47,7 +47,14 @@ class Notes:
 
     def beat(self, step: int, attempt: int = 1, first: int = 0) -> None:
         beat = Beat(number=step, attempt=attempt, rank=0, num_workers=1, node_id="n", node="host", pid=1, first=first, step=step, phase="computing")
-        self.notes[f"{BEATS}0"] = beat.model_dump_json()
+        self.notes[f"{BEATS}{attempt}/0"] = beat.model_dump_json()
+
+
+class Closed(list[str]):
+    """Nobody to tell anything."""
+
+    def append(self, line: str) -> None:
+        raise SystemExit(1)
 
 
 @pytest.fixture
@@ -136,6 +143,20 @@ def test_sigterm_at_the_very_end_is_not_lost(board: Notes):
         watch(board, send_sigterm, [])
     with pytest.raises(Asked):
         send_sigterm()
+
+
+def test_a_closed_terminal_keeps_no_checkpoint_from_being_saved(board: Notes):
+    board.beat(7)
+
+    def block() -> None:
+        send_sigterm()
+        while SAVE not in board.notes:
+            time.sleep(0.05)
+        board.put(SAVED, f"{board.notes[SAVE]} 8")
+        forever()
+
+    with pytest.raises(Asked):
+        watch(board, block, Closed())
 
 
 def test_what_a_worker_gives_up_for_ends_the_block(board: Notes):
