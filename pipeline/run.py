@@ -31,6 +31,8 @@ from pipeline.retraining.attempts import Start
 from pipeline.tracked_run import TrackedRun
 from pipeline.tracking import Tracking, connect, public_uri
 
+PROBE_BYTES = 16 << 10  # more than a full disk takes
+
 
 class StageReport(BaseModel):
     """What became of a stage in one call."""
@@ -302,7 +304,7 @@ def check_storage(storage: str) -> Location:
         raise ConfigError(f"cluster.storage={storage} names no folder ({error}); write the path out") from error
     probe = root / f".write-{uuid.uuid4().hex[:8]}"
     try:
-        probe.write_text("")
+        probe.write_text("." * PROBE_BYTES)
         probe.remove()
     except (OSError, ValueError) as error:
         right = "name a folder with write permission" if root.is_local else "look at the bucket's name, the AWS_* credentials and AWS_ENDPOINT_URL"

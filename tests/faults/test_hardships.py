@@ -155,6 +155,11 @@ def test_a_disk_that_stays_full_ends_the_command_with_one_line_and_nothing_is_lo
     said = on_little_disk.log.read_text()
     assert re.search(r"error: .*cannot be written \(No space left on device\).*the same command goes on from the last checkpoint", said), said
     assert said.partition("Traceback")[2] == ""
+    fill(little_disk)
+    again = on_little_disk.start()
+    assert code_of(again) == 2
+    assert "cannot be written (No space left on device)" in on_little_disk.log.read_text().removeprefix(said)
+    assert "Traceback" not in on_little_disk.log.read_text()
     (little_disk / "other").unlink()
     assert Ordeal(on_little_disk, []).run().starts == 1
     assert unlike(undisturbed, on_little_disk) == []
@@ -195,7 +200,7 @@ def code_of(family: Family, seconds: float = 300) -> int:
 
 def fill(disk: Path) -> None:
     """Leaves no room on a file system."""
-    with (disk / "other").open("wb") as file:
+    with (disk / "other").open("ab") as file:
         try:
             while True:
                 file.write(bytes(1 << 16))
