@@ -14,7 +14,7 @@ import ray_nodes
 from servers import fetch
 from support import TINY, ddpm_command
 
-pytestmark = [pytest.mark.netns, pytest.mark.skipif(not ray_nodes.can_make_namespaces(), reason="needs root and network namespaces")]
+pytestmark = [pytest.mark.slow, pytest.mark.netns, pytest.mark.skipif(not ray_nodes.can_make_namespaces(), reason="needs root and network namespaces")]
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "planted-Secret-7f3a"}
 STEPS = 400
@@ -62,7 +62,6 @@ def test_a_storage_root_that_is_not_shared_is_noticed_before_the_run_with_the_no
     assert "preprocess" not in done.stdout.partition("checking from 2 nodes that ")[2]
 
 
-@pytest.mark.slow
 def test_a_link_cut_during_training_leaves_a_run_that_ends_right(site: Site, tmp_path: Path):
     nodes, s3 = site.nodes, site.s3
     settings = [*TINY, f"train.steps={STEPS}", "train.checkpoint_every=10", "cluster.num_workers=[1, 2]", "cluster.group_timeout_s=60"]

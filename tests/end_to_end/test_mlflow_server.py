@@ -29,6 +29,7 @@ from pipeline.registry.versions import fetch_checkpoint
 from pipeline.tracking import connect
 
 PASSWORD, WRONG, ADAS = "planted-Secret-51b7", "planted-Secret-0d2e", "planted-Secret-a86f"
+pytestmark = pytest.mark.slow
 PAGES = "https://mlflow.example.com"
 Command = Callable[..., Finished]
 

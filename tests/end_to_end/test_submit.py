@@ -142,6 +142,7 @@ def test_config_dataset_weights_and_samples_are_those_of_a_run_on_one_machine(fi
         assert submitted[stage]["inputs"] == first[stage]["inputs"]
 
 
+@pytest.mark.slow
 def test_on_s3_it_is_the_same_run(site: Site, s3: ray_nodes.S3Server, first: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     storage = f"s3://{s3.bucket}/team"
     done = site.ddpm("submit", "digits", f"cluster.storage={storage}", *TINY, "--name", "on-s3", "--follow", env=site.env | s3.env | SECRETS)
@@ -187,6 +188,7 @@ def test_jobs_list_and_status_tell_how_a_run_stands(site: Site, submitted: dict[
     assert "knows no run nothing; it knows digits" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_run_submitted_again_goes_on_and_other_settings_do_not_take_its_name(site: Site):
     settings = ["digits", site.storage, *TINY, "train.steps=4000", "train.checkpoint_every=20", "--name", "long"]
     with site.start("submit", *settings, "--follow") as following:
