@@ -88,18 +88,18 @@ def train(
         folder=str(context.folder),
         inputs=context.inputs,
         settings=dict(settings),
-        board=str(context.folder),
         threads=placement.threads,
         group_timeout_s=context.cluster.group_timeout_s,
         cache=context.cluster.cache,
         cache_bytes=context.cluster.cache_bytes,
         start=start,
     )
-    context.reporter.line(_derived(config, placement, None if attempts_so_far(context.folder) else start))
+    before = attempts_so_far(context.folder)
+    context.reporter.line(_derived(config, placement, None if before else start))
     tell_unfinished(context, settings)
     _sweep(context.folder)
     with Follower(context, tracking, run_id, config.steps):
-        outcome = _fit(plan, placement, context)
+        outcome = _fit(plan, placement, context, before)
     _sweep(context.folder)
     with suppress(OSError):  # the last worker to write may have been killed before it did this
         prune(context.folder, config.keep_last, Location.of(outcome.checkpoint), config.keep_every)
@@ -139,14 +139,14 @@ def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
             )
 
 
-def _fit(plan: TrainPlan, placement: Placement, context: StageContext) -> TrainOutcome:
+def _fit(plan: TrainPlan, placement: Placement, context: StageContext, before: int) -> TrainOutcome:
     from ray.train.torch import TorchTrainer
 
     from pipeline.training.controller import Witness
     from pipeline.training.loop import train_loop
     from pipeline.training.process_group import TorchConfigOnRaysNetwork
 
-    board, before, ended = Board(plan.board), attempts_so_far(context.folder), take_end(context.folder)
+    board, ended = Board(plan.folder), take_end(context.folder)
     board.clear()
     if before:
         board.put(REASON, ended)

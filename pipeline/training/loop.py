@@ -117,7 +117,7 @@ def train_loop(config: dict[str, Any]) -> str:
         trainer = make_trainer(plan, manifest, device, resumed)
     except DataError as error:
         return TrainFailure(failure=str(error)).model_dump_json()
-    board = Board(plan.board)
+    board = Board(plan.folder)
     if rank == 0:
         note_restart(folder, board, attempt.number, trainer.step, world)
     if world > 1:

@@ -84,7 +84,6 @@ class TrainPlan(BaseModel):
     folder: str
     inputs: str
     settings: dict[str, str] = Field(default_factory=dict)
-    board: str = ""
     threads: int
     group_timeout_s: int
     cache: str | None = None

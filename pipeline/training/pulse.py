@@ -82,7 +82,8 @@ class Pulse:
             with suppress(BoardLostError):
                 beat = Beat.model_validate(self._who | {"number": self._number, "step": self.step, "phase": self.phase})
                 self._board.put(f"{BEATS}{beat.attempt}/{beat.rank}", beat.model_dump_json())
-                self.wanted = self._board.get(SAVE) or ""
+                if beat.rank == 0:  # the one that writes checkpoints
+                    self.wanted = self._board.get(SAVE) or ""
             if self._stop.wait(BEAT_S):
                 return
 

@@ -43,12 +43,12 @@ class Stillness:
             beats: the last beat of each worker of the newest attempt.
             now: seconds on a clock that only goes forward.
         """
-        if beats and beats[0].attempt != self._attempt:
+        if not beats:
+            return []
+        if beats[0].attempt != self._attempt:
             self._attempt, self._seen, self._slowest = beats[0].attempt, {}, 0.0
         for beat in beats:
             self._note(beat, now)
-        if not beats:
-            return []
         silent = [beat for beat in beats if now - self._seen[beat.rank].number_at >= min(SILENT_S, self._limit_s)]
         may_take_long = any(beat.phase in _MAY_TAKE_LONG for beat in beats if beat not in silent) or not any(beat.step > beat.first for beat in beats)
         limit_s = max(self._limit_s, SLOWEST_TIMES * self._slowest) * (LONG_TIMES if may_take_long else 1.0)

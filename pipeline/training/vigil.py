@@ -122,7 +122,6 @@ class Vigil:
         """Names the workers that hang, and kills the first: Ray then starts the group again."""
         if hung[0].attempt <= self._condemned:
             return
-        self._condemned = hung[0].attempt
         named = ", ".join(f"worker {beat.rank} ({beat.node}, pid {beat.pid}, {beat.phase} after step {beat.step})" for beat in hung)
         reason = f"{named} made no step for too long (train.hang_timeout_s)"
         self._board.put(REASON, reason)
@@ -130,8 +129,9 @@ class Vigil:
             was_there = kill_process(hung[0].node_id, hung[0].pid)
         except ClusterError as error:
             self._tell(f"  [yellow]warning[/] {escape(str(error))}; it is tried again")
-            self._condemned -= 1
-            was_there = False
+            self._board.put(REASON, "")
+            return
+        self._condemned = hung[0].attempt
         if was_there:
             self._tell(f"  [yellow]warning[/] {escape(reason)}; the workers start again")
         else:

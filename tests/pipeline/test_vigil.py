@@ -93,19 +93,21 @@ def send_sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def save_when_asked(board: Notes) -> None:
+    """Is asked to end, and answers as a worker does that has saved."""
+    send_sigterm()
+    while SAVE not in board.notes:
+        time.sleep(0.05)
+    board.put(SAVED, f"{board.notes[SAVE]} 8")
+    forever()
+
+
 def test_sigterm_has_a_checkpoint_saved_and_then_leaves(board: Notes):
     board.beat(7)
     told: list[str] = []
 
-    def block() -> None:
-        send_sigterm()
-        while SAVE not in board.notes:
-            time.sleep(0.05)
-        board.put(SAVED, f"{board.notes[SAVE]} 8")
-        forever()
-
     with pytest.raises(Asked):
-        watch(board, block, told)
+        watch(board, lambda: save_when_asked(board), told)
     assert told == ["  asked to end: saving a checkpoint, for at most 25 s", "  saved at step 8"]
 
 
@@ -148,15 +150,8 @@ def test_sigterm_at_the_very_end_is_not_lost(board: Notes):
 def test_a_closed_terminal_keeps_no_checkpoint_from_being_saved(board: Notes):
     board.beat(7)
 
-    def block() -> None:
-        send_sigterm()
-        while SAVE not in board.notes:
-            time.sleep(0.05)
-        board.put(SAVED, f"{board.notes[SAVE]} 8")
-        forever()
-
     with pytest.raises(Asked):
-        watch(board, block, Closed())
+        watch(board, lambda: save_when_asked(board), Closed())
 
 
 def test_what_a_worker_gives_up_for_ends_the_block(board: Notes):
