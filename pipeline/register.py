@@ -19,7 +19,18 @@ from pipeline.registry.ledger import Ledger
 from pipeline.registry.move import Move
 from pipeline.registry.package import log_model
 from pipeline.registry.page import Address, Made, version_page
-from pipeline.registry.versions import CANDIDATE, DECISION_TAG, GAIN_TAG, INPUTS_TAG, SAMPLES_TAG, SETTINGS_TAG, alias_of, find_version, read_champion
+from pipeline.registry.versions import (
+    CANDIDATE,
+    DECISION_TAG,
+    GAIN_TAG,
+    INPUTS_TAG,
+    SAMPLES_TAG,
+    SETTINGS_TAG,
+    alias_of,
+    find_version,
+    read_champion,
+    set_alias,
+)
 from pipeline.tracking import Tracking, as_tags, git_commit, public_uri, translated, ui_fragment
 
 if TYPE_CHECKING:
@@ -139,7 +150,7 @@ def _create_model(name: str, tracking: Tracking) -> None:
 def _name_candidate(tracking: Tracking, name: str, number: int) -> None:
     """Points the alias `candidate` to the newest version."""
     if number >= (alias_of(tracking, name, CANDIDATE) or 0):
-        tracking.client.set_registered_model_alias(name, CANDIDATE, str(number))
+        set_alias(tracking, name, CANDIDATE, number)
 
 
 def _version_tags(made: Made, context: StageContext) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pipeline.errors import RegistryError
 from pipeline.registry.decide import Decision
 from pipeline.registry.ledger import Ledger
 from pipeline.registry.move import Move
-from pipeline.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, alias_of, has_version, newest_version
+from pipeline.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, alias_of, has_version, newest_version, set_alias
 
 Judge = Callable[[int | None], tuple[Decision, Contest | None]]
 """Measures a version beside the champion of that number and decides."""
@@ -98,7 +98,7 @@ def delete_version(ledger: Ledger, version: int) -> None:
     ledger.tracking.client.delete_model_version(ledger.name, str(version))
     newest = newest_version(ledger.tracking, ledger.name)
     if was_candidate and newest is not None:
-        ledger.tracking.client.set_registered_model_alias(ledger.name, CANDIDATE, str(newest))
+        set_alias(ledger.tracking, ledger.name, CANDIDATE, newest)
 
 
 def _behind(champions: tuple[int, ...], version: int) -> tuple[int, ...]:

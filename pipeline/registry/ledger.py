@@ -22,7 +22,7 @@ from pipeline.artifacts import Contest
 from pipeline.errors import RegistryError
 from pipeline.registry.move import Kind, Move
 from pipeline.registry.page import is_ours, model_page
-from pipeline.registry.versions import CHAMPION, PREVIOUS, alias_of, all_versions, has_version
+from pipeline.registry.versions import CHAMPION, PREVIOUS, alias_of, all_versions, has_version, set_alias
 from pipeline.tracking import NOT_THERE, Tracking
 
 LEDGER_TAG = "ddpm.log"
@@ -145,7 +145,7 @@ class Ledger:
             if version is None:
                 self._take_away(alias)
             elif has_version(self.tracking, self.name, version):
-                self.tracking.client.set_registered_model_alias(self.name, alias, str(version))
+                set_alias(self.tracking, self.name, alias, version)
         self._show(moves)
         with suppress(MlflowException):  # another process carried it out as well
             self.tracking.client.log_param(self.run_id, f"{_MOVED}{move.number:06d}", move.when, synchronous=True)
