@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from components.model.checkpoint import damage_of, damaged_checkpoints
+from components.model.retention import damage_of, damaged_checkpoints
 from pipeline.config import load_config
 from pipeline.context import Reporter
 from workflows.cli import find_preset

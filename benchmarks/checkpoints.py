@@ -27,7 +27,7 @@ from support import a_manifest
 
 from components.data.batches import Batch
 from components.data.images import PixelRecipe
-from components.model.checkpoint import checkpoints
+from components.model.retention import checkpoints
 from components.storage import Location
 from pipeline.config import RunConfig, load_config
 from pipeline.training.checkpoint_writer import CheckpointWriter

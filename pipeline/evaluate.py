@@ -101,7 +101,8 @@ def _sha256(file: Location) -> str:
 
 def _standing(model: TrainedModel) -> list[tuple[Location, str]]:
     """Returns every average of every whole checkpoint that was kept, the newest first."""
-    from components.model.checkpoint import averages_in, checkpoints, is_complete
+    from components.model.checkpoint import averages_in, is_complete
+    from components.model.retention import checkpoints
 
     folders = [folder for folder in checkpoints(Location.of(model.folder)) if is_complete(folder)]
     return [(folder, weights) for folder in folders for weights in averages_in(folder)]

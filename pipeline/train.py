@@ -75,7 +75,7 @@ def train(
         ConfigError: if more than `train.max_nonfinite_steps` gradients were not finite.
         RuntimeError: if the workers failed more than `cluster.max_failures` times.
     """
-    from components.model.checkpoint import prune
+    from components.model.retention import prune
 
     read_manifest(Location.of(shards.path))
     connect(context.cluster)
@@ -122,7 +122,8 @@ def _sweep(folder: Location) -> None:
 
 def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
     """Says at a first start which trainings of the run, of other settings, were left unfinished, and what differs."""
-    from components.model.checkpoint import TrainingRecord, checkpoints, is_complete
+    from components.model.checkpoint import TrainingRecord, is_complete
+    from components.model.retention import checkpoints
 
     if checkpoints(context.folder):
         return

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 import psutil
 
-from components.model.checkpoint import checkpoints, is_complete
+from components.model.checkpoint import is_complete
+from components.model.retention import checkpoints
 from components.storage import Location
 from pipeline.artifacts import TrainedModel
 from pipeline.errors import ConfigError

@@ -1,23 +1,19 @@
 """A folder that rebuilds a denoiser by itself: JSON for what it is, safetensors for its weights, checksums for trust.
 
-step_000001000-0001/    step, and the attempt that wrote it: two attempts never write into the same folder
 denoiser.json       network, diffusion process, image format
 ema.safetensors     averaged weights: what samples are drawn from
 ema-0.999.safetensors   a further average, named by its decay, where training kept any
 weights.safetensors optimizer.safetensors state.json      what training needs to go on
 manifest.json       every file with its size and SHA-256, written last
-
-damaged_step_000000500-0001/    one that does not match its manifest: set aside with `damage.txt`, which says why, and not looked at again
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -33,10 +29,9 @@ from ..storage import Location
 from .unet import UNet, UNetConfig
 
 MANIFEST = "manifest.json"
-DAMAGED, DAMAGE_FILE = "damaged_", "damage.txt"
 MAIN_AVERAGE = "ema"
 TRAINING_FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
-_STAGING = ".tmp"
+STAGING = ".tmp"
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
 
@@ -208,7 +203,7 @@ def _staging(path: Location) -> Iterator[Path]:
         with scratch("checkpoint") as folder:
             yield folder
         return
-    staging = path.path.with_name(f".{path.name}.{os.getpid()}{_STAGING}")
+    staging = path.path.with_name(f".{path.name}.{os.getpid()}{STAGING}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
@@ -326,7 +321,7 @@ def load_denoiser(path: Location, device: torch.device | str = "cpu", weights: s
         if weights not in known:
             raise DataError(f"weights={weights} is not in {path}; use one of {', '.join(known)}")
         wanted = ("denoiser.json", f"{weights}.safetensors")
-        with _copied(path, (*wanted, MANIFEST)) as folder:
+        with copied(path, (*wanted, MANIFEST)) as folder:
             verify(folder, None if path.is_local else wanted)
             spec = DenoiserSpec.model_validate_json((folder / "denoiser.json").read_text(encoding="utf-8"))
             network = spec.build()
@@ -338,7 +333,13 @@ def load_denoiser(path: Location, device: torch.device | str = "cpu", weights: s
 
 
 @contextmanager
-def _copied(path: Location, only: Collection[str] | None) -> Iterator[Path]:
+def copied(path: Location, only: Collection[str] | None) -> Iterator[Path]:
+    """Gives a checkpoint's files, all or those named, on this machine.
+
+    Raises:
+        DataError: if one is missing.
+        OSError: if the storage cannot be reached, or this machine's disk is full.
+    """
     try:
         with path.local_copy(None if only is None else list(only)) as folder:
             yield folder
@@ -365,7 +366,7 @@ def load_training_state(path: Location) -> Resumable:
     Raises:
         DataError: if the folder is no whole checkpoint, or holds no training state.
     """
-    with _copied(path, None) as folder:
+    with copied(path, None) as folder:
         verify(folder)
         if not (folder / "state.json").is_file():
             raise DataError(f"{path} holds no training state; resume from a checkpoint that training wrote")
@@ -373,94 +374,3 @@ def load_training_state(path: Location) -> Resumable:
         state = TrainingState(read_weights(folder / "weights.safetensors"), read_weights(folder / "optimizer.safetensors"), record)
         averages = {name: read_weights(folder / f"{name}.safetensors") for name in averages_in(Location.of(folder))}
         return Resumable(averages.pop(MAIN_AVERAGE), state, averages)
-
-
-def checkpoint_name(step: int, attempt: int) -> str:
-    """Returns the folder name of the checkpoint of a step; names sort by step, then by attempt."""
-    return f"step_{step:09d}-{attempt:04d}"
-
-
-def checkpoints(folder: Location) -> list[Location]:
-    """Returns the checkpoint folders of a training run, the newest first; some may not be whole."""
-    return [folder / name for name in sorted(folder.folders(), reverse=True) if name.startswith("step_")]
-
-
-def checkpoint_step(path: Location) -> int:
-    """Returns the step of a checkpoint folder."""
-    return int(path.name.removeprefix("step_").partition("-")[0])
-
-
-def newest_whole_checkpoint(folder: Location) -> Location | None:
-    """Returns the last checkpoint, by step, that passes its checksums; None if there is none. Newer ones that do not are set aside.
-
-    Raises:
-        OSError: if the storage cannot be reached, or this machine's disk is full: then it is not known which are whole.
-    """
-    for path in checkpoints(folder):
-        if _is_unfinished(path):
-            continue
-        try:
-            with _copied(path, None) as copy:
-                verify(copy)
-        except DataError as error:
-            _set_aside(path, str(error))
-            continue
-        return path
-    return None
-
-
-def _is_unfinished(path: Location) -> bool:
-    """Tells whether a checkpoint on S3 lacks the manifest, which goes last: it may be under way still. On a file system it appears in one step."""
-    return not path.is_local and not (path / MANIFEST).is_file()
-
-
-def _set_aside(path: Location, reason: str) -> None:
-    """Gives a damaged checkpoint a name that says so, and a file that says why."""
-    taken, name = path.parent.folders(), f"{DAMAGED}{path.name}"
-    free = next(name for name in itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2))) if name not in taken)
-    # A disk without room for a line must not keep training from an older checkpoint.
-    with suppress(OSError):
-        (path / DAMAGE_FILE).write_text(reason + "\n")
-    path.rename(path.parent / free)
-
-
-def damaged_checkpoints(folder: Location) -> list[Location]:
-    """Returns the checkpoints of a training run that were set aside, the oldest first."""
-    return [folder / name for name in folder.folders() if name.startswith(DAMAGED)]
-
-
-def damage_of(path: Location) -> str:
-    """Returns why a checkpoint was set aside."""
-    try:
-        return (path / DAMAGE_FILE).read_text().strip()
-    except OSError:
-        return "it does not match its checksums"
-
-
-def prune(folder: Location, keep_last: int, written: Location, keep_every: int | None = None) -> None:
-    """Removes checkpoints before the one that was just written, but those to be kept; torn ones do not count among these.
-
-    Args:
-        keep_last: the last whole ones that are kept.
-        keep_every: steps, of whose multiples the last whole checkpoint is kept for good.
-    """
-    whole = [path for path in checkpoints(folder) if path == written or is_complete(path)]
-    # The newest comes first, so that of several attempts' checkpoints of a step the latest is set down last.
-    of_step = {checkpoint_step(path): path for path in reversed(whole)}
-    kept = {written, *whole[:keep_last], *(path for step, path in of_step.items() if keep_every and step % keep_every == 0)}
-    for path in checkpoints(folder):
-        if path not in kept and path.name < written.name:
-            path.remove_tree()
-    _remove_unfinished(folder, _attempt_of(written.name))
-
-
-def _remove_unfinished(folder: Location, attempt: int) -> None:
-    """Removes what attempts left that were killed while they wrote a checkpoint; never what an attempt is writing that may have taken this one's place."""
-    for staging in folder.path.glob(f".step_*{_STAGING}") if folder.is_local else ():
-        if _attempt_of(staging.name.lstrip(".").partition(".")[0]) <= attempt:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _attempt_of(name: str) -> int:
-    """Returns the attempt that a checkpoint's name tells, 0 where it tells none."""
-    return int(name.rpartition("-")[2]) if "-" in name else 0

@@ -14,7 +14,7 @@ from types import TracebackType
 from rich.markup import escape
 
 from cluster.config import HeadLostError
-from components.model.checkpoint import damage_of, damaged_checkpoints
+from components.model.retention import damage_of, damaged_checkpoints
 from components.scratch import scratch
 from components.storage import Location
 from pipeline.context import StageContext

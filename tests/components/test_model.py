@@ -17,15 +17,8 @@ from components.model.checkpoint import (
     TrainingState,
     average_name,
     averages_in,
-    checkpoint_name,
-    checkpoint_step,
-    checkpoints,
-    damage_of,
-    damaged_checkpoints,
     load_denoiser,
     load_training_state,
-    newest_whole_checkpoint,
-    prune,
     read_weights,
     sha256_of,
     verify,
@@ -33,6 +26,7 @@ from components.model.checkpoint import (
 )
 from components.model.ema import Ema
 from components.model.layers import LaneDropout
+from components.model.retention import checkpoint_name, checkpoint_step, checkpoints, damage_of, damaged_checkpoints, newest_whole_checkpoint, prune
 from components.model.unet import UNet, UNetConfig
 from components.storage import Location
 from components.streams import Purpose, stream

@@ -10,7 +10,8 @@ import torch
 
 from components.diffusion.schedule import DiffusionConfig
 from components.model import checkpoint as checkpoint_module
-from components.model.checkpoint import DenoiserSpec, Resumable, TrainingRecord, TrainingState, checkpoints, load_training_state
+from components.model.checkpoint import DenoiserSpec, Resumable, TrainingRecord, TrainingState, load_training_state
+from components.model.retention import checkpoints
 from components.model.unet import UNetConfig
 from components.storage import Location
 from pipeline.training import checkpoint_writer

@@ -18,7 +18,7 @@ from cluster.config import ClusterConfig
 from cluster.machine import Gauges
 from components.data.reader import RowReader
 from components.data.shards import read_manifest
-from components.model.checkpoint import checkpoint_name, newest_whole_checkpoint
+from components.model.retention import checkpoint_name, newest_whole_checkpoint
 from components.storage import Location
 from pipeline.artifacts import Evaluation, TrainedModel
 from pipeline.config import config_digest, load_config
