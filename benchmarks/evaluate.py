@@ -35,8 +35,8 @@ from components.metrics.frechet import FeatureStats, frechet_distance
 from components.metrics.inception_score import inception_score
 from components.metrics.kernel import kernel_distance
 from components.metrics.reference import Reference
-from components.model.checkpoint import sha256_of
 from components.model.diffusers_names import diffusers_config, to_diffusers
+from components.model.manifest import sha256_of
 from components.model.unet import UNet
 from pipeline.config import RunConfig, load_config
 from workflows.cli import find_preset

@@ -12,9 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.config import ClusterConfig
-from components.diffusion.schedule import DiffusionConfig
+from components.diffusion.config import DiffusionConfig
 from components.ingest.sources import DataConfig
-from components.model.unet import UNetConfig
+from components.model.config import UNetConfig
 from pipeline.errors import ConfigError
 from pipeline.measurement.bench import EvaluateConfig
 from pipeline.register import RegistryConfig

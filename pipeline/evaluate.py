@@ -74,7 +74,7 @@ def _step_of(checkpoint: Location) -> int:
 
 
 def _keep(bench: Bench, samples: SampleSet, pixels: Location) -> str:
-    from components.model.checkpoint import read_spec
+    from components.model.spec import read_spec
 
     names = read_spec(Location.of(samples.checkpoint)).label_names
     return str(keep_samples(bench.context.storage, samples, pixels, bench.config.seeds, bench.manifest.recipe, list(names)))
@@ -82,10 +82,11 @@ def _keep(bench: Bench, samples: SampleSet, pixels: Location) -> str:
 
 def decided_by(config: EvaluateConfig, model: TrainedModel) -> list[str]:
     """Returns what decides an evaluation besides settings, main average and dataset: contents of files, and all that stands for election."""
-    from components.metrics.dino import CONFIG, WEIGHTS
+    files = [Location.of(path) for path in (config.reference, config.inception_weights) if path]
+    if config.dinov2_weights is not None:
+        from components.metrics.dino import CONFIG, WEIGHTS
 
-    folder = None if config.dinov2_weights is None else Location.of(config.dinov2_weights)
-    files = [Location.of(path) for path in (config.reference, config.inception_weights) if path] + ([folder / CONFIG, folder / WEIGHTS] if folder else [])
+        files += [Location.of(config.dinov2_weights) / name for name in (CONFIG, WEIGHTS)]
     contents = [_sha256(file) for file in files]
     standing = _standing(model) if config.election_samples else []
     return contents + [checksum_of(checkpoint, weights) for checkpoint, weights in standing]
@@ -101,7 +102,7 @@ def _sha256(file: Location) -> str:
 
 def _standing(model: TrainedModel) -> list[tuple[Location, str]]:
     """Returns every average of every whole checkpoint that was kept, the newest first."""
-    from components.model.checkpoint import averages_in, is_complete
+    from components.model.manifest import averages_in, is_complete
     from components.model.retention import checkpoints
 
     folders = [folder for folder in checkpoints(Location.of(model.folder)) if is_complete(folder)]

@@ -18,9 +18,9 @@ from cluster.lookout import waiting_aloud
 from cluster.nodes import count
 from cluster.placement import Placement, place, run_config, scaling_config
 from components.data.shards import read_manifest
-from components.diffusion.schedule import DiffusionConfig
+from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
-from components.model.unet import UNetConfig
+from components.model.config import UNetConfig
 from components.scratch import scratch
 from components.storage import TEMPORARY, Location
 from pipeline.artifacts import ShardSet, TrainedModel
@@ -122,7 +122,8 @@ def _sweep(folder: Location) -> None:
 
 def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
     """Says at a first start which trainings of the run, of other settings, were left unfinished, and what differs."""
-    from components.model.checkpoint import TrainingRecord, is_complete
+    from components.model.checkpoint import TrainingRecord
+    from components.model.manifest import is_complete
     from components.model.retention import checkpoints
 
     if checkpoints(context.folder):
@@ -225,7 +226,7 @@ def _receipt(
 
 def is_intact(receipt: TrainedModel) -> bool:
     """Tells whether the checkpoint that a receipt describes is still there, every checksum matching."""
-    from components.model.checkpoint import is_complete, manifest_of, verify
+    from components.model.manifest import is_complete, manifest_of, verify
 
     path = Location.of(receipt.path)
     try:

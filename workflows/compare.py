@@ -20,7 +20,7 @@ from components.charts import StepsPoint, save_steps_chart
 from components.data.catalog import find_dataset
 from components.diffusion.recipe import Recipe
 from components.figures import Strip, contact_sheet
-from components.model.checkpoint import read_spec
+from components.model.spec import read_spec
 from components.report.page import format_estimate, write_report
 from components.report.records import Compared, Estimate, Picture, Report, Section, Verdict
 from components.report.records import Comparison as Side

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import psutil
 
-from components.model.checkpoint import is_complete
+from components.model.manifest import is_complete
 from components.model.retention import checkpoints
 from components.storage import Location
 from pipeline.artifacts import TrainedModel

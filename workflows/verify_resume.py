@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from components.model.checkpoint import verify
+from components.model.manifest import verify
 from components.storage import Location
 from pipeline.config import RunConfig
 from pipeline.context import Reporter

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from ..data.images import to_model_range
 from ..errors import DataError
-from ..model.checkpoint import read_weights, sha256_of
+from ..model.checkpoint import read_weights
+from ..model.manifest import sha256_of
 from ..streams import Purpose, stream
 from .features import full_precision
 

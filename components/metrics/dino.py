@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from ..errors import DataError
-from ..model.checkpoint import sha256_of
+from ..model.manifest import sha256_of
 from ..storage import Location
 from .features import full_precision
 

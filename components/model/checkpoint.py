@@ -7,89 +7,31 @@ weights.safetensors optimizer.safetensors state.json      what training needs to
 manifest.json       every file with its size and SHA-256, written last
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict
 
-from ..diffusion.schedule import DiffusionConfig, Schedule
+from ..diffusion.schedule import Schedule
 from ..errors import DataError
 from ..scratch import scratch
 from ..storage import Location
-from .unet import UNet, UNetConfig
+from .manifest import MAIN_AVERAGE, MANIFEST, STAGING, averages_in, copied, sha256_of, verify
+from .spec import DenoiserSpec
+from .unet import UNet
 
-MANIFEST = "manifest.json"
-MAIN_AVERAGE = "ema"
 TRAINING_FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
-STAGING = ".tmp"
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
-
-
-class DenoiserSpec(BaseModel):
-    """All that decides what a denoiser computes, apart from its weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    model: UNetConfig
-    diffusion: DiffusionConfig
-    image_size: int = Field(ge=1)
-    """Height and width, pixels."""
-    channels: Literal[1, 3]
-    """1 for grey, 3 for RGB."""
-    label_names: tuple[str, ...] = ()
-    """The classes that the network is told, in the order of their numbers; empty where it is told none."""
-
-    @model_validator(mode="after")
-    def _check_classes(self) -> Self:
-        if self.model.conditional != bool(self.label_names):
-            right = "name the dataset's labels" if self.model.conditional else "name none"
-            raise ValueError(f"label_names={self.label_names} does not fit model.conditional={self.model.conditional}; {right}")
-        return self
-
-    def build(self) -> UNet:
-        """Returns the network with fresh weights."""
-        return UNet(self.model, image_size=self.image_size, channels=self.channels, num_classes=len(self.label_names))
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that tells no class, one past the classes; None for a network that is told none."""
-        return len(self.label_names) or None
-
-    def labels_by_turns(self, seeds: Sequence[int]) -> torch.Tensor | None:
-        """Returns a class for each seed, (len(seeds),) int64: all by turns; None for a network that is told none."""
-        return torch.tensor([seed % len(self.label_names) for seed in seeds]) if self.label_names else None
-
-    def label_number(self, label: str) -> int:
-        """Returns the number of a class that is given by its name, or by its number where no class has that name.
-
-        Raises:
-            ValueError: if there is no such class.
-        """
-        names = self.label_names
-        if not names:
-            raise ValueError(f"label={label} means nothing to a model that is told no classes; leave it out, or train with model.conditional=true")
-        if label in names:
-            return names.index(label)
-        if label.isdecimal() and int(label) < len(names):
-            return int(label)
-        some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise ValueError(f"label={label} is unknown; use a class's name ({some}) or a number from 0 to {len(names) - 1}")
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return (self.channels, self.image_size, self.image_size)
 
 
 @dataclass(frozen=True)
@@ -151,17 +93,6 @@ def _tensor(raw: bytes, start: int, entry: Mapping[str, Any]) -> torch.Tensor:
     first, last = entry["data_offsets"]
     values = np.frombuffer(raw[start + first : start + last], dtype=_DTYPES[entry["dtype"]])
     return torch.from_numpy(values.reshape(entry["shape"]).copy())
-
-
-def sha256_of(path: Path) -> str:
-    """Returns the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def average_name(decay: float) -> str:
-    """Returns what a checkpoint calls the average of a further decay, such as ema-0.999."""
-    return f"{MAIN_AVERAGE}-{decay}"
 
 
 def write_checkpoint(
@@ -242,71 +173,6 @@ def _sync(folder: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def manifest_of(path: Location) -> dict[str, tuple[int, str]]:
-    """Returns what a checkpoint's manifest says: file name -> bytes and SHA-256.
-
-    Raises:
-        DataError: if there is none, or it is no manifest.
-        OSError: if the storage cannot be reached, which says nothing about the checkpoint.
-    """
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a whole checkpoint: its {MANIFEST} cannot be read ({error}); name a checkpoint folder") from error
-
-
-def verify(path: Path, only: Collection[str] | None = None) -> dict[str, str]:
-    """Checks the files of a checkpoint on this machine against its manifest and returns file name -> SHA-256.
-
-    Args:
-        only: the files to check; all by default.
-
-    Raises:
-        DataError: naming the first file that is missing or differs.
-    """
-    entries = {name: entry for name, entry in manifest_of(Location.of(path)).items() if only is None or name in only}
-    for name, (size, checksum) in entries.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size or sha256_of(file) != checksum:
-            raise DataError(f"{file} does not match the checksum in {MANIFEST}; restore it or use another checkpoint")
-    return {name: checksum for name, (_, checksum) in entries.items()}
-
-
-def is_complete(path: Location) -> bool:
-    """Tells whether a checkpoint's files are all there with the sizes that its manifest says; their content is not read."""
-    try:
-        entries = manifest_of(path)
-    except DataError:
-        return False
-    found = path.files()
-    return all(found.get(name) == size for name, (size, _) in entries.items())
-
-
-def averages_in(path: Location) -> list[str]:
-    """Returns the averages that a checkpoint holds, such as ["ema", "ema-0.999"].
-
-    Raises:
-        DataError: if the folder is no whole checkpoint.
-        OSError: if the storage cannot be reached.
-    """
-    names = [name.removesuffix(".safetensors") for name in manifest_of(path) if name.endswith(".safetensors")]
-    return sorted(name for name in names if name == MAIN_AVERAGE or name.startswith(f"{MAIN_AVERAGE}-"))
-
-
-def read_spec(path: Location) -> DenoiserSpec:
-    """Returns what the denoiser of a checkpoint is.
-
-    Raises:
-        DataError: if the folder is no whole checkpoint.
-    """
-    manifest_of(path)
-    try:
-        return DenoiserSpec.model_validate_json((path / "denoiser.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path / 'denoiser.json'} cannot be read ({error}); restore it or use another checkpoint") from error
-
-
 def load_denoiser(path: Location, device: torch.device | str = "cpu", weights: str = MAIN_AVERAGE) -> Denoiser:
     """Rebuilds the denoiser with averaged weights, checksums verified; reads no more than that.
 
@@ -330,21 +196,6 @@ def load_denoiser(path: Location, device: torch.device | str = "cpu", weights: s
         raise DataError(f"{path} cannot be read ({error}); restore it or use another checkpoint") from error
     network = network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return Denoiser(spec, network, Schedule(spec.diffusion).to(device))
-
-
-@contextmanager
-def copied(path: Location, only: Collection[str] | None) -> Iterator[Path]:
-    """Gives a checkpoint's files, all or those named, on this machine.
-
-    Raises:
-        DataError: if one is missing.
-        OSError: if the storage cannot be reached, or this machine's disk is full.
-    """
-    try:
-        with path.local_copy(None if only is None else list(only)) as folder:
-            yield folder
-    except FileNotFoundError as error:
-        raise DataError(f"{path} lacks a file ({error}); restore it or use another checkpoint") from error
 
 
 @dataclass(frozen=True)

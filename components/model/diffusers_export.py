@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from ..diffusion.schedule import Schedule
-from .checkpoint import DenoiserSpec, write_weights
+from .checkpoint import write_weights
 from .diffusers_names import diffusers_config, to_diffusers
+from .spec import DenoiserSpec
 
 _PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 

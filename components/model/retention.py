@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from ..errors import DataError
 from ..storage import Location
-from .checkpoint import MANIFEST, STAGING, copied, is_complete, verify
+from .manifest import MANIFEST, STAGING, copied, is_complete, verify
 
 DAMAGED, DAMAGE_FILE = "damaged_", "damage.txt"
 

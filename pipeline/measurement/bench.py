@@ -165,7 +165,7 @@ class Bench:
         Raises:
             DataError: if the folder is no checkpoint, lacks the average, or makes other images than the dataset's.
         """
-        from components.model.checkpoint import read_spec
+        from components.model.spec import read_spec
 
         spec = read_spec(checkpoint)
         if spec.shape != self.manifest.shape:

@@ -18,7 +18,7 @@ from pipeline.artifacts import Evaluation, TrainedModel
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
-    from components.model.checkpoint import DenoiserSpec
+    from components.model.spec import DenoiserSpec
 
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow", "pydantic", "torch")
@@ -52,8 +52,9 @@ def log_model(name: str, model: TrainedModel, evaluation: Evaluation, run_id: st
 
 def _write_weights(folder: Path, evaluation: Evaluation) -> "DenoiserSpec":
     """Writes the weights that were measured, in this project's format and in diffusers'."""
-    from components.model.checkpoint import DenoiserSpec, read_weights, write_checkpoint
+    from components.model.checkpoint import read_weights, write_checkpoint
     from components.model.diffusers_export import write_diffusers
+    from components.model.spec import DenoiserSpec
 
     name = f"{evaluation.weights}.safetensors"
     with Location.of(evaluation.checkpoint).local_copy(["denoiser.json", name]) as source:

@@ -1,10 +1,11 @@
 """Where a retraining starts: the champion's weights, checked before anything is trained."""
 
 from components.data.shards import read_manifest
-from components.diffusion.schedule import DiffusionConfig
+from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
-from components.model.checkpoint import manifest_of, read_spec
-from components.model.unet import UNetConfig
+from components.model.config import UNetConfig
+from components.model.manifest import manifest_of
+from components.model.spec import read_spec
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.errors import ConfigError, RegistryError

@@ -8,8 +8,9 @@ from types import TracebackType
 
 import torch
 
-from components.model.checkpoint import DenoiserSpec, Resumable, TrainingState, write_checkpoint
+from components.model.checkpoint import Resumable, TrainingState, write_checkpoint
 from components.model.retention import checkpoint_name, prune
+from components.model.spec import DenoiserSpec
 from components.storage import Location
 from pipeline.training.notebook import Attempt, NotebookWriter
 from pipeline.training.plan import TrainConfig

@@ -19,7 +19,8 @@ from components.data.reader import RowReader
 from components.data.shards import read_manifest
 from components.errors import DataError
 from components.figures import grid
-from components.model.checkpoint import TrainingRecord, manifest_of
+from components.model.checkpoint import TrainingRecord
+from components.model.manifest import manifest_of
 from components.model.retention import newest_whole_checkpoint
 from components.storage import Location
 from pipeline.training.checkpoint_writer import CheckpointWriter, UnwritableError

@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from components.diffusion.schedule import DiffusionConfig
-from components.model.unet import UNetConfig
+from components.diffusion.config import DiffusionConfig
+from components.model.config import UNetConfig
 from pipeline.retraining.attempts import Start
 
 _NO_RESULT: dict[str, JsonValue] = {"result": False}

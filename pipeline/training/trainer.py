@@ -17,18 +17,10 @@ from components.diffusion.recipe import MONITORING
 from components.diffusion.sampling import sample
 from components.diffusion.schedule import Schedule
 from components.errors import DataError
-from components.model.checkpoint import (
-    DenoiserSpec,
-    Resumable,
-    TrainingRecord,
-    TrainingState,
-    average_name,
-    load_training_state,
-    read_weights,
-    verify,
-    write_checkpoint,
-)
+from components.model.checkpoint import Resumable, TrainingRecord, TrainingState, load_training_state, read_weights, write_checkpoint
 from components.model.ema import Ema
+from components.model.manifest import average_name, verify
+from components.model.spec import DenoiserSpec
 from components.model.unet import UNet
 from components.storage import Location
 from components.streams import Purpose, stream

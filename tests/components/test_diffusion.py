@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from components.diffusion.config import DiffusionConfig, Prediction
 from components.diffusion.objective import loss_by_timestep, simple_loss
-from components.diffusion.schedule import DiffusionConfig, Prediction, Schedule
+from components.diffusion.schedule import Schedule
 from components.streams import Purpose, stream
 
 PREDICTIONS: tuple[Prediction, ...] = ("eps", "x_0", "v")

@@ -29,7 +29,7 @@ from components.metrics.frechet import (
 from components.metrics.inception_score import inception_score
 from components.metrics.kernel import kernel_distance
 from components.metrics.neighbours import nearest_squared_distances, neighbourhoods, squared_distances
-from components.model.checkpoint import sha256_of
+from components.model.manifest import sha256_of
 from components.storage import Location
 
 

@@ -9,25 +9,16 @@ import torch
 from safetensors.torch import save_file
 from servers import S3Server
 
-from components.diffusion.schedule import DiffusionConfig
+from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
-from components.model.checkpoint import (
-    DenoiserSpec,
-    TrainingRecord,
-    TrainingState,
-    average_name,
-    averages_in,
-    load_denoiser,
-    load_training_state,
-    read_weights,
-    sha256_of,
-    verify,
-    write_checkpoint,
-)
+from components.model.checkpoint import TrainingRecord, TrainingState, load_denoiser, load_training_state, read_weights, write_checkpoint
+from components.model.config import UNetConfig
 from components.model.ema import Ema
 from components.model.layers import LaneDropout
+from components.model.manifest import average_name, averages_in, sha256_of, verify
 from components.model.retention import checkpoint_name, checkpoint_step, checkpoints, damage_of, damaged_checkpoints, newest_whole_checkpoint, prune
-from components.model.unet import UNet, UNetConfig
+from components.model.spec import DenoiserSpec
+from components.model.unet import UNet
 from components.storage import Location
 from components.streams import Purpose, stream
 

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from components.diffusion.config import DiffusionConfig, Prediction
 from components.diffusion.noise import initial_noise, interpolated_noise
 from components.diffusion.recipe import MONITORING, SAMPLERS, Recipe, Threshold
 from components.diffusion.samplers import Estimate, Level, ddim, dpmpp_2m, noise_levels, spaced_timesteps, unipc
 from components.diffusion.sampling import sample, thresholded
-from components.diffusion.schedule import DiffusionConfig, Prediction, Schedule
+from components.diffusion.schedule import Schedule
 
 PREDICTIONS: tuple[Prediction, ...] = ("eps", "x_0", "v")
 SHAPE = (1, 8, 8)

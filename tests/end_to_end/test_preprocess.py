@@ -94,6 +94,7 @@ def test_the_counts_add_up_and_every_row_is_there(undisturbed: tuple[dict[str, b
         assert np.array_equal(pixels[0], small.transpose(2, 0, 1))
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(
     photographs: Path, undisturbed: tuple[dict[str, bytes], Any, float], tmp_path: Path, command: Command
 ):

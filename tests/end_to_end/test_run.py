@@ -84,6 +84,7 @@ def test_another_number_of_samples_runs_only_evaluate_and_register_and_is_not_co
     assert done.json["register"]["mlflow_run_id"] == first["register"]["mlflow_run_id"]
 
 
+@pytest.mark.slow
 def test_workers_change_no_digest_and_no_sample(home: Path, command: Command, first: dict[str, Any]):
     done = command("evaluate", "digits", *TINY, "cluster.num_workers=1", "--json", cwd=home)
     assert [done.json[stage]["skipped"] for stage in STAGES[:3]] == [True, True, True]
@@ -272,6 +273,7 @@ def test_a_training_that_diverges_stops_with_advice(home: Path, command: Command
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_training_worker_that_is_killed_starts_again_within_the_same_command(home: Path, first: dict[str, Any]):
     arguments = [sys.executable, "-m", "workflows", "train", "digits", *TINY, "--name", "worker-killed", "--json"]
     with subprocess.Popen(arguments, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
@@ -319,6 +321,7 @@ def test_another_store_gets_the_finished_run_whole_and_without_training(home: Pa
     assert client.get_model_version_by_alias("ddpm-digits", "champion").run_id == run_id
 
 
+@pytest.mark.slow
 def test_interrupted_by_a_person_it_says_how_to_go_on(home: Path, first: dict[str, Any]):
     arguments = [sys.executable, "-m", "workflows", "train", "digits", *TINY, "train.steps=100000", "--name", "interrupted", "--json"]
     with subprocess.Popen(arguments, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:

@@ -178,6 +178,7 @@ def test_models_compare_names_what_differs(home: Path, other_unit: dict[str, Any
     assert "v3 is not comparable with v2: reference_digest " in text
 
 
+@pytest.mark.slow
 def test_a_version_of_another_unit_is_a_candidate_and_not_promoted(home: Path, other_unit: dict[str, Any], command: Command):
     assert other_unit["register"]["promoted"] is False
     assert aliases(home, command) == {"champion": "2", "previous": "1", "candidate": "3"}
@@ -189,6 +190,7 @@ def test_a_version_of_another_unit_is_a_candidate_and_not_promoted(home: Path, o
     assert aliases(home, command)["champion"] == "2"
 
 
+@pytest.mark.slow
 def test_a_rollback_and_a_promotion_move_the_alias_back_and_forth_and_are_logged(home: Path, other_unit: dict[str, Any], command: Command):
     back = command("models", "rollback", "ddpm-digits", "--why", "users see blur", cwd=home)
     assert (back.code, back.stdout) == (0, "champion of ddpm-digits is version 1: users see blur\n")

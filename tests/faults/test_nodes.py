@@ -14,7 +14,7 @@ import pytest
 import ray_nodes
 from support import TINY, Finished, ddpm_command
 
-from components.model.checkpoint import is_complete
+from components.model.manifest import is_complete
 from components.model.retention import checkpoints
 from components.storage import Location
 from pipeline.artifacts import TrainedModel

@@ -7,13 +7,15 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
+from components.diffusion.config import DiffusionConfig, Prediction
 from components.diffusion.noise import initial_noise
 from components.diffusion.recipe import Recipe
 from components.diffusion.sampling import sample
-from components.diffusion.schedule import DiffusionConfig, Prediction, Schedule
-from components.model.checkpoint import DenoiserSpec
+from components.diffusion.schedule import Schedule
+from components.model.config import UNetConfig
 from components.model.diffusers_export import write_diffusers
-from components.model.unet import UNet, UNetConfig
+from components.model.spec import DenoiserSpec
+from components.model.unet import UNet
 
 CONFIGS = {
     "attention in the middle": (UNetConfig(base_channels=16, channel_mults=(1, 2, 2), attention_resolutions=(8,), num_groups=8), 16, 3),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from components.diffusion.schedule import DiffusionConfig, Schedule
+from components.diffusion.config import DiffusionConfig
+from components.diffusion.schedule import Schedule
 
 THEIR_BETAS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 

@@ -19,7 +19,7 @@ from components.metrics.frechet import FeatureStats, Reference, frechet_distance
 from components.metrics.inception_score import inception_score
 from components.metrics.kernel import kernel_distance
 from components.metrics.neighbours import neighbourhoods
-from components.model.checkpoint import sha256_of
+from components.model.manifest import sha256_of
 
 
 @pytest.fixture(scope="module")

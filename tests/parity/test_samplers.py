@@ -12,11 +12,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
+from components.diffusion.config import DiffusionConfig
 from components.diffusion.noise import initial_noise
 from components.diffusion.recipe import Recipe, Spacing, Threshold, Variance
 from components.diffusion.samplers import Level, noise_levels
 from components.diffusion.sampling import sample
-from components.diffusion.schedule import DiffusionConfig, Schedule
+from components.diffusion.schedule import Schedule
 
 THEIR_BETAS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 THEIR_PREDICTION = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}

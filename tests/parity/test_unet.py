@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from components.model.config import UNetConfig
 from components.model.diffusers_names import diffusers_config, from_diffusers, to_diffusers
-from components.model.unet import UNet, UNetConfig
+from components.model.unet import UNet
 
 LABELS = torch.tensor([0, 4, 5])
 CONFIGS = {

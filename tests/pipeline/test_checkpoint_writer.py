@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.diffusion.schedule import DiffusionConfig
+from components.diffusion.config import DiffusionConfig
 from components.model import checkpoint as checkpoint_module
-from components.model.checkpoint import DenoiserSpec, Resumable, TrainingRecord, TrainingState, load_training_state
+from components.model.checkpoint import Resumable, TrainingRecord, TrainingState, load_training_state
+from components.model.config import UNetConfig
 from components.model.retention import checkpoints
-from components.model.unet import UNetConfig
+from components.model.spec import DenoiserSpec
 from components.storage import Location
 from pipeline.training import checkpoint_writer
 from pipeline.training.checkpoint_writer import CheckpointWriter, UnwritableError

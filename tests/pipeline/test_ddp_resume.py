@@ -19,8 +19,8 @@ SCRIPT = textwrap.dedent("""
     from cluster.board import Board
     from components.data.reader import RowReader
     from components.data.shards import read_manifest
-    from components.diffusion.schedule import DiffusionConfig
-    from components.model.unet import UNetConfig
+    from components.diffusion.config import DiffusionConfig
+    from components.model.config import UNetConfig
     from components.storage import Location
     from pipeline.training.loop import Worker
     from pipeline.training.plan import TrainConfig, TrainPlan

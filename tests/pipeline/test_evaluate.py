@@ -18,11 +18,12 @@ from cluster.placement import Placement, place
 from components.data.catalog import find_dataset
 from components.data.reader import RowReader
 from components.data.shards import Split, read_manifest
-from components.diffusion.schedule import DiffusionConfig
+from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.metrics.frechet import FeatureStats, Reference, frechet_distance
-from components.model.checkpoint import DenoiserSpec, write_checkpoint
-from components.model.unet import UNetConfig
+from components.model.checkpoint import write_checkpoint
+from components.model.config import UNetConfig
+from components.model.spec import DenoiserSpec
 from components.storage import Location
 from pipeline.context import Reporter, StageContext
 from pipeline.measurement.bench import Bench, EvaluateConfig

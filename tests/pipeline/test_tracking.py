@@ -74,6 +74,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_started_again_has_every_step_once(context: StageContext, one_port: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(follow, "DELIVER_EVERY_S", 0.2)
     attempt = Attempt(context.folder)

@@ -12,11 +12,11 @@ from components.data.batches import Batch
 from components.data.images import PixelRecipe
 from components.data.reader import RowReader
 from components.data.shards import Manifest
-from components.diffusion.schedule import DiffusionConfig
+from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.model.checkpoint import TrainingRecord
+from components.model.config import UNetConfig
 from components.model.ema import Ema
-from components.model.unet import UNetConfig
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import Reporter, StageContext

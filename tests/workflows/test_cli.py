@@ -22,6 +22,15 @@ def test_help_names_every_command_and_imports_nothing_heavy():
         assert f" {name} " in done.stdout
 
 
+def test_settings_and_stages_that_are_skipped_load_neither_torch_nor_ray():
+    code = (
+        "import sys, pipeline.config, pipeline.run, workflows.retrain, workflows.submit, workflows.models; "
+        "from components.model.retention import newest_whole_checkpoint; assert not {'torch', 'ray', 'mlflow'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_config_prints_every_setting_and_the_digest(run: Run):
     code, out, _ = run("config", "digits", "train.lr=1e-4")
     assert code == 0

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from components.diffusion.config import DiffusionConfig
 from components.diffusion.recipe import SAMPLERS, Recipe
-from components.diffusion.schedule import DiffusionConfig
-from components.model.checkpoint import DenoiserSpec, load_denoiser, write_checkpoint
+from components.model.checkpoint import load_denoiser, write_checkpoint
+from components.model.config import UNetConfig
 from components.model.request import BATCH_SIZE, Request
 from components.model.request import draw as draw_pixels
-from components.model.unet import UNetConfig
+from components.model.spec import DenoiserSpec
 from components.storage import Location
 from components.streams import MAX_SEED
 from pipeline.errors import ConfigError
