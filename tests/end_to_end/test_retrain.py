@@ -118,7 +118,7 @@ def week(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Iterator
     week, source = Week(home, f"http://127.0.0.1:{port}", command), home / "source"
 
     with webhook(week) as url, ExitStack() as later:
-        week.arguments = ["digits", *TINY, "data.source=source", "retrain.alert_after=2", f"retrain.webhook={url}"]
+        week.arguments = ["digits", *TINY, "cluster.num_workers=1", "data.source=source", "retrain.alert_after=2", f"retrain.webhook={url}"]
         with mlflow_server(home / "mlflow", port=port):
             arrive(source, 0, 600)
             week.retrain("monday")

@@ -75,6 +75,7 @@ def test_the_same_command_again_skips_every_stage_with_its_reason(home: Path, co
         assert {key: value for key, value in again.items() if key != "seconds"} == expected
 
 
+@pytest.mark.slow
 def test_another_number_of_samples_runs_only_evaluate_and_register_and_is_not_compared(home: Path, command: Command, first: dict[str, Any]):
     done = command("run", "digits", *TINY, "evaluate.num_samples=80", "--json", cwd=home)
     assert done.code == 0, done.stderr
@@ -266,6 +267,7 @@ def test_a_model_that_is_not_registered_is_told(home: Path, command: Command, fi
     assert "error: models:/nobody@champion is not in the registry" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_stops_with_advice(home: Path, command: Command):
     done = command("train", "digits", *TINY, "train.lr=1e30", "train.max_nonfinite_steps=1", "--name", "diverged", cwd=home)
     assert done.code == 2

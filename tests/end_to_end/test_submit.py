@@ -128,6 +128,7 @@ def test_the_run_ends_without_the_process_that_submitted_it_and_is_registered(si
     assert run.data.tags["git.commit"] == git_commit()
 
 
+@pytest.mark.slow
 def test_config_dataset_weights_and_samples_are_those_of_a_run_on_one_machine(first: dict[str, Any], submitted: dict[str, Any]):
     for stage, field in [
         ("train", "config_digest"),

@@ -14,6 +14,7 @@ from servers import environment, free_ports
 from support import TINY, Finished, ddpm_command
 
 Command = Callable[..., Finished]
+SMALL = [*TINY, "cluster.num_workers=1"]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weak(home: Path, command: Command) -> dict[str, Any]:
-    done = command("run", "digits", *TINY, "--name", "weak", "--json", cwd=home)
+    done = command("run", "digits", *SMALL, "--name", "weak", "--json", cwd=home)
     assert done.code == 0, done.stderr
     return done.json
 
@@ -31,7 +32,7 @@ def weak(home: Path, command: Command) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def strong(home: Path, weak: dict[str, Any], command: Command) -> dict[str, Any]:
     """Returns a longer run of a conditional model, whose evaluation also elects an average."""
-    done = command("run", "digits", *TINY, "train.steps=60", "train.checkpoint_every=60", "model.conditional=true", "--name", "strong", "--json", cwd=home)
+    done = command("run", "digits", *SMALL, "train.steps=60", "train.checkpoint_every=60", "model.conditional=true", "--name", "strong", "--json", cwd=home)
     assert done.code == 0, done.stderr
     return done.json
 
@@ -103,11 +104,12 @@ def other_unit(home: Path, weak: dict[str, Any], strong: dict[str, Any], command
     with np.load(home / "stats.npz", allow_pickle=False) as saved:
         assert (saved["mu"].shape, saved["sigma"].shape) == ((32,), (32, 32))
         np.savez(home / "theirs.npz", mu=saved["mu"], sigma=saved["sigma"])
-    done = command("run", "digits", *TINY, "evaluate.reference=theirs.npz", "--name", "weak", "--json", cwd=home)
+    done = command("run", "digits", *SMALL, "evaluate.reference=theirs.npz", "--name", "weak", "--json", cwd=home)
     assert done.code == 0, done.stderr
     return done.json
 
 
+@pytest.mark.slow
 def test_a_reference_file_takes_the_place_of_the_dataset_and_is_another_unit(weak: dict[str, Any], other_unit: dict[str, Any]):
     assert other_unit["evaluate"]["metric"]["value"] == pytest.approx(weak["evaluate"]["metric"]["value"], rel=1e-6)
     assert other_unit["evaluate"]["metric"]["unit"]["reference_split"] == "file"
@@ -123,10 +125,10 @@ def test_a_reference_file_takes_the_place_of_the_dataset_and_is_another_unit(wea
         (["compare", "models:/ddpm-digits/1", "--samplers", "euler"], "--samplers euler --steps 4"),
         (["compare", "models:/ddpm-digits/1", "--set", "evaluate.nonsense=1"], "evaluate.nonsense is not a setting"),
         (["compare", "models:/ddpm-digits/1", "--dataset", "zzz"], "dataset 'zzz' is neither a dataset's folder nor the beginning of a name"),
-        (["run", "digits", *TINY, "evaluate.eta=0.5", "evaluate.sampler=unipc"], "evaluate.eta=0.5 means nothing to sampler=unipc"),
-        (["run", "digits", *TINY, "evaluate.guidance=2"], "evaluate.guidance=2.0 needs a conditional model"),
-        (["run", "digits", *TINY, "evaluate.reference=absent.npz"], "absent.npz"),
-        (["run", "digits", *TINY, "evaluate.dinov2_weights=absent"], "absent lacks config.json and model.safetensors"),
+        (["run", "digits", *SMALL, "evaluate.eta=0.5", "evaluate.sampler=unipc"], "evaluate.eta=0.5 means nothing to sampler=unipc"),
+        (["run", "digits", *SMALL, "evaluate.guidance=2"], "evaluate.guidance=2.0 needs a conditional model"),
+        (["run", "digits", *SMALL, "evaluate.reference=absent.npz"], "absent.npz"),
+        (["run", "digits", *SMALL, "evaluate.dinov2_weights=absent"], "absent lacks config.json and model.safetensors"),
         (["reference", "zzz"], "dataset 'zzz' is neither a dataset's folder nor the beginning of a name"),
     ],
     ids=lambda value: f"{value[0]} {value[-1]}" if isinstance(value, list) else "",
@@ -150,6 +152,7 @@ def aliases(home: Path, command: Command) -> dict[str, str]:
     return done.json[0]["aliases"]
 
 
+@pytest.mark.slow
 def test_show_says_what_a_version_is_and_what_became_of_it(home: Path, strong: dict[str, Any], other_unit: dict[str, Any], command: Command):
     done = command("models", "show", "ddpm-digits", "--json", cwd=home)
     assert done.code == 0, done.stderr
@@ -166,6 +169,7 @@ def test_show_says_what_a_version_is_and_what_became_of_it(home: Path, strong: d
     assert "ddpm sample models:/ddpm-digits/1" in text
 
 
+@pytest.mark.slow
 def test_models_compare_names_what_differs(home: Path, other_unit: dict[str, Any], command: Command):
     done = command("models", "compare", "ddpm-digits", "2", "1", "3", "--json", cwd=home)
     assert done.code == 0, done.stderr
@@ -262,7 +266,7 @@ def test_the_version_page_tells_number_picture_dataset_recipe_and_how_to_load(ho
         "- **against the champion**: v1 has ",
         f"- **dataset**: [{strong['preprocess']['digest']}](#/experiments/",
         "- **memorisation**: no sign of copied training images",
-        "- **hardware**: 2 x ",
+        "- **hardware**: 1 x ",
         'model = mlflow.pyfunc.load_model("models:/ddpm-digits/2")\n',
     ):
         assert part in page
