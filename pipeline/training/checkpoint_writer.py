@@ -13,9 +13,9 @@ from components.model.retention import checkpoint_name, prune
 from components.model.spec import DenoiserSpec
 from components.storage import Location
 from pipeline.training.notebook import Attempt, NotebookWriter
-from pipeline.training.plan import TrainConfig
+from pipeline.training.plan import LAST_WRITE_S, TrainConfig
 
-RETRY_S, LAST_WRITE_S = 2.0, 60.0
+RETRY_S = 2.0
 
 
 class UnwritableError(Exception):

@@ -11,6 +11,9 @@ from pipeline.retraining.attempts import Start
 
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
 
+LAST_WRITE_S = 60.0
+"""How long the last checkpoint is tried where it cannot be written."""
+
 
 class TrainConfig(BaseModel):
     """The optimisation; the defaults are the CIFAR-10 run of the DDPM paper."""

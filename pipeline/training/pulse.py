@@ -16,7 +16,7 @@ BEATS, SAVE, SAVED, TROUBLE, GIVEN_UP, DRAINED, REASON = "beat/", "save", "saved
 """Keys of the board. REASON says why the workers have to start again; it is there from then until they do."""
 
 
-Phase = Literal["starting", "waiting for data", "computing", "drawing samples", "saving", "ending"]
+Phase = Literal["starting", "waiting for data", "computing", "drawing samples", "saving", "ending", "ended"]
 
 
 class Beat(BaseModel):
@@ -77,20 +77,22 @@ class Pulse:
             time.sleep(BEAT_S)
 
     def _beat(self) -> None:
-        while True:
+        is_last = False
+        while not is_last:
+            is_last = self._stop.wait(BEAT_S if self._number else 0)
             self._number += 1
             with suppress(BoardLostError):
                 beat = Beat.model_validate(self._who | {"number": self._number, "step": self.step, "phase": self.phase})
                 self._board.put(f"{BEATS}{beat.attempt}/{beat.rank}", beat.model_dump_json())
                 if beat.rank == 0:  # the one that writes checkpoints
                     self.wanted = self._board.get(SAVE) or ""
-            if self._stop.wait(BEAT_S):
-                return
 
     def __enter__(self) -> "Pulse":
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.phase = "ended"
         self._stop.set()
         self._thread.join()

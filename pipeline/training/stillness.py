@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from pipeline.training.plan import LAST_WRITE_S
 from pipeline.training.pulse import Beat, Phase
 
 SILENT_S, SLOWEST_TIMES, LONG_TIMES = 10.0, 5.0, 10.0
+LONG_AT_LEAST_S = 2 * LAST_WRITE_S  # the last checkpoint may be tried for a minute
 _ORDER = {phase: number for number, phase in enumerate(get_args(Phase))}
 _MAY_TAKE_LONG = ("drawing samples", "saving", "ending")
 
@@ -26,7 +28,8 @@ class Stillness:
     """Watches the beats of one run, attempt after attempt.
 
     An attempt stands still when none of its workers has finished a step for the limit, or for five times its longest step so far where
-    that is more; for ten times as long before its first step, and while a living worker draws samples, saves or ends.
+    that is more; for ten times as long, and at least two minutes, before its first step, and while a living worker draws samples, saves or
+    ends. A worker that has ended is waited for by nobody.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -49,10 +52,13 @@ class Stillness:
             self._attempt, self._seen, self._slowest = beats[0].attempt, {}, 0.0
         for beat in beats:
             self._note(beat, now)
+        beats = [beat for beat in beats if beat.phase != "ended"]
         silent = [beat for beat in beats if now - self._seen[beat.rank].number_at >= min(SILENT_S, self._limit_s)]
         may_take_long = any(beat.phase in _MAY_TAKE_LONG for beat in beats if beat not in silent) or not any(beat.step > beat.first for beat in beats)
-        limit_s = max(self._limit_s, SLOWEST_TIMES * self._slowest) * (LONG_TIMES if may_take_long else 1.0)
-        if now - max(seen.step_at for seen in self._seen.values()) < limit_s:
+        limit_s = max(self._limit_s, SLOWEST_TIMES * self._slowest)
+        if may_take_long:
+            limit_s = max(LONG_TIMES * limit_s, LONG_AT_LEAST_S)
+        if not beats or now - max(seen.step_at for seen in self._seen.values()) < limit_s:
             return []
         if silent:
             return silent

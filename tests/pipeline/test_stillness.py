@@ -52,6 +52,18 @@ def test_a_living_worker_that_draws_or_saves_is_given_ten_times_as_long_and_a_de
     assert found(Stillness(LIMIT), (0, 61), stopped) == [0]
 
 
+def test_the_last_checkpoint_has_its_minute_however_short_the_limit():
+    ending = [[beat(0, now, 9, "ending")] for now in (0, 1, 119, 121)]
+    assert found(Stillness(5.0), (0, 1, 119), ending[:3]) == []
+    assert found(Stillness(5.0), (0, 1, 119, 121), ending) == [0]
+
+
+def test_nobody_waits_for_a_worker_that_has_ended():
+    left = [[beat(0, now, 9, "ending"), beat(1, 7, 9, "ended")] for now in (0, 599, 601)]
+    assert found(Stillness(LIMIT), (0, 599, 601), left) == [0]
+    assert found(Stillness(LIMIT), (0, 10_000), [[beat(0, 7, 9, "ended"), beat(1, 7, 9, "ended")]] * 2) == []
+
+
 def test_the_step_after_a_long_save_has_its_own_time():
     saved = [[beat(0, now, 5, phase)] for now, phase in ((0, "saving"), (300, "saving"), (301, "computing"), (360, "computing"), (362, "computing"))]  # type: ignore[arg-type]
     assert found(Stillness(LIMIT), (0, 300, 301, 360), saved[:4]) == []
