@@ -5,6 +5,9 @@ import hashlib
 from dataclasses import replace
 
 from components.errors import DataError
+from components.model.manifest import averages_in, is_complete
+from components.model.retention import checkpoint_step, checkpoints
+from components.model.spec import read_spec
 from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, ShardSet, Standing, TrainedModel
 from pipeline.context import StageContext
@@ -47,7 +50,7 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
         checkpoint=samples.checkpoint,
         weights=samples.weights,
         weights_sha256=checksum_of(Location.of(samples.checkpoint), samples.weights),
-        step=_step_of(Location.of(samples.checkpoint)),
+        step=checkpoint_step(Location.of(samples.checkpoint)),
         election=election,
         metric=numbers.frechet[0],
         jackknifed=numbers.jackknifed,
@@ -69,13 +72,7 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
     return evaluation
 
 
-def _step_of(checkpoint: Location) -> int:
-    return int(checkpoint.name.removeprefix("step_").partition("-")[0])
-
-
 def _keep(bench: Bench, samples: SampleSet, pixels: Location) -> str:
-    from components.model.spec import read_spec
-
     names = read_spec(Location.of(samples.checkpoint)).label_names
     return str(keep_samples(bench.context.storage, samples, pixels, bench.config.seeds, bench.manifest.recipe, list(names)))
 
@@ -102,9 +99,6 @@ def _sha256(file: Location) -> str:
 
 def _standing(model: TrainedModel) -> list[tuple[Location, str]]:
     """Returns every average of every whole checkpoint that was kept, the newest first."""
-    from components.model.manifest import averages_in, is_complete
-    from components.model.retention import checkpoints
-
     folders = [folder for folder in checkpoints(Location.of(model.folder)) if is_complete(folder)]
     return [(folder, weights) for folder in folders for weights in averages_in(folder)]
 
@@ -134,7 +128,7 @@ def _elect(bench: Bench, model: TrainedModel) -> tuple[SampleSet, tuple[Standing
         bench.draw(samples, seeds)
         distance = measure_distance(Sampled(samples.folder, bench.team.identities[0], seeds), reference)
         metric = Metric(value=distance.value, unit=unit, standard_error=distance.standard_error)
-        found.append(Standing(checkpoint=str(folder), weights=weights, step=_step_of(folder), metric=metric))
+        found.append(Standing(checkpoint=str(folder), weights=weights, step=checkpoint_step(folder), metric=metric))
         bench.context.reporter.line(f"  election    {folder.name} {weights}: {metric.name} {metric.value:.4g}")
     found.sort(key=lambda standing: standing.metric.value)
     return bench.samples_of(Location.of(found[0].checkpoint), found[0].weights), tuple(found)

@@ -21,6 +21,8 @@ from components.data.shards import read_manifest
 from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.model.config import UNetConfig
+from components.model.manifest import is_complete, manifest_of, verify
+from components.model.retention import checkpoints, prune
 from components.scratch import scratch
 from components.storage import TEMPORARY, Location
 from pipeline.artifacts import ShardSet, TrainedModel
@@ -75,8 +77,6 @@ def train(
         ConfigError: if more than `train.max_nonfinite_steps` gradients were not finite.
         RuntimeError: if the workers failed more than `cluster.max_failures` times.
     """
-    from components.model.retention import prune
-
     read_manifest(Location.of(shards.path))
     connect(context.cluster)
     placement = place(context.cluster, context.reporter.line)
@@ -123,8 +123,6 @@ def _sweep(folder: Location) -> None:
 def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
     """Says at a first start which trainings of the run, of other settings, were left unfinished, and what differs."""
     from components.model.checkpoint import TrainingRecord
-    from components.model.manifest import is_complete
-    from components.model.retention import checkpoints
 
     if checkpoints(context.folder):
         return
@@ -226,8 +224,6 @@ def _receipt(
 
 def is_intact(receipt: TrainedModel) -> bool:
     """Tells whether the checkpoint that a receipt describes is still there, every checksum matching."""
-    from components.model.manifest import is_complete, manifest_of, verify
-
     path = Location.of(receipt.path)
     try:
         checksum = verify(path.path)["ema.safetensors"] if path.is_local else manifest_of(path)["ema.safetensors"][1]

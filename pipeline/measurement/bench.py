@@ -20,6 +20,7 @@ from components.data.reader import RowReader
 from components.data.shards import Manifest, Split, read_manifest
 from components.diffusion.recipe import Recipe
 from components.errors import DataError
+from components.model.spec import read_spec
 from components.storage import Location
 from pipeline.artifacts import Floor, Memorisation, Metric, MetricUnit, ShardSet
 from pipeline.context import StageContext
@@ -165,8 +166,6 @@ class Bench:
         Raises:
             DataError: if the folder is no checkpoint, lacks the average, or makes other images than the dataset's.
         """
-        from components.model.spec import read_spec
-
         spec = read_spec(checkpoint)
         if spec.shape != self.manifest.shape:
             raise DataError(

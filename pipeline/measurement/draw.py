@@ -16,6 +16,7 @@ import numpy as np
 
 from components.data.copies import Copies
 from components.data.shards import Split
+from components.model.manifest import manifest_of
 from components.storage import Location
 
 if TYPE_CHECKING:
@@ -349,8 +350,6 @@ def sample_set(storage: Location, checkpoint: Location, weights: str, recipe: "R
     Raises:
         DataError: if the folder is no checkpoint, or lacks the average.
     """
-    from components.model.manifest import manifest_of
-
     decides = [SAMPLES_VERSION, manifest_of(checkpoint)["denoiser.json"][1], checksum_of(checkpoint, weights), asdict(recipe), label_counts]
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
     return SampleSet(storage / "samples" / key, str(checkpoint), weights, recipe, label_counts)
@@ -363,7 +362,6 @@ def checksum_of(checkpoint: Location, weights: str) -> str:
         DataError: if the folder is no checkpoint, or lacks the average.
     """
     from components.errors import DataError
-    from components.model.manifest import manifest_of
 
     files = manifest_of(checkpoint)
     if f"{weights}.safetensors" not in files:

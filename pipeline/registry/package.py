@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import components
+from components.model.spec import DenoiserSpec
 from components.scratch import scratch
 from components.storage import Location
 from pipeline.artifacts import Evaluation, TrainedModel
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
-
-    from components.model.spec import DenoiserSpec
 
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow", "pydantic", "torch")
@@ -54,7 +53,6 @@ def _write_weights(folder: Path, evaluation: Evaluation) -> "DenoiserSpec":
     """Writes the weights that were measured, in this project's format and in diffusers'."""
     from components.model.checkpoint import read_weights, write_checkpoint
     from components.model.diffusers_export import write_diffusers
-    from components.model.spec import DenoiserSpec
 
     name = f"{evaluation.weights}.safetensors"
     with Location.of(evaluation.checkpoint).local_copy(["denoiser.json", name]) as source:
