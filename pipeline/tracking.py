@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.tree import COMMIT_FILE
 from components.storage import Location
 from pipeline.errors import RegistryError
+from pipeline.tracking_client import make_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -285,9 +286,7 @@ def connect(storage: Location, *, create: bool = True) -> Tracking:
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    tracking = Tracking(
-        uri, mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), None if uri.startswith("http") else (storage / "mlflow" / "artifacts").path
-    )
+    tracking = Tracking(uri, make_client(uri), None if uri.startswith("http") else (storage / "mlflow" / "artifacts").path)
     with translated(uri):
         tracking.client.search_experiments(max_results=1)
     return tracking

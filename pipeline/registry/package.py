@@ -15,6 +15,7 @@ from components.model.spec import DenoiserSpec
 from components.scratch import scratch
 from components.storage import Location
 from pipeline.artifacts import Evaluation, TrainedModel
+from pipeline.tracking_client import again_after_races
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -34,7 +35,7 @@ def log_model(name: str, model: TrainedModel, evaluation: Evaluation, run_id: st
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
             # MLflow advises type hints, which allow no more than one kind of input; the signature is written out in full instead.
             warnings.simplefilter("ignore", UserWarning)
-            logged = mlflow.pyfunc.log_model(
+            logged = again_after_races(mlflow.pyfunc.log_model)(
                 name=re.sub(r"[ .]", "-", name),
                 python_model=str(folder / "sampler.py"),
                 artifacts={part: str(folder / part) for part in ("checkpoint", "diffusers")},

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 INPUTS_TAG = "ddpm.inputs"
 MOST_DIGITS = 9
-ALIAS_TRIES = 4
 SAMPLES_TAG, SETTINGS_TAG, DECISION_TAG, GAIN_TAG = "ddpm.samples", "ddpm.evaluate", "ddpm.decision", "registry.min_gain"
 
 
@@ -53,21 +52,8 @@ def alias_of(tracking: Tracking, name: str, alias: str) -> int | None:
 
 
 def set_alias(tracking: Tracking, name: str, alias: str, version: int) -> None:
-    """Points an alias to a version.
-
-    Two clients that set an alias at once which was not there both insert it, and one is told that the database refused: the alias is there
-    then, and is set by another try.
-    """
-    from mlflow.exceptions import MlflowException
-
-    for left in reversed(range(ALIAS_TRIES)):
-        try:
-            tracking.client.set_registered_model_alias(name, alias, str(version))
-        except MlflowException as error:
-            if error.error_code != "BAD_REQUEST" or not left:
-                raise
-        else:
-            return
+    """Points an alias to a version."""
+    tracking.client.set_registered_model_alias(name, alias, str(version))
 
 
 def has_version(tracking: Tracking, name: str, version: int) -> bool:

@@ -10,10 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import sqlalchemy.event
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
-from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModelAlias
 from support import ROOT, UNIT
 
 from components.storage import Location
@@ -164,23 +162,6 @@ def test_two_processes_that_decide_at_once_never_both_decide_on_the_stale_champi
     assert sorted(move.version or 0 for move in moves) == [1, *versions]
     assert aliases(tracking)[0] == versions[-1]
     assert aliases(tracking)[1] == moves[-1].champions[-2]
-
-
-def test_an_alias_that_two_set_at_once_is_set_by_both(tracking: Tracking, make_version: Callable[..., int]):
-    versions, others = [make_version(value) for value in (5, 4)], []
-
-    def other(*_: object) -> None:
-        if not others:
-            others.append(tracking.client)
-            tracking.client.set_registered_model_alias(NAME, PREVIOUS, str(versions[1]))
-
-    sqlalchemy.event.listen(SqlRegisteredModelAlias, "before_insert", other)
-    try:
-        set_alias(tracking, NAME, PREVIOUS, versions[0])
-    finally:
-        sqlalchemy.event.remove(SqlRegisteredModelAlias, "before_insert", other)
-    assert others
-    assert alias_of(tracking, NAME, PREVIOUS) == versions[0]
 
 
 def test_an_alias_of_a_version_that_is_not_there_is_an_error(tracking: Tracking, make_version: Callable[..., int]):
