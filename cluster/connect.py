@@ -26,6 +26,8 @@ _ENVIRONMENT = {
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "600",
 }
 OBJECT_STORE_BYTES = 512 << 20
+LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+_local: dict[str, Any] = {}  # options of a Ray of our own
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it in the driver of a submitted job, which brings its working tree along
 
 
@@ -71,6 +73,20 @@ def disconnecting() -> Iterator[None]:
     disconnect()
 
 
+@contextmanager
+def session_in(folder: Path) -> Iterator[None]:
+    """Has a Ray that is started on this machine during a block keep its session in a folder: sockets, logs, what does not fit into memory.
+
+    Args:
+        folder: at most `LONGEST_FOLDER` characters long, for the names of sockets have a limit.
+    """
+    before, _local["_temp_dir"] = _local.get("_temp_dir"), str(folder)
+    try:
+        yield
+    finally:
+        _local["_temp_dir"] = before
+
+
 def quiet() -> None:
     """Sets what Ray reads when it is imported: quiet logs, no telemetry, fast failure detection."""
     for name, value in _ENVIRONMENT.items():
@@ -104,9 +120,12 @@ def use_token() -> bool:
 
 def _start(config: ClusterConfig) -> None:
     handler = signal.getsignal(signal.SIGTERM)
+    # A terminal that closes sends SIGHUP to all that was started from it. Ray's processes inherit that it does not reach them: the driver ends them.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
     try:
         _init(config)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         if threading.current_thread() is threading.main_thread():
             # Ray answers SIGTERM by exiting at once; whoever set another answer before keeps it.
             signal.signal(signal.SIGTERM, handler)
@@ -118,7 +137,7 @@ def _init(config: ClusterConfig) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.address == "local":
         spare = max(os.cpu_count() or 1, config.max_workers + 1)
-        ray.init(address="local", num_cpus=spare, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **options)
+        ray.init(address="local", num_cpus=spare, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **options, **_local)
         return
     if _IN_JOB in os.environ:
         # Nodes that share a machine share the job's folder too, and each unpacks it anew: the driver's would be gone from under it.

@@ -1,36 +1,41 @@
 """Temporary folders that go with their owner: what a killed process leaves is removed when the next folder for the same purpose is made.
 
-TMPDIR/ddpm-PURPOSE-0123456789abcdef         the folder
-TMPDIR/ddpm-PURPOSE-0123456789abcdef.lock    locked by its owner, whatever ends the owner ends the lock
+TMPDIR/ddpm-PURPOSE-01234567         the folder
+TMPDIR/ddpm-PURPOSE-01234567.lock    locked by its owner, whatever ends the owner ends the lock
 
 The lock is there before the folder and goes after it, so a folder beside which there is none is not from here and is left alone.
 """
 
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PREFIX, _LOCK, _NAME_BYTES = "ddpm-", ".lock", 8
+_PREFIX, _LOCK, _NAME_BYTES = "ddpm-", ".lock", 4  # short, for Ray puts sockets below such a folder, whose names have a limit
+_TOKEN = re.compile(r"[0-9a-f]{8,16}")  # earlier versions had 16
 
 
 @contextmanager
-def scratch(purpose: str) -> Iterator[Path]:
+def scratch(purpose: str, *, within: Path | None = None, salvage: Callable[[Path], object] = lambda folder: None) -> Iterator[Path]:
     """Gives a block an empty folder that only this user may read, and removes it when the block ends.
 
     Args:
         purpose: what it is for, part of its name; left ones of the same purpose and the same user are removed first.
+        within: where it is made; the temporary folder by default.
+        salvage: is given each left one before it is removed.
 
     Raises:
         OSError: if no folder can be made; that a left one cannot be removed is none.
     """
+    within = within or Path(tempfile.gettempdir())
     with suppress(OSError):
-        _sweep(purpose)
-    folder, lock = _claim(purpose)
+        _sweep(within, purpose, salvage)
+    folder, lock = _claim(within, purpose)
     try:
         folder.mkdir(mode=0o700)
         yield folder
@@ -39,28 +44,34 @@ def scratch(purpose: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def _claim(purpose: str) -> tuple[Path, int]:
+def _claim(within: Path, purpose: str) -> tuple[Path, int]:
     """Returns a folder that is still to be made, and the descriptor that holds its lock; programs that are started do not inherit it."""
     while True:
-        folder = Path(tempfile.gettempdir()) / f"{_PREFIX}{purpose}-{secrets.token_hex(_NAME_BYTES)}"
-        lock = os.open(_lock_of(folder), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        folder = within / f"{_PREFIX}{purpose}-{secrets.token_hex(_NAME_BYTES)}"
+        try:
+            lock = os.open(_lock_of(folder), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            continue
         # A sweep that came between the two has the lock, or has removed it.
         if _take(lock, _lock_of(folder)):
             return folder, lock
         os.close(lock)
 
 
-def _sweep(purpose: str) -> None:
+def _sweep(within: Path, purpose: str, salvage: Callable[[Path], object]) -> None:
     """Removes the folders whose owners are gone, as far as that is possible."""
-    for file in Path(tempfile.gettempdir()).glob(f"{_PREFIX}{purpose}-{'?' * 2 * _NAME_BYTES}{_LOCK}"):
-        with suppress(OSError):
-            _remove_left(file.with_suffix(""))
+    for file in within.glob(f"{_PREFIX}{purpose}-*{_LOCK}"):
+        if _TOKEN.fullmatch(file.name.removeprefix(f"{_PREFIX}{purpose}-").removesuffix(_LOCK)):  # else it is of a purpose that begins alike
+            with suppress(OSError):
+                _remove_left(file.with_suffix(""), salvage)
 
 
-def _remove_left(folder: Path) -> None:
+def _remove_left(folder: Path, salvage: Callable[[Path], object]) -> None:
     lock = os.open(_lock_of(folder), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if _is_mine(os.fstat(lock), stat.S_IFREG) and _take(lock, _lock_of(folder)) and _may_go(folder):
+            with suppress(OSError):
+                salvage(folder)
             _remove(folder)
     finally:
         os.close(lock)

@@ -3,6 +3,8 @@
 import difflib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.config import ClusterConfig
 from components.diffusion.config import DiffusionConfig
-from components.ingest.sources import DataConfig
+from components.ingest.sources import DataConfig, address_of
 from components.model.config import UNetConfig
 from pipeline.errors import ConfigError
 from pipeline.measurement.bench import EvaluateConfig
@@ -22,6 +24,7 @@ from pipeline.retraining.config import RetrainConfig
 from pipeline.training.plan import TrainConfig
 
 DIGEST_LENGTH = 16
+LONGEST_SOURCE_NAME = 60
 
 
 class RunConfig(BaseModel):
@@ -78,13 +81,43 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: naming the key or file that is wrong.
     """
     tree = _read_tree(path)
+    own = _source(tree)
     for override in overrides:
         _lay(tree, override)
-    tree.setdefault("registry", {}).setdefault("model_name", f"ddpm-{path.stem}")
+    given = _source(tree)
+    name = f"ddpm-{path.stem}" if _address(given) == _address(own) else model_name_of(given)
+    tree.setdefault("registry", {}).setdefault("model_name", name)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(dict(detail)) for detail in error.errors())) from error
+
+
+def _source(tree: Mapping[str, Mapping[str, Any]]) -> str:
+    return str(tree.get("data", {}).get("source", DataConfig.model_fields["source"].default))
+
+
+def _address(source: str) -> str:
+    try:
+        return address_of(source)
+    except RuntimeError:  # `~name` of nobody, which the stage refuses
+        return source
+
+
+def model_name_of(source: str) -> str:
+    """Returns the default name of the registered model of all runs on a source.
+
+    It is `ddpm-` and the name of a dataset, a bucket with its prefix, or the last two parts of a folder's path: so folders that are all called
+    `images` are told apart, and one that is mounted elsewhere is not.
+    """
+    address = _address(source)
+    scheme, _, rest = address.rpartition("://")
+    parts = [part for part in rest.split("/") if part]
+    said = "-".join(parts if scheme else parts[-2:])
+    plain = re.sub(r"[^A-Za-z0-9._]+", "-", said).strip("-.")
+    if plain and plain == said and len(plain) <= LONGEST_SOURCE_NAME:
+        return f"ddpm-{plain}"
+    return "-".join(filter(None, ("ddpm", plain[:LONGEST_SOURCE_NAME].strip("-."), hashlib.sha256(os.fsencode(said)).hexdigest()[:8])))
 
 
 def load_sections(base: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) -> tuple[EvaluateConfig, ClusterConfig]:

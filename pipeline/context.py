@@ -1,10 +1,12 @@
 """What every stage is handed besides its own config and receipts: where to write, where to run, whom to tell."""
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,11 +18,38 @@ Advance = Callable[[int], None]
 LINE_EVERY_S = 10.0
 
 
+class _Stderr(io.TextIOBase):
+    """stderr, to which writing does not fail when nobody reads it any more: that is no reason for a run to break off where it happens to stand."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    @property
+    def encoding(self) -> str:  # pyrefly: ignore[bad-override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
 class Reporter:
     """Tells a person on stderr what happens: lines always; progress as bars on a terminal, else as a line every ten seconds."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        stderr: Any = _Stderr()
+        self.console = Console(file=stderr, highlight=False)
 
     def line(self, text: str) -> None:
         """Prints one line."""

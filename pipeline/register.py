@@ -43,7 +43,7 @@ class RegistryConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model_name: str = Field("ddpm", pattern=r"^[A-Za-z0-9._ -]+$")
-    """Name in the model registry; by default `ddpm-` and the preset's name."""
+    """Name in the model registry, in which runs compete; by default `ddpm-` and the preset's name, or that of `data.source` where another one is given."""
     min_gain: float = Field(0.0, ge=0.0)
     """How much lower than the champion's a candidate's metric must be, in the metric's unit."""
 

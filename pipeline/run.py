@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.markup import escape
 
-from cluster.connect import disconnecting
 from components.errors import DataError
 from components.storage import Location
 from pipeline import evaluate as evaluate_stage
@@ -17,19 +17,20 @@ from pipeline import preprocess as preprocess_stage
 from pipeline import register as register_stage
 from pipeline import train as train_stage
 from pipeline.artifacts import STAGES, AnyReceipt, Contest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
-from pipeline.config import RunConfig, config_digest, digest_of, flat_result_fields, public_tree
+from pipeline.config import RunConfig, config_digest, digest_of, flat_result_fields, model_name_of, public_tree
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
 from pipeline.lease import HeldError, alone, held
 from pipeline.measurement.contest import Contender, contest
 from pipeline.measurement.extractors import check_extractor, check_files
+from pipeline.ray_session import ray_session
 from pipeline.ready import check_cluster
 from pipeline.registry.decide import Champion
-from pipeline.registry.versions import fetch_checkpoint
+from pipeline.registry.versions import fetch_checkpoint, rival_of_other_images
 from pipeline.registry.versions import is_intact as registered_intact
 from pipeline.retraining.attempts import Start
 from pipeline.tracked_run import TrackedRun
-from pipeline.tracking import Tracking, connect, public_uri
+from pipeline.tracking import Tracking, connect, public_uri, translated
 
 PROBE_BYTES = 16 << 10  # more than a full disk takes
 
@@ -150,7 +151,7 @@ def run(
         check_files(config.evaluate)
         tracking = connect(storage) if until != "preprocess" else None
         (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(public_tree(config), sort_keys=False))
-        with disconnecting():
+        with ray_session(config.cluster, storage, name, reporter.line):
             if config.cluster.address != "local":
                 needed = {
                     "data.source": config.data.source,
@@ -177,6 +178,8 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
     train_stage.check_labels(pipeline.config.model, shards)
     if until in ("evaluate", "register"):
         check_extractor(pipeline.config.evaluate, shards, pipeline.storage)
+    if until == "register":
+        _tell_of_other_images(pipeline, tracking, shards)
     inputs = _train_inputs(pipeline, shards)
     with TrackedRun(pipeline.config, pipeline.context("train", inputs), tracking, shards) as tracked:
         model = _train(pipeline, shards, tracked, inputs)
@@ -185,6 +188,19 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
         evaluation = _evaluate(pipeline, model, shards, tracked)
         if until == "register":
             _register(pipeline, shards, model, evaluation, tracked)
+
+
+def _tell_of_other_images(pipeline: Pipeline, tracking: Tracking, shards: ShardSet) -> None:
+    """Says before the training where the run's model would enter a competition with models of other images, in which nobody can win."""
+    name, own = pipeline.config.registry.model_name, model_name_of(pipeline.config.data.source)
+    with translated(tracking.uri):
+        rival = rival_of_other_images(tracking, name, shards.source, shards.digest)
+    if rival is not None:
+        advice, theirs = f"registry.model_name={own}" if own != name else "another registry.model_name", rival.tags["dataset.source"]
+        pipeline.reporter.line(
+            f"  [yellow]note[/] version {rival.version} of {name} was trained on {escape(theirs)}, this run trains on {escape(shards.source)}: numbers "
+            f"of unlike images are not compared, and that version stays; {advice} makes a model of these images alone"
+        )
 
 
 def _train_inputs(pipeline: Pipeline, shards: ShardSet) -> str:

@@ -4,18 +4,18 @@ import contextlib
 import importlib.util
 import json
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import IO, TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from workflows.data import data_app
+from workflows.ending import Terminated, heeding_requests_to_end
 from workflows.models import models_app
 from workflows.schedule.command import schedule_app
-from workflows.streams import stdout_to_stderr
+from workflows.streams import open_missing, stdout_to_stderr, unread_is_fine
 
 if TYPE_CHECKING:
     from pipeline.artifacts import StageName
@@ -122,13 +122,8 @@ def retrain(
 
         with _detaching():
             raise typer.Exit(retrain_on_cluster(config, run_name, address=address, tick=tick, packages=packages_of(packages), pass_env=pass_env or []))
-    signal.signal(signal.SIGTERM, _terminate)
-    with stdout_to_stderr() as stdout:
-        try:
-            code = make_attempt(stdout, config, run_name, until, as_json=as_json, as_job=as_job)
-        except KeyboardInterrupt as interrupt:
-            typer.echo("interrupted; the same command goes on with the attempt", err=True)
-            raise typer.Exit(RESUME if isinstance(interrupt, Terminated) else INTERRUPTED) from None
+    with stdout_to_stderr() as stdout, _resumable(stdout, "interrupted; the same command goes on with the attempt"):
+        code = make_attempt(stdout, config, run_name, until, as_json=as_json, as_job=as_job)
     raise typer.Exit(code)
 
 
@@ -142,25 +137,30 @@ def _run(preset: str, overrides: list[str] | None, name: str | None, until: "Sta
     stages = {stage: stage for stage in STAGES}
     if start_from is not None and start_from not in stages:
         raise ConfigError(f"--from {start_from} is no stage; use one of {', '.join(STAGES)}")
-    signal.signal(signal.SIGTERM, _terminate)
     with stdout_to_stderr() as stdout:
-        try:
+        with _resumable(stdout, "interrupted; the same command goes on from the last checkpoint"):
             reports = run_pipeline(config, run_name, until=until, start_from=stages[start_from] if start_from else None)
-        except KeyboardInterrupt as interrupt:
-            typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
-            raise typer.Exit(RESUME if isinstance(interrupt, Terminated) else INTERRUPTED) from None
-        if as_json:
-            stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
-        else:
-            print_summary(stdout, reports, run_name, config)
+        with unread_is_fine(stdout):
+            if as_json:
+                stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
+            else:
+                print_summary(stdout, reports, run_name, config)
 
 
-class Terminated(KeyboardInterrupt):
-    """Raised where the process is asked to end by SIGTERM, so that the run is closed as after Ctrl-C."""
+@contextlib.contextmanager
+def _resumable(stdout: IO[str], said: str) -> Iterator[None]:
+    """Ends the command where its block is interrupted: with 75 where somebody or something asked for it, with 130 on Ctrl-C.
 
-
-def _terminate(*_: object) -> None:
-    raise Terminated
+    Args:
+        said: what a person is told.
+    """
+    try:
+        with heeding_requests_to_end(1, 2, stdout.fileno()):
+            yield
+    except KeyboardInterrupt as interrupt:
+        with contextlib.suppress(OSError):  # who would have read it may have gone
+            typer.echo(said, err=True)
+        raise typer.Exit(RESUME if isinstance(interrupt, Terminated) else INTERRUPTED) from None
 
 
 @app.command(rich_help_panel="Cluster")
@@ -311,8 +311,7 @@ def verify_resume_command(
     path = str(find_preset(preset).resolve())
     from workflows.verify_resume import verify_resume
 
-    signal.signal(signal.SIGTERM, _terminate)
-    with stdout_to_stderr() as stdout, _detaching():
+    with stdout_to_stderr() as stdout, _resumable(stdout, "interrupted; the same command begins anew"):
         raise typer.Exit(verify_resume(stdout, settings, path, overrides or [], steps=steps, kills=kills, seed=seed, as_json=as_json))
 
 
@@ -407,6 +406,7 @@ def check_packages() -> None:
 
 def main() -> None:
     """Runs the command: a mistake that a person can mend is one message and exit code 2."""
+    open_missing()
     try:
         check_packages()
         app()

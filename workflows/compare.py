@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ClusterConfig
-from cluster.connect import disconnect
 from components.charts import StepsPoint, save_steps_chart
 from components.data.catalog import find_dataset
 from components.diffusion.recipe import Recipe
@@ -33,6 +32,7 @@ from pipeline.measurement.bench import EvaluateConfig, open_bench
 from pipeline.measurement.compare import Comparison, Entrant, Result, compare, shard_set_of
 from pipeline.measurement.extractors import check_extractor, check_files
 from pipeline.measurement.pictures import unit_of
+from pipeline.ray_session import ray_session
 from pipeline.registry.versions import SETTINGS_TAG, fetch_checkpoint, find_model
 from pipeline.run import check_storage
 from pipeline.tracking import Tracking, connect
@@ -89,10 +89,8 @@ def compare_models(wanted: Wanted) -> tuple[Comparison, Path]:
     check_files(config)
     check_extractor(config, shards, storage)
     context = _context(storage, cluster, "compare", wanted)
-    try:
+    with ray_session(cluster, storage, context.run_name, context.reporter.line):
         comparison = compare([each.entrant for each in found], recipes, config, dataset.folder, context=context)
-    finally:
-        disconnect()
     with scratch("compare") as staging:
         page = write_comparison(staging, comparison, [each.entrant.name for each in found])
         for run_id in {str(each.version.run_id) for each in found if each.version is not None}:
@@ -264,11 +262,9 @@ def write_statistics(dataset: str, out: str, split: str, settings: Sequence[str]
     shards = shard_set_of(found.folder)
     check_files(config)
     check_extractor(config, shards, root)
-    try:
-        with open_bench(config, shards, _context(root, cluster, "reference", (dataset, split))) as bench:
-            reals = bench.reals(0, "train" if split == "train" else "holdout")
-    finally:
-        disconnect()
+    context = _context(root, cluster, "reference", (dataset, split))
+    with ray_session(cluster, root, context.run_name, context.reporter.line), open_bench(config, shards, context) as bench:
+        reals = bench.reals(0, "train" if split == "train" else "holdout")
     try:
         reals.reference.save(Location.of(out))
     except OSError as error:

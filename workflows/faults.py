@@ -37,7 +37,7 @@ LOOK_S = 0.1
 PATIENCE_S = 30.0
 LONGEST_DELAY_S = 0.5
 LAST_PART = 0.6
-_ALWAYS_LEFT = ("ray", "torchinductor_")
+_ALWAYS_LEFT = "torchinductor_"
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,26 @@ class Trial:
         """What the last start printed."""
         return self.folder / "receipt.json"
 
-    def start(self) -> Family:
-        """Starts the command, the same one each time."""
+    def start(self, within: Sequence[str] = ()) -> Family:
+        """Starts the command, the same one each time.
+
+        Args:
+            within: a command that runs it.
+        """
         self.temporary.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "workflows", "train", self.preset, *self.settings, f"cluster.storage={self.storage}", "--name", RUN_NAME, "--json"]
+        command = [
+            *within,
+            sys.executable,
+            "-m",
+            "workflows",
+            "train",
+            self.preset,
+            *self.settings,
+            f"cluster.storage={self.storage}",
+            "--name",
+            RUN_NAME,
+            "--json",
+        ]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         return Family(command, env=inherited | {"PYTHONPATH": paths, "TMPDIR": str(self.temporary)}, stdout=self.receipt, stderr=self.log)
@@ -140,7 +156,7 @@ class Trial:
         return TrainedModel.model_validate({name: value for name, value in fields.items() if name in TrainedModel.model_fields})
 
     def temporary_files(self) -> list[str]:
-        """Returns what lies about in the temporary folder and half written in the storage root; Ray's logs and torch's cache apart, which are always left."""
+        """Returns what lies about in the temporary folder and half written in the storage root; torch's cache apart, which is always left."""
         loose = [path for path in self.temporary.iterdir() if not path.name.startswith(_ALWAYS_LEFT)]
         return sorted(str(path.relative_to(self.folder)) for path in [*loose, *self.storage.path.rglob("*.tmp")])
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from cluster.config import ClusterConfig
-from cluster.connect import disconnect
 from components.data.catalog import find_dataset
 from components.errors import DataError
 from components.storage import Location
@@ -17,6 +16,7 @@ from pipeline.measurement.bench import EvaluateConfig
 from pipeline.measurement.compare import shard_set_of
 from pipeline.measurement.contest import Contender, contest
 from pipeline.measurement.extractors import check_files
+from pipeline.ray_session import ray_session
 from pipeline.registry.decide import Champion, Decision, decide, why_not_compared
 from pipeline.registry.gate import Judge
 from pipeline.registry.versions import GAIN_TAG, SAMPLES_TAG, SETTINGS_TAG, fetch_checkpoint, read_champion, read_metric
@@ -57,23 +57,22 @@ def _contest(
         settings = EvaluateConfig.model_validate_json(version.tags.get(SETTINGS_TAG, ""))
         check_files(settings)
         dataset = find_dataset(version.tags["dataset.digest"], storage)
-        context = StageContext(storage, storage / "promote" / f"{number}", str(number), "promote", ClusterConfig(storage=str(storage)), reporter)
-        return contest(
-            settings,
-            metric.unit,
-            _contender(f"v{number}", version.name, number, version.tags.get(SAMPLES_TAG), tracking, storage),
-            _contender(f"champion v{champion.version}", version.name, champion.version, champion.samples, tracking, storage),
-            shard_set_of(dataset.folder),
-            min_gain=min_gain,
-            version=champion.version,
-            context=context,
-        )
+        cluster = ClusterConfig(storage=str(storage))
+        with ray_session(cluster, storage, "promote", reporter.line):
+            return contest(
+                settings,
+                metric.unit,
+                _contender(f"v{number}", version.name, number, version.tags.get(SAMPLES_TAG), tracking, storage),
+                _contender(f"champion v{champion.version}", version.name, champion.version, champion.samples, tracking, storage),
+                shard_set_of(dataset.folder),
+                min_gain=min_gain,
+                version=champion.version,
+                context=StageContext(storage, storage / "promote" / f"{number}", str(number), "promote", cluster, reporter),
+            )
     except (DataError, RegistryError, ConfigError, KeyError, json.JSONDecodeError) as error:
         return str(error)
     except ValidationError:
         return f"v{number} does not say by which settings it was measured"
-    finally:
-        disconnect()
 
 
 def _contender(label: str, name: str, number: int, samples: str | None, tracking: Tracking, storage: Location) -> Contender:

@@ -56,6 +56,19 @@ def set_alias(tracking: Tracking, name: str, alias: str, version: int) -> None:
     tracking.client.set_registered_model_alias(name, alias, str(version))
 
 
+def rival_of_other_images(tracking: Tracking, name: str, source: str, digest: str) -> "ModelVersion | None":
+    """Returns the version that a candidate of a model would be measured against, if it was trained on images of another source; None otherwise.
+
+    Args:
+        source, digest: of the candidate's dataset.
+    """
+    number = alias_of(tracking, name, CHAMPION) or newest_version(tracking, name)
+    if number is None or not has_version(tracking, name, number):
+        return None
+    rival = tracking.client.get_model_version(name, str(number))
+    return rival if rival.tags.get("dataset.source", source) != source and rival.tags.get("dataset.digest") != digest else None
+
+
 def has_version(tracking: Tracking, name: str, version: int) -> bool:
     """Tells whether a version is in the registry."""
     from mlflow.exceptions import MlflowException

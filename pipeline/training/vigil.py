@@ -21,6 +21,7 @@ from pipeline.training.stillness import Stillness
 LOOK_S, LAST_MOMENT_S = 0.5, 10.0
 HEAD_LOST_S = {True: 20.0, False: 45.0}
 """Patience with a head of our own, which does not come back, and with a cluster's, which may; Ray ends the process after a minute."""
+_ASKED_BY: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP: its terminal, or who read what it prints, went away"}
 _LEAVING = "leaving"
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -29,11 +30,12 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 class Vigil:
     """Watches during a block; the block's main thread is interrupted when there is nothing to wait for any more.
 
-    SIGTERM has the workers save before the command leaves; a second one ends it at once.
+    SIGTERM and SIGHUP have the workers save before the command leaves; a second SIGTERM ends it at once. A terminal that closes sends several
+    SIGHUPs, and whoever ends a session SIGTERM and SIGHUP together, so no other signal is in a hurry.
 
     Attributes:
         failure: what the block is to raise, None while there is nothing.
-        left: whether it was interrupted because of SIGTERM.
+        left: whether it was interrupted because of such a signal.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class Vigil:
         self._leave, self._ended = threading.Event(), threading.Event()
         self._deadline: float | None = None
         self._lost_since: float | None = None
-        self._handler: Handler = None
+        self._handlers: dict[int, Handler] = {}
+        self._asked: list[int] = []
         self.failure: Exception | None = None
         self.left = False
         self._thread = threading.Thread(target=self._watch, name="vigil", daemon=True)
@@ -171,7 +174,7 @@ class Vigil:
     def why(self, error: BaseException) -> str:
         """Returns in a line why the block ends with an error."""
         if self.left:
-            return "the command was asked to end (SIGTERM)"
+            return f"the command was asked to end ({_ASKED_BY[self._asked[0]]})"
         if isinstance(error, KeyboardInterrupt) and self.failure is None:
             return "the command was interrupted"
         return " ".join(str(self.failure or error).split())[:300] or type(error).__name__
@@ -180,17 +183,26 @@ class Vigil:
         """Raises in the main thread why it was interrupted, if the watch did it."""
         if self.failure is not None:
             raise self.failure
-        if self.left and callable(self._handler):
-            self._handler(signal.SIGTERM, None)
+        if self.left:
+            self._hand_on()
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        if self._leave.is_set() and callable(self._handler):
-            self._handler(number, frame)
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked.append(number)
         self._leave.set()
+        if self._asked.count(signal.SIGTERM) > 1:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Lets whoever answered the first signal before this watch answer it now."""
+        handler = self._handlers.get(self._asked[0])
+        if callable(handler):
+            handler(self._asked[0], None)
 
     def __enter__(self) -> "Vigil":
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+            for number in _ASKED_BY:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    self._handlers[number] = signal.signal(number, self._on_signal)
         self._thread.start()
         return self
 
@@ -201,7 +213,7 @@ class Vigil:
         with suppress(BoardLostError):
             if self.failure is None:
                 self._tell_start(self._beats())  # one that was too short for a look
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._handler)
-        if kind is None and self._leave.is_set() and callable(self._handler):
-            self._handler(signal.SIGTERM, None)  # it came when the block was over anyway
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is None and self._leave.is_set():
+            self._hand_on()  # it came when the block was over anyway

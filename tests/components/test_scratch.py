@@ -138,6 +138,34 @@ def test_what_was_left_for_another_purpose_stays(temporary: Path):
     assert names(temporary) == set()
 
 
+def test_what_a_killed_owner_left_is_shown_before_it_goes(temporary: Path):
+    left, seen = leave(temporary, "ddpm-test-01234567"), []
+    with scratch("test", salvage=lambda folder: seen.append((folder, (folder / "file").is_file()))):
+        assert seen == [(left, True)]
+    assert names(temporary) == set()
+
+
+def test_a_salvage_that_fails_keeps_nothing(temporary: Path):
+    leave(temporary, "ddpm-test-01234567")
+
+    def fail(folder: Path) -> None:
+        raise PermissionError(folder)
+
+    with scratch("test", salvage=fail):
+        pass
+    assert names(temporary) == set()
+
+
+def test_another_place_than_the_temporary_folder_is_swept_too(tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    leave(elsewhere, "ddpm-test-01234567")
+    with scratch("test", within=elsewhere) as folder:
+        assert folder.parent == elsewhere
+        assert [path.name for path in elsewhere.iterdir() if path.is_dir()] == [folder.name]
+    assert names(elsewhere) == set()
+
+
 def test_an_owner_that_was_killed_before_it_had_a_folder_leaves_nothing_for_good(temporary: Path):
     (temporary / "ddpm-test-0123456789abcdef.lock").touch()
     with scratch("test"):

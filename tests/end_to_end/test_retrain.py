@@ -54,6 +54,11 @@ class Week:
     def env(self) -> dict[str, str]:
         return {"MLFLOW_TRACKING_URI": self.mlflow, "DDPM_WEBHOOK_SECRET": SECRET}
 
+    @property
+    def model(self) -> str:
+        """Name of the registered model, which follows the source."""
+        return f"ddpm-{self.home.name}-source"
+
     def retrain(self, day: str, *changes: str) -> None:
         self.days[day] = self.command("retrain", *self.arguments, *changes, "--json", cwd=self.home, env=self.env)
 
@@ -189,7 +194,7 @@ def test_the_killed_attempt_goes_on_from_its_checkpoint_with_its_number(week: We
     assert (friday["attempt"], friday["run_name"]) == (3, "digits-0003")
     assert re.search(r"start \d+: from step [1-9]", week.days["friday"].stderr)
     assert "starting from fresh" not in week.days["friday"].stderr
-    assert attempt(week, 3)["start"]["model"] == "models:/ddpm-digits/1"
+    assert attempt(week, 3)["start"]["model"] == f"models:/{week.model}/1"
     assert attempt(week, 3)["new_images"] == 300
 
 
@@ -232,7 +237,7 @@ def test_a_better_recipe_is_promoted_and_a_worse_one_is_kept_out(weekend: Week):
 
 @pytest.mark.slow
 def test_the_registry_tells_the_week(weekend: Week, command: Command):
-    done = command("models", "log", "ddpm-digits", "--json", cwd=weekend.home, env={"MLFLOW_TRACKING_URI": weekend.mlflow})
+    done = command("models", "log", weekend.model, "--json", cwd=weekend.home, env={"MLFLOW_TRACKING_URI": weekend.mlflow})
     assert done.code == 0, done.stderr
     assert [(move["kind"], move["version"], move["champion"]) for move in done.json] == [
         ("promoted", 1, 1),
@@ -245,7 +250,7 @@ def test_the_registry_tells_the_week(weekend: Week, command: Command):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
 def test_a_browser_shows_the_week_on_the_models_page(weekend: Week, tmp_path: Path):
-    shown = read_page(f"{weekend.mlflow}/#/models/ddpm-digits?workflowType=machine_learning", tmp_path, "@ champion")
+    shown = read_page(f"{weekend.mlflow}/#/models/{weekend.model}?workflowType=machine_learning", tmp_path, "@ champion")
     assert "Champion: version 3." in shown
     for move in ("v4 kept; champion v3", "v3 promoted; champion v3", "v2 promoted; champion v2", "v1 promoted; champion v1"):
         assert move in shown
@@ -260,7 +265,7 @@ def test_a_plan_over_its_budget_is_refused_with_what_would_fit(next_week: Week):
 @pytest.mark.slow
 def test_a_champion_of_another_network_cannot_be_started_from(next_week: Week):
     next_week.check({"another network": (2, None)})
-    assert "retrain.start cannot be the champion models:/ddpm-digits/3: model.base_channels 16 here, 8 there" in next_week.days["another network"].stderr
+    assert f"retrain.start cannot be the champion models:/{next_week.model}/3: model.base_channels 16 here, 8 there" in next_week.days["another network"].stderr
 
 
 @pytest.mark.slow

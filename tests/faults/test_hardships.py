@@ -2,14 +2,17 @@
 
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import terminal
 
 from pipeline.tracking import connect
 from pipeline.training.restarts import restarts_of
@@ -29,6 +32,8 @@ SETTINGS = (
     "cluster.num_workers=2",
     "train.hang_timeout_s=5",
 )
+
+IN_A_TERMINAL = (sys.executable, str(terminal.__file__))
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +113,24 @@ def test_asked_to_end_it_saves_where_it_is_and_says_that_it_is_to_be_resumed(und
     assert unlike(undisturbed, trial) == []
 
 
+def test_a_terminal_that_closes_has_a_checkpoint_saved_and_leaves_no_process(undisturbed: tuple[Trial, Ending], trial: Trial):
+    family = start_until(trial, STEPS // 3 + 7, IN_A_TERMINAL)
+    try:
+        family.main.send_signal(signal.SIGUSR1)
+        assert code_of(family) == RESUME
+        assert family.wait(30) == []
+    finally:
+        family.kill()
+    folder = trial.training_folder()
+    assert folder is not None
+    saved = max(int(name.split("_")[1].partition("-")[0]) for name in folder.folders() if name.startswith("step_"))
+    assert saved >= STEPS // 3 + 7
+    assert Ordeal(trial, []).run().starts == 1
+    assert unlike(undisturbed, trial) == []
+    assert reasons(trial) == ["the command was asked to end (SIGHUP: its terminal, or who read what it prints, went away)"]
+    assert trial.temporary_files() == []
+
+
 @pytest.fixture
 def little_disk() -> Iterator[Path]:
     """A file system of 60 MiB."""
@@ -165,9 +188,9 @@ def test_a_disk_that_stays_full_ends_the_command_with_one_line_and_nothing_is_lo
     assert unlike(undisturbed, on_little_disk) == []
 
 
-def start_until(trial: Trial, step: int) -> Family:
+def start_until(trial: Trial, step: int, within: Sequence[str] = ()) -> Family:
     """Starts the training and returns when its curve has come to a step."""
-    family = trial.start()
+    family = trial.start(within)
     wait_for(lambda: last_step(trial) >= step, family)
     return family
 

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,3 +123,43 @@ def test_flattened_settings_are_addresses_and_text():
     flat = flatten(load_config(DIGITS))
     assert flat["train.steps"] == str(load_config(DIGITS).train.steps)
     assert flat["model.channel_mults"] == "[1, 2]"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("digits", "ddpm-digits"),
+        ("mnist", "ddpm-mnist"),
+        ("/data/photos", "ddpm-data-photos"),
+        ("/data/photos/", "ddpm-data-photos"),
+        ("/mnt/team/data/photos", "ddpm-data-photos"),
+        ("/srv/cats/images", "ddpm-cats-images"),
+        ("/srv/dogs/images", "ddpm-dogs-images"),
+        ("s3://bucket/team/faces", "ddpm-bucket-team-faces"),
+        ("s3://bucket", "ddpm-bucket"),
+        ("/", "ddpm-e3b0c442"),
+    ],
+)
+def test_the_registered_model_follows_the_source_where_another_than_the_presets_is_given(source: str, name: str):
+    assert load_config(DIGITS, [f"data.source={source}"]).registry.model_name == name
+
+
+def test_recipes_and_presets_on_one_folder_have_one_registered_model(tmp_path: Path):
+    other = tmp_path / "other.yaml"
+    other.write_text("train:\n  steps: 7\n")
+    names = {load_config(preset, ["data.source=/srv/cats/images", *more]).registry.model_name for preset in (DIGITS, other) for more in ([], ["train.lr=0.1"])}
+    assert names == {"ddpm-cats-images"}
+
+
+def test_a_presets_own_source_given_again_is_no_other(tmp_path: Path):
+    preset = tmp_path / "cats.yaml"
+    preset.write_text("data:\n  source: /srv/cats/images\n")
+    assert load_config(preset, ["data.source=/srv/cats/images/"]).registry.model_name == "ddpm-cats"
+    assert load_config(preset, ["data.source=/srv/dogs/images"]).registry.model_name == "ddpm-dogs-images"
+
+
+@pytest.mark.parametrize("source", ["/data/写真", "/data/a b/c(1)", f"/data/{'x' * 300}", "~nobody-of-this-name/x"])
+def test_a_source_whose_name_no_model_can_have_gives_a_name_of_its_own_all_the_same(source: str):
+    name, other = (load_config(DIGITS, [f"data.source={each}"]).registry.model_name for each in (source, source + "y"))
+    assert re.fullmatch(r"ddpm-([A-Za-z0-9._-]{1,60}-)?[0-9a-f]{8}", name)
+    assert name != other

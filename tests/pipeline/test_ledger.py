@@ -1,5 +1,6 @@
 """Moves of the champion on a real MLflow store: one after the other, whoever asks, and whatever dies in between."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+from rich.console import Console
 from support import ROOT, UNIT
 
 from components.storage import Location
-from pipeline.artifacts import Contest, Metric, PairedTest
+from pipeline.artifacts import Contest, Metric, PairedTest, ShardSet
+from pipeline.config import RunConfig, load_config
 from pipeline.context import Reporter
 from pipeline.errors import RegistryError
 from pipeline.registry import ledger as ledger_module
@@ -24,7 +27,9 @@ from pipeline.registry.decide import Champion, Decision, decide
 from pipeline.registry.gate import delete_version, pass_gate, promote, roll_back
 from pipeline.registry.ledger import LEDGER_TAG, Ledger
 from pipeline.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, alias_of, read_champion, set_alias
+from pipeline.run import Pipeline, _tell_of_other_images
 from pipeline.tracking import Tracking, connect
+from workflows.cli import find_preset
 
 NAME = "faces"
 PATHS = ":".join(str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "pipeline"))
@@ -385,3 +390,32 @@ def test_a_deleted_candidate_leaves_its_alias_to_the_newest_that_is_left(trackin
     tracking.client.set_registered_model_alias(NAME, CANDIDATE, "3")
     delete_version(Ledger.of(tracking, NAME), 3)
     assert alias_of(tracking, NAME, CANDIDATE) == 2
+
+
+def a_run(config: RunConfig, source: str, digest: str, tmp_path: Path) -> tuple[Pipeline, ShardSet, io.StringIO]:
+    """Returns a run that stands before its training, its dataset, and what is said of it."""
+    said, reporter = io.StringIO(), Reporter()
+    reporter.console = Console(file=said, width=1000)
+    shards = ShardSet.model_construct(source=source, digest=digest)
+    return Pipeline(config, "night", None, reporter, Location.of(tmp_path), {}), shards, said
+
+
+def test_a_run_on_other_images_than_the_champions_is_told_so_before_it_trains(tracking: Tracking, make_version: Callable[..., int], tmp_path: Path):
+    config = load_config(find_preset("digits"), [f"registry.model_name={NAME}", "data.source=/dogs/images"])
+    for version, source in enumerate(("/cats/images", "/cats/images"), start=1):
+        gate(tracking, make_version(5 - version))
+        for key, value in (("dataset.source", source), ("dataset.digest", "c0ffee")):
+            tracking.client.set_model_version_tag(NAME, str(version), key, value)
+    for source, digest, told in (("/dogs/images", "d06", True), ("/cats/images", "more", False), ("/moved/cats/images", "c0ffee", False)):
+        pipeline, shards, said = a_run(config, source, digest, tmp_path)
+        _tell_of_other_images(pipeline, tracking, shards)
+        assert bool(said.getvalue()) is told
+        if told:
+            assert "version 2 of faces was trained on /cats/images, this run trains on /dogs/images" in said.getvalue()
+            assert "registry.model_name=ddpm-dogs-images makes a model of these images alone" in said.getvalue()
+
+
+def test_the_first_run_of_a_model_is_told_nothing(tracking: Tracking, tmp_path: Path):
+    pipeline, shards, said = a_run(load_config(find_preset("digits"), []), "/dogs/images", "d06", tmp_path)
+    _tell_of_other_images(pipeline, tracking, shards)
+    assert said.getvalue() == ""

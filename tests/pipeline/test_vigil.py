@@ -67,9 +67,10 @@ def asked() -> Iterator[None]:
     def raise_asked(*_: object) -> None:
         raise Asked
 
-    before = signal.signal(signal.SIGTERM, raise_asked)
+    before = {number: signal.signal(number, raise_asked) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def watch(board: Notes, block: Callable[[], None], told: list[str], before: int = 0, grace_s: int = 25) -> Vigil:
@@ -93,9 +94,9 @@ def send_sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def save_when_asked(board: Notes) -> None:
+def save_when_asked(board: Notes, ask: Callable[[], None] = send_sigterm) -> None:
     """Is asked to end, and answers as a worker does that has saved."""
-    send_sigterm()
+    ask()
     while SAVE not in board.notes:
         time.sleep(0.05)
     board.put(SAVED, f"{board.notes[SAVE]} 8")
@@ -126,6 +127,27 @@ def test_before_the_workers_train_sigterm_leaves_at_once(board: Notes):
     with pytest.raises(Asked):
         watch(board, lambda: (send_sigterm(), forever()), told, before=1)  # type: ignore[arg-type]
     assert told == []
+
+
+def test_a_hangup_has_a_checkpoint_saved_too_and_neither_a_second_one_nor_a_first_sigterm_hurries(board: Notes):
+    board.beat(7)
+    told: list[str] = []
+
+    def block() -> None:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        save_when_asked(board, ask=lambda: None)
+
+    with pytest.raises(Asked):
+        watch(board, block, told)
+    assert told[-1] == "  saved at step 8"
+
+
+def test_a_hangup_that_is_ignored_as_nohup_has_it_ends_nothing(board: Notes):
+    board.beat(7)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    watch(board, lambda: os.kill(os.getpid(), signal.SIGHUP), [])
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_second_sigterm_waits_for_nothing(board: Notes):
