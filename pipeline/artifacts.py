@@ -42,6 +42,12 @@ class ShardSet(Receipt):
     """Files that were decoded."""
     quarantined: dict[str, int]
     """Quarantined images by reason."""
+    source_splits: dict[str, int] = {}
+    """Files of each split that the source names, empty where it is all one."""
+    source_split: str | None = None
+    """Which of these is trained on."""
+    holdout_split: str | None = None
+    """Which of these is held out; the others are left out."""
     num_labels: int
     num_shards: int
     image_size: int
@@ -68,6 +74,9 @@ class ShardSet(Receipt):
             num_opened=num_opened,
             num_decoded=num_decoded,
             quarantined=manifest.quarantined,
+            source_splits=manifest.source_splits,
+            source_split=manifest.source_split,
+            holdout_split=manifest.holdout_split,
             num_labels=len(manifest.labels),
             num_shards=len(manifest.shards),
             image_size=manifest.image_size,

@@ -209,9 +209,15 @@ def digest_of(*parts: object) -> str:
 
 
 def result_fields(section: BaseModel) -> dict[str, Any]:
-    """Returns the values of a section that can change a result."""
-    extras = {name: field.json_schema_extra for name, field in type(section).model_fields.items()}
-    skipped = {name for name, extra in extras.items() if isinstance(extra, dict) and extra.get("result") is False}
+    """Returns the values of a section that can change a result.
+
+    A setting whose field says `result: False` cannot; one that says `result: "unless default"` came later, and its default is what was done before.
+    """
+    skipped = set()
+    for name, field in type(section).model_fields.items():
+        result = field.json_schema_extra.get("result") if isinstance(field.json_schema_extra, dict) else True
+        if result is False or (result == "unless default" and getattr(section, name) == field.default):
+            skipped.add(name)
     return section.model_dump(mode="json", exclude=skipped)
 
 

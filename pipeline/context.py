@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.config import ClusterConfig
 from components.storage import Location
+from pipeline.progress import Pace, Times, duration, repeatedly
 
-Advance = Callable[[int], None]
-LINE_EVERY_S = 10.0
+Advance = Callable[[float], None]
+FIRST_LINE_S, LINE_EVERY_S, IDLE_S, LOOK_S = 5.0, 10.0, 30.0, 1.0
 
 
 class _Stderr(io.TextIOBase):
@@ -45,56 +47,98 @@ class _Stderr(io.TextIOBase):
 
 
 class Reporter:
-    """Tells a person on stderr what happens: lines always; progress as bars on a terminal, else as a line every ten seconds."""
+    """Tells a person on stderr what happens: lines always; parts of the work as spinners and bars on a terminal, else as lines.
+
+    A part has its first line where nothing was said for five seconds, and another every ten seconds.
+
+    Attributes:
+        times: seconds of every part, so that the end of a run can say what took the time.
+    """
 
     def __init__(self) -> None:
         stderr: Any = _Stderr()
         self.console = Console(file=stderr, highlight=False)
+        self.times = Times()
+        self._parts: list[object] = []
+        self._said = time.monotonic()
 
     def line(self, text: str) -> None:
         """Prints one line."""
+        self._said = time.monotonic()
         self.console.print(text, soft_wrap=True)
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Says what is being waited for during a block, with a spinner where stderr is a terminal."""
+        """Says at once what is done during a block, and goes on as `part` does."""
         self.line(f"  {what}")
-        with self.console.status(what) if sys.stderr.isatty() else contextlib.nullcontext():
+        with self.part(what):
             yield
 
     @contextlib.contextmanager
-    def progress(self, what: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-        """Shows progress during a block; the block advances it by calling the function it is given."""
-        if not sys.stderr.isatty():
-            yield _Lines(self, what, total, unit, done).advance
-            return
-        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(what, total=total, completed=done)
-            yield lambda amount: bars.advance(task, amount)
+    def part(self, what: str) -> Iterator[None]:
+        """Times a block of which nobody knows how far it is, and says what is done where it takes longer than some seconds."""
+        began = time.monotonic()
+        with self.times.of(what), self._shown(self.console.status(what), lambda: f"{what}, {duration(time.monotonic() - began)} so far"):
+            yield
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int, unit: str, done: int = 0, *, start: str | None = None) -> Iterator[Advance]:
+        """Shows progress during a block; the block advances it by calling the function it is given.
+
+        Args:
+            start: what the time before the first advance goes to; to the whole by default.
+        """
+        began, pace = time.monotonic(), Pace(total, done)
+        bars = Progress(*_COLUMNS, console=self.console, transient=True)
+        task = bars.add_task(what, total=total, completed=done, unit=unit, pace=str(pace))
+
+        def advance(amount: float) -> None:
+            if start is not None and amount and not pace.has_begun:
+                self.times.add(start, time.monotonic() - began)
+                self.times.add(what, began - time.monotonic())
+            pace.advance(amount)
+            bars.update(task, completed=int(pace.done), pace=str(pace))
+
+        def told() -> str:
+            return f"{what} {int(pace.done)}/{total} {unit}, {pace}{_still(pace)}"
+
+        with self.times.of(what), self._shown(bars, told):
+            yield advance
+
+    @contextlib.contextmanager
+    def _shown(self, moving: contextlib.AbstractContextManager[object], say: Callable[[], str]) -> Iterator[None]:
+        """Shows what moves on a terminal, else prints a line now and then, during a block; of blocks within each other the inner one has the word."""
+        part, told = object(), False
+
+        def tell() -> None:
+            nonlocal told
+            if self._parts[-1] is part and time.monotonic() - self._said >= (LINE_EVERY_S if told else FIRST_LINE_S):
+                told = True
+                self.line(f"  {escape(say())}")
+
+        self._parts.append(part)
+        try:
+            with moving if sys.stderr.isatty() else repeatedly(LOOK_S, tell):
+                yield
+        finally:
+            self._parts.remove(part)
 
 
-class _Lines:
-    """Progress as lines, for logs."""
-
-    def __init__(self, reporter: Reporter, what: str, total: int, unit: str, done: int) -> None:
-        self._reporter, self._what, self._total, self._unit = reporter, what, total, unit
-        self._first = self._done = self._shown = done
-        self._started = self._told = time.monotonic()
-
-    def advance(self, amount: int) -> None:
-        self._done += amount
-        now = time.monotonic()
-        if now - self._told >= LINE_EVERY_S and self._done > self._shown:
-            self._told, self._shown = now, self._done
-            rate = (self._done - self._first) / (now - self._started)
-            left = (self._total - self._done) / rate
-            self._reporter.line(f"  {self._what} {self._done}/{self._total} {self._unit}, {rate:.3g} per second, {_duration(left)} left")
+def _still(pace: Pace) -> str:
+    """Returns for how long nothing was done, where that is long."""
+    if not pace.has_begun:
+        return f", {duration(pace.idle_s)} so far"
+    return f", nothing new for {duration(pace.idle_s)}" if pace.idle_s >= IDLE_S else ""
 
 
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+_COLUMNS = (
+    TextColumn("  {task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[unit]}"),
+    TimeElapsedColumn(),
+    TextColumn("{task.fields[pace]}"),
+)
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,12 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
         bench = replace(opened, policy="elected") if election else opened
         pixels = context.folder / "pixels"
         drawn = bench.draw(samples, config.seeds, pixels, need=config.keep_samples)
-        with context.reporter.waiting("comparing samples with real images"):
-            numbers = bench.measure(samples)
+        numbers = bench.measure(samples)
         pictures = draw_pictures(bench, samples, numbers, model, pixels)
     for warning in numbers.warnings:
         context.reporter.line(f"  [yellow]warning[/] {warning}")
-    kept = _keep(bench, samples, pixels) if config.keep_samples else None
+    with context.reporter.part("keeping the samples"):
+        kept = _keep(bench, samples, pixels) if config.keep_samples else None
     pixels.remove_tree()
     evaluation = Evaluation(
         inputs=context.inputs,

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from components.counts import counted
 from components.data.images import PIXELS_VERSION, PixelRecipe
 from components.data.shards import (
     DIGEST_LENGTH,
@@ -91,8 +92,14 @@ def list_source(config: DataConfig, storage: Location) -> Listed:
     source, listing = look_at(config, downloads)
     address = address_of(config.source)
     identity = source_to_json(source) if "/" in address else address  # where a built-in dataset was downloaded to is no part of it
-    plan = _digest(identity, _definition(config), listing.digest(), listing.ignored, config.holdout_fraction, config.duplicates, config.shard_bytes)
+    splits = _told(listing)
+    plan = _digest(identity, _definition(config), listing.digest(), listing.ignored, config.holdout_fraction, config.duplicates, config.shard_bytes, *splits)
     return Listed(address, identity, source, listing, plan)
+
+
+def _told(listing: Listing) -> list[object]:
+    """Returns what becomes of a source's splits, for digests; nothing where it has none, so that digests from before splits were seen stay the same."""
+    return [] if listing.splits is None else [dict(listing.splits.files), listing.splits.used, listing.splits.held_out]
 
 
 def preprocess(config: DataConfig, listed: Listed, *, context: StageContext, anew: bool = False) -> ShardSet:
@@ -105,6 +112,8 @@ def preprocess(config: DataConfig, listed: Listed, *, context: StageContext, ane
         DataError: if more than `data.max_bad_fraction` of the files are bad.
     """
     folder = context.storage / "datasets" / _digest(listed.identity, _definition(config), config.shard_bytes)
+    if listed.listing.splits is not None:
+        context.reporter.line(f"  splits of the source: {listed.listing.splits.in_words}")
     with alone(folder / ".lock", context.reporter, "makes a dataset of this source"):
         version = "" if anew else _finished(folder, listed.plan)
         counts = _Counts(0, 0)
@@ -182,14 +191,17 @@ class _Making:
 
     def run(self) -> tuple[str, _Counts]:
         """Does the work; returns the dataset's name, and what it took."""
-        keep = self.config.duplicates == "keep"
-        recalled = recall(self.listing, self.ledger, self.shards, keep_duplicates=keep)
+        keep, part = self.config.duplicates == "keep", self.context.reporter.part
+        with part("comparing the files with those before"):
+            recalled = recall(self.listing, self.ledger, self.shards, keep_duplicates=keep)
         outcomes = self._decode(recalled)
         unchanged = outcomes["same"].to_numpy(zero_copy_only=False)
-        settled = settle(self.listing, self.ledger, recalled, outcomes, unchanged, keep_duplicates=keep)
-        held_out = splits_of(settled, self.config.holdout_fraction)
+        with part("finding duplicates and held-out images"):
+            settled = settle(self.listing, self.ledger, recalled, outcomes, unchanged, keep_duplicates=keep)
+            held_out = splits_of(settled, self.config.holdout_fraction, self.listed.listing.held_out)
         settled = self._pack(settled, held_out)
-        version = self._conclude(settled, held_out)
+        with part("writing the list of rows"):
+            version = self._conclude(settled, held_out)
         decoded = len(outcomes) - int(unchanged.sum()) - outcomes["sha256"].null_count
         return version, _Counts(len(outcomes), decoded)
 
@@ -207,7 +219,7 @@ class _Making:
         if not todo:
             return RESULT_SCHEMA.empty_table()
         if todo < len(self.listing):
-            self.context.reporter.line(f"  {len(self.listing) - todo} of {len(self.listing)} files are as they were; {todo} to open")
+            self.context.reporter.line(f"  {len(self.listing) - todo} of {counted(len(self.listing), 'file')} are as they were; {todo} to open")
         chunks = cut(self.listing["size"].to_numpy()[recalled.todo], self.recipe)
         content = to_do(self.listing, self.ledger, recalled, chunks)
         # Chunks that are there already are of use only for the very same work.
@@ -216,7 +228,7 @@ class _Making:
         results: dict[int, pa.Table] = {}
         work = Work(partial(_decode_rows, task=self._task()), end_decoders, MOST_CHUNKS)
         with (
-            self.context.reporter.progress("preprocess", todo, "files") as advance,
+            self.context.reporter.progress("opening files", todo, "files") as advance,
             self._spread([{"chunk": number} for number in range(len(chunks))], work) as done,
         ):
             for row in done:
@@ -233,7 +245,7 @@ class _Making:
         rows = [_packing_row(number, packing) for number, packing in enumerate(packings(settled, groups))]
         names = [""] * len(groups)
         work = Work(partial(_pack_rows, task=self._task()), end_decoders)
-        with self.context.reporter.progress("shards", len(groups), "shards") as advance, self._spread(rows, work) as done:
+        with self.context.reporter.progress("writing shards", len(groups), "shards") as advance, self._spread(rows, work) as done:
             for row in done:
                 shard = Shard.model_validate_json(row["shard"])
                 names[row["group"]] = shard.name
@@ -253,7 +265,7 @@ class _Making:
         live = settled["reason"].is_null().to_numpy()
         rows = settled.filter(pa.array(live))
         digest = rows_digest(_definition(self.config), rows, held_out[live])[:DIGEST_LENGTH]
-        version = f"{digest}-{_digest(bad.to_pylist(), self.listed.listing.ignored, self.listed.address)[:8]}"
+        version = f"{digest}-{_digest(bad.to_pylist(), self.listed.listing.ignored, self.listed.address, *_told(self.listed.listing))[:8]}"
         names, first = _first_rows(rows)
         parts = {name: "holdout" if held_out[live][row] else "train" for name, row in zip(names, first, strict=True)}
         self.shards = {name: self.shards[name].model_copy(update={"split": part}) for name, part in parts.items()}
@@ -271,17 +283,17 @@ class _Making:
         if _num_bad(bad["reason"].to_pylist()) > config.max_bad_fraction * len(self.listing):
             return _too_many_bad(config, bad.to_pylist(), len(self.listing), folder)
         if num_rows < MIN_ROWS:
-            images = "image" if num_rows == 1 else "images"
             left_out = f" ({len(bad)} are quarantined, with their reasons in {folder / QUARANTINE})" if len(bad) else ""
-            return f"data.source={config.source} gives {num_rows} usable {images}{left_out}; name a source of at least {MIN_ROWS}"
+            return f"data.source={config.source} gives {counted(num_rows, 'usable image')}{left_out}; name a source of at least {MIN_ROWS}"
         if num_train < MIN_ROWS:
-            return f"data.holdout_fraction={config.holdout_fraction} leaves {num_train} of {num_rows} images to train on; hold fewer out"
+            how = f"holdout_split={config.holdout_split}" if config.holdout_split else f"holdout_fraction={config.holdout_fraction}"
+            return f"data.{how} leaves {num_train} of {counted(num_rows, 'image')} to train on; hold fewer out"
         return ""
 
     def _write_version(self, folder: Location, digest: str, rows: pa.Table, held_out: np.ndarray, bad: pa.Table) -> None:
         shards, table = _rows_table(rows, held_out, self.shards)
         rows_file, rows_sha256 = write_rows(folder, table, self.work)
-        ignored, labels = dict(self.listed.listing.ignored), _count(table["label"])
+        ignored, labels, splits = dict(self.listed.listing.ignored), _count(table["label"]), self.listed.listing.splits
         sizes = table["bytes"].to_numpy()
         manifest = Manifest(
             digest=digest,
@@ -295,6 +307,9 @@ class _Making:
             num_ignored=sum(ignored.values()),
             ignored=ignored,
             splits={"train": int((~held_out).sum()), "holdout": int(held_out.sum())},
+            source_splits={} if splits is None else dict(splits.files),
+            source_split=None if splits is None else splits.used,
+            holdout_split=None if splits is None else splits.held_out,
             labels=labels,
             source_bytes=int(sizes[sizes > 0].sum()),
             rows_file=rows_file,
@@ -377,7 +392,7 @@ def _too_many_bad(config: DataConfig, lines: list[dict[str, Any]], listed: int, 
     bad = [line for line in lines if line["reason"] != DUPLICATE]
     reasons = ", ".join(f"{count} {reason}" for reason, count in _count(pa.chunked_array([[line["reason"] for line in bad]], pa.string())).items())
     return (
-        f"data.max_bad_fraction={config.max_bad_fraction} is exceeded: {len(bad)} of {listed} files are bad ({reasons}), the first {bad[0]['path']} "
+        f"data.max_bad_fraction={config.max_bad_fraction} is exceeded: {len(bad)} of {counted(listed, 'file')} are bad ({reasons}), the first {bad[0]['path']} "
         f"({bad[0]['reason']}: {bad[0]['detail']}); all are listed in {folder / QUARANTINE}; mend the images or allow more"
     )
 

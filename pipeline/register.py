@@ -128,7 +128,8 @@ def _make_version(config: RegistryConfig, made: Made, context: StageContext, tra
         client.get_registered_model(config.model_name)
     except MlflowException:
         _create_model(config.model_name, tracking)
-    logged = log_model(config.model_name, made.model, made.evaluation, run_id)
+    with context.reporter.part("sending the model to MLflow"):
+        logged = log_model(config.model_name, made.model, made.evaluation, run_id)
     numbers = {metric.name: metric.value for metric in (made.evaluation.metric, *made.evaluation.guards)}
     tracking.log_model_metrics(run_id, logged, made.evaluation.step, numbers, dataset=made.shards.name, digest=made.shards.digest)
     tags = _version_tags(made, context) | {GAIN_TAG: repr(config.min_gain)}

@@ -32,11 +32,16 @@ from pipeline.retraining.attempts import Start
 from pipeline.tracked_run import TrackedRun
 from pipeline.tracking import Tracking, connect, public_uri, translated
 
+LISTING = "listing the source"
 PROBE_BYTES = 16 << 10  # more than a full disk takes
 
 
 class StageReport(BaseModel):
-    """What became of a stage in one call."""
+    """What became of a stage in one call.
+
+    Attributes:
+        parts: seconds of each part of the work, in the order in which they began.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -44,10 +49,12 @@ class StageReport(BaseModel):
     skipped: bool
     reason: str
     seconds: float
+    parts: dict[str, float] = {}
 
     def to_json(self) -> dict[str, object]:
-        """Returns the receipt's fields with `skipped`, `reason` and `seconds` among them."""
-        return self.receipt.model_dump(mode="json") | {"skipped": self.skipped, "reason": self.reason, "seconds": round(self.seconds, 3)}
+        """Returns the receipt's fields with `skipped`, `reason`, `seconds` and `parts` among them."""
+        parts = {what: round(seconds, 3) for what, seconds in self.parts.items()}
+        return self.receipt.model_dump(mode="json") | {"skipped": self.skipped, "reason": self.reason, "seconds": round(self.seconds, 3), "parts": parts}
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,8 @@ class Pipeline:
     ) -> AnyReceipt:
         """Returns the stage's stored receipt where it matches, else runs the stage and stores its receipt."""
         started, context = time.perf_counter(), self.context(stage, inputs)
-        stored, reason = self._stored(context, stage, kind, intact)
+        with self.reporter.part(f"checking what there is of {stage}"):
+            stored, reason = self._stored(context, stage, kind, intact)
         receipt = stored
         if receipt is None:
             self.reporter.line(f"[bold]{stage}[/] {reason}")
@@ -102,7 +110,9 @@ class Pipeline:
             (context.folder / "receipt.json").write_text(receipt.model_dump_json(indent=2) + "\n")
         else:
             self.reporter.line(f"[bold]{stage}[/] skipped: {reason}")
-        self.reports[stage] = StageReport(receipt=receipt, skipped=stored is not None, reason=reason, seconds=time.perf_counter() - started)
+        seconds, parts = time.perf_counter() - started, self.reporter.times.take()
+        seconds += parts.get(LISTING, 0.0)  # which comes before the first stage and belongs to it
+        self.reports[stage] = StageReport(receipt=receipt, skipped=stored is not None, reason=reason, seconds=seconds, parts=parts)
         return receipt
 
     def forced(self, stage: StageName) -> bool:
@@ -147,7 +157,8 @@ def run(
     pipeline = Pipeline(config, name, start_from, reporter, storage, {}, given=given)
     with one_process(storage / "runs" / name, name, reporter if until == "preprocess" else None):
         if given is None:
-            pipeline.listed = preprocess_stage.list_source(config.data, storage)
+            with reporter.part(LISTING):
+                pipeline.listed = preprocess_stage.list_source(config.data, storage)
         check_files(config.evaluate)
         tracking = connect(storage) if until != "preprocess" else None
         (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(public_tree(config), sort_keys=False))
@@ -271,8 +282,14 @@ def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked
         lambda context: evaluate_stage.forget(context.folder),
     )
     if tracked.is_open or not pipeline.reports["evaluate"].skipped:
-        evaluate_stage.publish(evaluation, model, tracked.tracking, tracked.open())
+        _publish(pipeline, evaluation, model, tracked)
     return evaluation
+
+
+def _publish(pipeline: Pipeline, evaluation: Evaluation, model: TrainedModel, tracked: TrackedRun) -> None:
+    run_id = tracked.open()
+    with pipeline.reporter.part("sending numbers and pictures to MLflow"):
+        evaluate_stage.publish(evaluation, model, tracked.tracking, run_id)
 
 
 def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, tracked: TrackedRun) -> Registration:
@@ -280,16 +297,21 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
     inputs = digest_of(evaluation.inputs, evaluation.metric.model_dump(mode="json"), evaluation.samples_sha256, config, public_uri(tracking.uri), pipeline.name)
 
     def call(context: StageContext) -> Registration:
+        _publish(pipeline, evaluation, model, tracked)
         run_id = tracked.open()
-        evaluate_stage.publish(evaluation, model, tracking, run_id)
         measured = model.model_copy(update={"config_digest": config_digest(pipeline.config)})
 
         def ask(champion: Champion) -> Contest | str:
             model_uri = f"models:/{config.model_name}/{champion.version}"
             candidate = Contender("candidate", evaluation.samples, lambda: (Location.of(evaluation.checkpoint), evaluation.weights))
             settings, unit = pipeline.config.evaluate, evaluation.metric.unit
+
+            def fetch_champion() -> tuple[Location, str]:
+                with pipeline.reporter.part("fetching the champion's weights"):
+                    return fetch_checkpoint(tracking, model_uri, pipeline.storage), "ema"
+
             kept = champion.samples if champion.metric is not None and champion.metric.unit == unit else None
-            contender = Contender(f"champion v{champion.version}", kept or "", lambda: (fetch_checkpoint(tracking, model_uri, pipeline.storage), "ema"))
+            contender = Contender(f"champion v{champion.version}", kept or "", fetch_champion)
             try:
                 return contest(settings, unit, candidate, contender, shards, min_gain=config.min_gain, version=champion.version, context=context)
             except DataError as error:  # a registry that is away says nothing about the champion: that ends the call, and the next one asks again

@@ -97,8 +97,9 @@ class TrackedRun:
         if self.is_new:
             forget_deliveries(self._context.folder)
         self._write_address(run_id, ended=False)
-        self._describe(run_id)
-        Delivery(self._context.folder, self.tracking, run_id).deliver()
+        with self._context.reporter.part("describing the run to MLflow"):
+            self._describe(run_id)
+            Delivery(self._context.folder, self.tracking, run_id).deliver()
         return run_id
 
     def _known(self) -> _RunAddress | None:
@@ -161,7 +162,8 @@ class TrackedRun:
             return
         status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         if not in_haste(error):
-            self._try_to_end(self._run_id, status)
+            with self._context.reporter.part("ending the run in MLflow"):
+                self._try_to_end(self._run_id, status)
             return
         ending = threading.Thread(target=self._try_to_end, args=(self._run_id, status), name="end-of-run", daemon=True)
         ending.start()

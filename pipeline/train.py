@@ -17,6 +17,7 @@ from cluster.interrupt import interruptible
 from cluster.lookout import waiting_aloud
 from cluster.nodes import count
 from cluster.placement import Placement, place, run_config, scaling_config
+from components.counts import counted
 from components.data.shards import read_manifest
 from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
@@ -48,7 +49,7 @@ def check_labels(model: UNetConfig, shards: ShardSet) -> None:
     """
     if model.conditional and shards.num_labels < MIN_LABELS:
         raise DataError(
-            f"model.conditional=true needs at least {MIN_LABELS} labels, and {shards.source} has {shards.num_labels}; "
+            f"model.conditional=true needs at least {counted(MIN_LABELS, 'label')}, and {shards.source} has {shards.num_labels}; "
             "use images in a folder for each label, or model.conditional=false"
         )
 
@@ -78,7 +79,8 @@ def train(
         RuntimeError: if the workers failed more than `cluster.max_failures` times.
     """
     read_manifest(Location.of(shards.path))
-    connect(context.cluster)
+    with context.reporter.part("starting Ray"):
+        connect(context.cluster)
     placement = place(context.cluster, context.reporter.line)
     plan = TrainPlan(
         train=config,

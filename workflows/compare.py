@@ -16,6 +16,7 @@ from rich.table import Table
 
 from cluster.config import ClusterConfig
 from components.charts import StepsPoint, save_steps_chart
+from components.counts import counted
 from components.data.catalog import find_dataset
 from components.diffusion.recipe import Recipe
 from components.figures import Strip, contact_sheet
@@ -269,4 +270,4 @@ def write_statistics(dataset: str, out: str, split: str, settings: Sequence[str]
         reals.reference.save(Location.of(out))
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror}); name a file in a folder with write permission") from error
-    return f"{out}: mu and sigma of {reals.identity.name} over {reals.num_rows} {split} images of dataset {found.manifest.digest}"
+    return f"{out}: mu and sigma of {reals.identity.name} over {counted(reals.num_rows, f'{split} image')} of dataset {found.manifest.digest}"

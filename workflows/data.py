@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from components.counts import counted
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
@@ -142,6 +144,9 @@ def _facts(dataset: "Dataset", reasons: "Mapping[str, Reason]", out: Path) -> di
         "ignored": manifest.ignored,
         "source_bytes": manifest.source_bytes,
         "num_shards": len(manifest.shards),
+        "source_splits": manifest.source_splits,
+        "source_split": manifest.source_split,
+        "holdout_split": manifest.holdout_split,
         "labels": manifest.labels,
         "largest_label": max(manifest.labels, key=manifest.labels.__getitem__, default=None),
         "smallest_label": min(manifest.labels, key=manifest.labels.__getitem__, default=None),
@@ -173,6 +178,13 @@ def _image(manifest: "Manifest") -> str:
     return f"{manifest.image_size}x{manifest.image_size} {'RGB' if manifest.channels == 3 else 'grey'}"
 
 
+def _source_splits(manifest: "Manifest") -> str:
+    from components.ingest.splits import SourceSplits
+
+    used = manifest.source_split
+    return "" if used is None else SourceSplits(manifest.source_splits, used, manifest.holdout_split).in_words
+
+
 def _print_facts(dataset: "Dataset", reasons: "Mapping[str, Reason]", out: Path) -> None:
     from rich.filesize import decimal
 
@@ -183,16 +195,18 @@ def _print_facts(dataset: "Dataset", reasons: "Mapping[str, Reason]", out: Path)
         "folder": str(dataset.folder),
         "definition": manifest.definition,
         "recipe": ", ".join(f"{key}={json.dumps(value)}" for key, value in manifest.recipe.model_dump(mode="json").items()),
-        "listed": f"{manifest.num_listed:,} = {manifest.num_rows:,} rows + {manifest.num_quarantined:,} quarantined",
+        "listed": f"{manifest.num_listed:,} = {counted(manifest.num_rows, 'row', ',')} + {manifest.num_quarantined:,} quarantined",
         "ignored": f"{manifest.num_ignored:,} that are no images by their name{_in_brackets(manifest.ignored)}",
         "splits": ", ".join(f"{name} {rows:,}" for name, rows in manifest.splits.items()),
-        "bytes": f"{decimal(manifest.source_bytes)} of source files, {decimal(dataset.shard_bytes)} in {len(manifest.shards):,} shards",
+        "source splits": _source_splits(manifest),
+        "bytes": f"{decimal(manifest.source_bytes)} of source files, {decimal(dataset.shard_bytes)} in {counted(len(manifest.shards), 'shard', ',')}",
         "labels": _label_line(manifest.labels),
         "contact sheet": str(out),
     }
     table = _table(dataset.name, "")
     for name, value in facts.items():
-        _add(table, name, value)
+        if value:
+            _add(table, name, value)
     console.print(table)
     if manifest.labels:
         console.print(_label_table(manifest))
@@ -249,7 +263,7 @@ _HAPPENED = {
 def _print_changes(before: "Dataset", after: "Dataset", changes: "Changes") -> None:
     console = _console()
     for word, dataset in (("from", before), ("to  ", after)):
-        console.print(f"{word} {dataset.name}: {dataset.manifest.source}, {dataset.manifest.num_rows:,} rows", soft_wrap=True, markup=False)
+        console.print(f"{word} {dataset.name}: {dataset.manifest.source}, {counted(dataset.manifest.num_rows, 'row', ',')}", soft_wrap=True, markup=False)
     if changes.equal:
         console.print("equal: nothing differs")
         return
@@ -260,7 +274,7 @@ def _print_changes(before: "Dataset", after: "Dataset", changes: "Changes") -> N
     happened = {name: change for name, change in (changes.rows | changes.quarantine).items() if change.count}
     if happened:
         console.print(_happened_table(happened))
-    console.print(f"{changes.same_rows:,} rows have path and content as before")
+    console.print(f"{counted(changes.same_rows, 'row', ',')} with path and content as before")
     if not changes.same_digest and not changes.other_pixels and not happened:
         console.print("yet the digests differ: the same files were decoded to other pixels, or limits of the recipe changed")
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.nodes import count
+from components.counts import counted
 from pipeline.artifacts import Evaluation, Metric, Registration, ShardSet, StageName, TrainedModel
 from pipeline.config import RunConfig, config_digest, section_fields
 from pipeline.registry.browse import Contrast, VersionFacts
@@ -18,12 +19,17 @@ from pipeline.registry.move import Move
 from pipeline.run import StageReport
 from pipeline.tracking import public_uri, ui_fragment
 
+LONG_S = 5.0
+
 
 def print_summary(out: IO[str], reports: Mapping[StageName, StageReport], name: str, config: RunConfig) -> None:
-    """Prints stages, times and results, and where to look."""
+    """Prints stages, their times with those of their longer parts, their results, and where to look."""
     console, table = _console(out), _table(f"run {name}", "stage", "time", "result")
     for stage, report in reports.items():
         table.add_row(stage, "skipped" if report.skipped else f"{report.seconds:.1f} s", _result(report))
+        for what, seconds in report.parts.items():
+            if seconds >= LONG_S:
+                table.add_row("", f"{seconds:.1f} s", f"  {what}", style="dim")
     console.print(table)
     for line in _where_to_look(reports, config):
         console.print(line, soft_wrap=True, markup=False)
@@ -35,10 +41,11 @@ def _result(report: StageReport) -> str:
         bad = f", {receipt.num_quarantined} quarantined" if receipt.num_quarantined else ""
         held_out = f", {receipt.num_rows - receipt.num_train} of them held out" if receipt.num_rows > receipt.num_train else ""
         known = f", {receipt.num_listed - receipt.num_opened} known before" if receipt.num_opened and receipt.num_opened < receipt.num_listed else ""
-        return f"{receipt.num_rows} images{held_out} in {receipt.num_shards} shards{bad}{known}, dataset {receipt.digest}"
+        split = f" of split {receipt.source_split}" if receipt.source_split else ""
+        return f"{counted(receipt.num_rows, 'image')}{split}{held_out} in {counted(receipt.num_shards, 'shard')}{bad}{known}, dataset {receipt.digest}"
     if isinstance(receipt, TrainedModel):
         how = f"{count(receipt.num_workers, 'worker')}, {receipt.precision}"
-        return f"{receipt.steps} steps, loss {receipt.loss:.4g}, {receipt.images_per_second:.0f} images/s, {how}"
+        return f"{counted(receipt.steps, 'step')}, loss {receipt.loss:.4g}, {receipt.images_per_second:.0f} images/s, {how}"
     if isinstance(receipt, Evaluation):
         return ", ".join(f"{metric.name} = {metric.value:.4g}{_error(metric)}" for metric in (receipt.metric, *receipt.guards))
     assert isinstance(receipt, Registration)
@@ -109,7 +116,8 @@ def print_version(out: IO[str], facts: VersionFacts, moves: Sequence[Move], uri:
     unit = facts.metric.unit if facts.metric else None
     rows = {
         "metric": f"{facts.metric.name} = {_value(facts.metric)}, lower is better; intervals of 95 %" if facts.metric else "none",
-        "unit": f"{unit.num_samples} samples from seed {unit.first_seed}, {unit.sampler}, against {unit.reference_count} images of {unit.reference_digest}"
+        "unit": f"{counted(unit.num_samples, 'sample')} from seed {unit.first_seed}, {unit.sampler}, "
+        f"against {counted(unit.reference_count, 'image')} of {unit.reference_digest}"
         if unit
         else "",
         "decision": facts.decision or "none yet",

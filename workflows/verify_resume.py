@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from components.counts import counted
 from components.model.manifest import verify
 from components.storage import Location
 from pipeline.config import RunConfig
@@ -78,7 +79,7 @@ def compare(undisturbed: Ending, disturbed: Ending) -> list[Compared]:
         _compare_curves("loss curve, as written down", undisturbed.written, disturbed.written),
         _compare_curves("loss curve, in MLflow", undisturbed.logged, disturbed.logged),
     ]
-    pages = "" if disturbed.pages == 1 else f"{disturbed.pages} runs, and it should be 1"
+    pages = "" if disturbed.pages == 1 else f"{counted(disturbed.pages, 'run')}, and it should be 1"
     return [*files, *curves, Compared("runs in MLflow", str(disturbed.pages), pages)]
 
 
@@ -194,7 +195,7 @@ def contrast(folder: Path, preset: str, settings: Sequence[str], faults: Sequenc
     reporter.line(f"undisturbed training in {straight.folder}")
     undisturbed = Ordeal(straight, []).run()
     share_datasets(straight, hurt)
-    reporter.line(f"the same with {len(faults)} faults in {hurt.folder}")
+    reporter.line(f"the same with {counted(len(faults), 'fault')} in {hurt.folder}")
     disturbed = Ordeal(hurt, list(faults)).run()
     compared = compare(ending_of(straight), ending_of(hurt))
     temporary = [f"{trial.folder.name}/{name}" for trial in (straight, hurt) for name in trial.temporary_files()]
@@ -214,7 +215,8 @@ def told(verdict: Verdict) -> str:
     disturbed = verdict.disturbed
     lines = [
         f"undisturbed  {verdict.undisturbed.seconds:.0f} s",
-        f"disturbed    {disturbed.seconds:.0f} s, {len(disturbed.struck)} of {verdict.wanted} faults, {disturbed.starts} starts of the command",
+        f"disturbed    {disturbed.seconds:.0f} s, {len(disturbed.struck)} of {counted(verdict.wanted, 'fault')}, "
+        f"{counted(disturbed.starts, 'start')} of the command",
         *(f"  {_told_fault(one)}" for one in disturbed.struck),
         *(f"{'same' if one.equal else 'UNLIKE':6} {one.what}: {one.detail}{'' if one.equal else f'; {one.difference}'}" for one in verdict.compared),
         f"left behind  {verdict.left}",
@@ -233,7 +235,7 @@ def _conclusion(verdict: Verdict) -> str:
     if verdict.equal:
         waits = [one.recovered_s for one in verdict.disturbed.struck if one.recovered_s is not None]
         typical = f"; {statistics.median(waits):.0f} s to the next step (median)" if waits else ""
-        return f"EQUAL: {done} faults changed nothing{typical}"
+        return f"EQUAL: {counted(done, 'fault')} changed nothing{typical}"
     if all(one.equal for one in verdict.compared):
-        return f"NOT SHOWN: equal, but the training ended after {done} of {wanted} faults; use more --steps"
+        return f"NOT SHOWN: equal, but the training ended after {done} of {counted(wanted, 'fault')}; use more --steps"
     return "NOT EQUAL: " + ", ".join(one.what for one in verdict.compared if not one.equal)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..counts import counted
 from ..errors import DataError
 from ..storage import Location
 from .shards import MANIFEST, Manifest, read_manifest
@@ -110,5 +111,5 @@ def _folders(storage: Location) -> list[Location]:
 
 
 def _named(datasets: Sequence[Dataset]) -> str:
-    names = [f"{dataset.name} ({dataset.manifest.source}, {dataset.manifest.num_rows} rows)" for dataset in datasets[-MOST_NAMED:]]
+    names = [f"{dataset.name} ({dataset.manifest.source}, {counted(dataset.manifest.num_rows, 'row')})" for dataset in datasets[-MOST_NAMED:]]
     return ", ".join(names) + (f" and {len(datasets) - MOST_NAMED} older ones" if len(datasets) > MOST_NAMED else "")

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ..charts import COLOURS, DASHES, INK, draw_frame, plain, shortened
+from ..counts import counted
 from ..figures import Strip, contact_sheet
 from .catalog import Dataset
 from .copies import Copies
@@ -37,8 +38,8 @@ def drift_picture(
         DataError: if a part of a dataset cannot be read.
     """
     strips = [
-        Strip("new", f"{drift.new_images:,} images", pixels_of(after, np.array(drift.shown_new, np.int64), copies)),
-        Strip("before", f"{drift.num_before:,} images", pixels_of(before, np.array(drift.shown_before, np.int64), copies)),
+        Strip("new", counted(drift.new_images, "image", ","), pixels_of(after, np.array(drift.shown_new, np.int64), copies)),
+        Strip("before", counted(drift.num_before, "image", ","), pixels_of(before, np.array(drift.shown_before, np.int64), copies)),
     ]
     sheet = contact_sheet(strips, "New images beside those before", _caption(drift, before, after))
     charts = _charts(drift, max_label_drift, max_brightness_drift, max(sheet.width, LEAST_WIDTH))

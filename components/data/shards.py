@@ -91,6 +91,12 @@ class Manifest(_Record):
     """Ignored files by suffix."""
     splits: dict[Split, int]
     """Rows of each part."""
+    source_splits: dict[str, int] = {}
+    """Files of each split that the source names, empty where it is all one."""
+    source_split: str | None = None
+    """Which of these is trained on."""
+    holdout_split: str | None = None
+    """Which of these is held out."""
     labels: dict[str, int]
     """Rows of each label, empty where the source has none."""
     source_bytes: int

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from ..counts import counted
 from ..errors import DataError
 from ..figures import Strip, contact_sheet
 from ..storage import Location
@@ -106,8 +107,8 @@ def dataset_sheet(folder: Location, manifest: Manifest, copies: Copies | None = 
 
 def _caption(manifest: Manifest, num_shown: int) -> str:
     size, kind = manifest.image_size, "RGB" if manifest.channels == 3 else "grey"
-    labels = f", {num_shown} of {len(manifest.labels)} labels" if num_shown < len(manifest.labels) else ""
-    return f"{manifest.num_rows:,} images of {size} x {size} {kind}{labels}, dataset {manifest.digest}"
+    labels = f", {num_shown} of {counted(len(manifest.labels), 'label')}" if num_shown < len(manifest.labels) else ""
+    return f"{counted(manifest.num_rows, 'image', ',')} of {size} x {size} {kind}{labels}, dataset {manifest.digest}"
 
 
 def _read(folder: Location, manifest: Manifest, splits: pa.ChunkedArray, numbers: np.ndarray, copies: Copies | None) -> np.ndarray:

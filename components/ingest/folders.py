@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from ..counts import counted
 from ..errors import DataError
 from ..storage import Location
 from .listing import UNSEEN, Item, Listing, ListingBuilder, label_of, printable
@@ -94,7 +95,7 @@ class FolderSource:
         for folder in found.unlisted:
             found.images.add(folder)
         if not len(found.images):
-            other = f"{ignored.total()} other files" if ignored else "nothing"
+            other = counted(ignored.total(), "other file") if ignored else "nothing"
             raise DataError(f"data.source={self.root} holds no images but {other}; name a folder with .jpg, .png, .webp ... files")
         return found.images.build(ignored)
 

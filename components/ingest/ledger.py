@@ -125,9 +125,18 @@ class Group:
     lines: np.ndarray
 
 
-def splits_of(settled: pa.Table, holdout_fraction: float) -> np.ndarray:
-    """Returns for each line whether it is held out: a share of all contents, chosen by their hash, so that more data moves none."""
-    return _hashes(settled["sha256"])[:, 0].byteswap() < np.uint64(int(holdout_fraction * 2.0**64))
+def splits_of(settled: pa.Table, holdout_fraction: float, held_out: np.ndarray | None = None) -> np.ndarray:
+    """Returns for each line whether it is held out: a share of all contents, chosen by their hash, so that more data moves none.
+
+    Args:
+        held_out: (N,) lines of a split that is held out; then every line of the same content is, and no others are.
+    """
+    hashes = _hashes(settled["sha256"])
+    if held_out is None:
+        return hashes[:, 0].byteswap() < np.uint64(int(holdout_fraction * 2.0**64))
+    first = _first_of_each(hashes, everyone=True)
+    has_content = ~_is_null(settled["sha256"])
+    return held_out | (np.isin(first, first[held_out & has_content]) & has_content)
 
 
 def to_pack(settled: pa.Table, held_out: np.ndarray, shard_rows: Mapping[str, int], rows_per_shard: int, most_small: int = 8) -> list[Group]:

@@ -5,10 +5,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from .splits import SourceSplits
 
 LISTING_SCHEMA = pa.schema([("path", pa.binary()), ("label", pa.string()), ("size", pa.int64()), ("stamp", pa.string())])
 UNSEEN = "?"
@@ -42,10 +45,14 @@ class Listing:
     Attributes:
         table: rows of `LISTING_SCHEMA`, sorted by the bytes of their unique paths.
         ignored: files and folders that were not looked into, by suffix or kind.
+        splits: what becomes of the splits that the source names; None where all of it is one.
+        held_out: (N,) whether an image is of the split that is held out; None without one.
     """
 
     table: pa.Table
     ignored: Mapping[str, int]
+    splits: "SourceSplits | None" = None
+    held_out: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.table.num_rows

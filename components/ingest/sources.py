@@ -7,10 +7,10 @@ import dataclasses
 import json
 import os
 import re
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from ..data.images import PixelRecipe
 from ..errors import DataError
@@ -18,8 +18,10 @@ from ..storage import Location
 from .builtin import TORCHVISION, DigitsSource, TorchvisionSource
 from .folders import FolderSource, Found, walk
 from .listing import Listing
+from .splits import ALL, by_file, by_first_folder, choose, split_of_file
 from .tables import ParquetSource, holds_images
 
+_CAME_LATER: dict[str, JsonValue] = {"result": "unless default"}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
@@ -32,9 +34,14 @@ class DataConfig(PixelRecipe):
     root: str | None = Field(None, json_schema_extra={"result": False})
     """Folder where torchvision datasets lie or are downloaded to; by default `downloads` below the storage root."""
     image_column: str | None = None
-    """Column of a parquet source that holds the images; by default the only one of type struct<bytes, path>."""
+    """Column of a parquet source that holds the images; by default the only one of type struct<bytes, path>, else the only one of encoded bytes."""
     label_column: str = "label"
     """Column of a parquet source that holds the labels, if it is there."""
+    split: Literal["train", "validation", "test", "all"] | None = Field(None, json_schema_extra=_CAME_LATER)
+    """Which split to train on, where files or folders of the source name several; `train` by default. The others are never trained on.
+    `all` takes every one."""
+    holdout_split: Literal["train", "validation", "test"] | None = Field(None, json_schema_extra=_CAME_LATER)
+    """Split of the source that is held out of training; what is in it is not trained on even where it is in the other split too."""
     duplicates: Literal["drop", "keep"] = "drop"
     """What becomes of images whose content is that of an earlier one."""
     holdout_fraction: float = Field(0.0, ge=0.0, lt=1.0)
@@ -58,6 +65,12 @@ class DataConfig(PixelRecipe):
         if not _BUCKET.fullmatch(bucket) or "//" in f"/{prefix}":
             raise ValueError("this is no bucket, or no prefix in one; use s3://BUCKET/PREFIX")
         return source
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> Self:
+        if self.holdout_split is not None and self.holdout_fraction:
+            raise ValueError(f"holdout_fraction={self.holdout_fraction} and holdout_split={self.holdout_split} both hold images out; set one of them")
+        return self
 
 
 class Source(Protocol):
@@ -118,6 +131,9 @@ def list_source(config: DataConfig, downloads: str = "downloads") -> tuple[Sourc
     """
     if config.source == "digits" or config.source in TORCHVISION:
         root = os.path.abspath(os.path.expanduser(config.root or downloads))
+        if config.split not in (None, "train", ALL) or config.holdout_split is not None:
+            key = "holdout_split" if config.holdout_split is not None else "split"
+            raise DataError(f"data.{key}={getattr(config, key)} is not in data.source={config.source}, of which the training part is read; leave it out")
         builtin = DigitsSource() if config.source == "digits" else TorchvisionSource(config.source, root)
         return builtin, builtin.listing()
     root = Location.of(config.source)
@@ -125,7 +141,12 @@ def list_source(config: DataConfig, downloads: str = "downloads") -> tuple[Sourc
         _check_folder(root, config.source)
     found = walk(root)
     source = _folder_source(config, root, found)
-    return source, source.listing_of(found)
+    if isinstance(source, FolderSource):
+        return source, by_first_folder(source.listing_of(found), config.source, config.split, config.holdout_split)
+    splits = choose(config.source, (split_of_file(file.path) for file in found.parquets), config.split, config.holdout_split)
+    if splits is not None:
+        found.parquets = [file for file in found.parquets if splits.takes(split_of_file(file.path))]
+    return source, by_file(source.listing_of(found), splits)
 
 
 def _check_folder(root: Location, named: str) -> None:

@@ -22,6 +22,8 @@ LOOKED_AT = 3
 LISTED_AT_ONCE = 16  # files on S3, for opening one is waiting
 LABEL_ROWS = 100_000
 GROUP_BYTES = 64 << 20  # of images; a row group above this is not read whole
+USUAL_NAMES = frozenset(["image", "images", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes", "bytes", "content"])
+URL_NAMES = frozenset(["url", "urls", "image_url", "img_url", "image_link", "link", "uri", "image_uri"])
 BATCH_BYTES, BATCH_ROWS = 4 << 20, 64
 ROWS_BEHIND = 32  # threads that fetch ahead ask for rows about in order, at most so far apart
 REMOTE_BUFFER = 8 << 20
@@ -31,7 +33,7 @@ _READING = threading.RLock()
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Rows of parquet files: `image: struct<bytes, path>`, `label`. The path of a row is `FILE#NUMBER`, the number of nine digits.
+    """Rows of parquet files: `image: struct<bytes, path>` or encoded bytes, `label`. The path of a row is `FILE#NUMBER`, the number of nine digits.
 
     Attributes:
         root: an absolute path, or s3://BUCKET/PREFIX.
@@ -123,37 +125,80 @@ def _label(value: object, names: Mapping[int, str]) -> str | None:
 
 
 def image_column(schema: pa.Schema, wanted: str | None, name: str) -> str:
-    """Returns the name of the column that holds images.
+    """Returns the name of the column that holds images, one in each row.
+
+    It is the one that is wanted, else the only struct<bytes, path>, else the only one of encoded bytes, or of several such the only one that is
+    called as hubs and img2dataset call it.
 
     Raises:
-        DataError: if it is not there, is of another type, or is not the only candidate.
+        DataError: if it is not there, is of another type, or is not the only candidate. The message says what the file has instead.
     """
-    candidates = [field.name for field in schema if _holds_images(field.type, named=field.name == wanted)]
+    structs = [field.name for field in schema if _is_struct(field.type)]
+    encoded = [field.name for field in schema if _is_bytes(field.type)]
     if wanted is not None:
-        if wanted not in candidates:
-            raise DataError(f"data.image_column={wanted} is no image column of {name}; use one of struct<bytes, path> or binary among {schema.names}")
+        if wanted not in (*structs, *encoded):
+            raise DataError(f"data.image_column={wanted} is no image column of {name}; {_instead(schema, [*structs, *encoded])}")
         return wanted
-    if len(candidates) != 1:
-        raise DataError(f"{name} has {len(candidates)} columns of type struct<bytes, path> among {schema.names}; set data.image_column to the right one")
-    return candidates[0]
+    candidates = structs or encoded
+    usual = [column for column in candidates if column.lower() in USUAL_NAMES]
+    if len(candidates) != 1 and not (structs == [] and len(usual) == 1):
+        raise DataError(f"{name} has {len(candidates)} columns that may hold images; {_instead(schema, candidates)}")
+    return candidates[0] if len(candidates) == 1 else usual[0]
+
+
+def _instead(schema: pa.Schema, candidates: list[str]) -> str:
+    """Returns what would be right for a file of which no column is taken."""
+    if candidates:
+        return f"set data.image_column to the right one of {', '.join(candidates)}"
+    lists = [field.name for field in schema if _is_list(field.type) and (_is_struct(field.type.value_type) or _is_bytes(field.type.value_type))]
+    if lists:
+        return f"column {lists[0]} holds lists of images, and a row is one image; write a row for each image"
+    urls = [field.name for field in schema if _is_text(field.type) and field.name.lower() in URL_NAMES]
+    if urls:
+        return (
+            f"column {urls[0]} holds addresses; fetch the images first, such as by "
+            f"`img2dataset --input_format parquet --url_col {urls[0]} --output_format parquet`, and name the folder that it writes"
+        )
+    return f"it has {', '.join(schema.names) or 'no columns'}; an image column is of encoded bytes, or struct<bytes, path> as `datasets` writes it"
 
 
 def holds_images(root: Location, parquets: list[Item]) -> bool:
-    """Tells whether one of the first few files has a column of type struct<bytes, path>; one that cannot be read has none."""
+    """Tells whether one of the first few files has a column of images by its type or name; one that cannot be read has none."""
     for file in sorted(parquets)[:LOOKED_AT]:
         try:
             with _open_listed(root, file) as parquet:
-                if any(_holds_images(column.type, named=False) for column in parquet.schema_arrow):
+                if any(_is_struct(field.type) or (_is_bytes(field.type) and field.name.lower() in USUAL_NAMES) for field in parquet.schema_arrow):
                     return True
         except (OSError, ValueError, pa.ArrowException):
             continue
     return False
 
 
-def _holds_images(kind: pa.DataType, *, named: bool) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return named and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Returns the type of the values, whether they are encoded by a dictionary, or of an extension type, or not."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    kind, types = _plain(kind), pa.types
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind) or types.is_fixed_size_binary(kind)
+
+
+def _is_struct(kind: pa.DataType) -> bool:
+    kind = _plain(kind)
+    place = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
+    return place >= 0 and (_is_bytes(kind.field(place).type) or pa.types.is_null(kind.field(place).type))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = _plain(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    types = pa.types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_list_view(kind) or types.is_large_list_view(kind)
 
 
 def _class_names(schema: pa.Schema, column: str) -> dict[int, str]:
@@ -168,7 +213,7 @@ def _class_names(schema: pa.Schema, column: str) -> dict[int, str]:
 
 
 def _open(file: Location) -> pq.ParquetFile:
-    return patiently(lambda: pq.ParquetFile(file.open(), pre_buffer=not file.is_local))
+    return patiently(lambda: pq.ParquetFile(file.open(), pre_buffer=not file.is_local, page_checksum_verification=True))
 
 
 def _open_listed(root: Location, file: Item) -> pq.ParquetFile:
@@ -188,7 +233,9 @@ class _Rows:
         self._batch_rows = [_batch_rows(group, self._column) for group in groups]
         if not file.is_local and any(rows < group.num_rows for rows, group in zip(self._batch_rows, groups, strict=True)):
             # What is read ahead of its use is whole row groups.
-            self._parquet = patiently(lambda: pq.ParquetFile(file.open(), metadata=self._parquet.metadata, buffer_size=REMOTE_BUFFER))
+            self._parquet = patiently(
+                lambda: pq.ParquetFile(file.open(), metadata=self._parquet.metadata, buffer_size=REMOTE_BUFFER, page_checksum_verification=True)
+            )
         self._rows_behind = 0 if file.is_local else ROWS_BEHIND
         self._group, self._end = -1, 0
         self._batches: Iterator[pa.RecordBatch] = iter(())

@@ -4,6 +4,7 @@ It is trained once for a dataset and kept; its digest is part of the metric's na
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ class ClassifierExtractor:
             return self._network.features(to_model_range(pixels.to(self._device))).cpu().numpy()
 
 
-def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path) -> None:
+def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path, tell: Callable[[float], None] = lambda share: None) -> None:
     """Trains a classifier and writes it to a folder, the record last.
 
     A tenth of the rows is held out to measure its accuracy. AdamW with one cycle of the learning rate (Smith & Topin 2019), smoothed labels, and images
@@ -99,6 +100,7 @@ def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path) -> N
     Args:
         pixels: (N, C, H, W) uint8.
         classes: (N,) int64, 0..K-1.
+        tell: is given the share that is done, 0 to 1, after every step.
     """
     from safetensors.torch import save_file
 
@@ -116,6 +118,7 @@ def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path) -> N
         for rows in np.array_split(draw.permutation(train), max(1, len(train) // BATCH_SIZE)):
             _step(network, optimizer, _shifted(to_model_range(torch.from_numpy(pixels[rows])), draw), torch.from_numpy(classes[rows]))
             cycle.step()
+            tell(cycle.last_epoch / steps)
     network.eval()
     accuracy = _accuracy(network, pixels, classes, held_out)
     folder.mkdir(parents=True, exist_ok=True)

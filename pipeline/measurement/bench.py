@@ -26,6 +26,7 @@ from pipeline.artifacts import Floor, Memorisation, Metric, MetricUnit, ShardSet
 from pipeline.context import StageContext
 from pipeline.measurement.draw import SEEDS_PER_PART, Identity, SampleSet, parts_of, pixels_file, read_array, sample_set
 from pipeline.measurement.extractors import choose_extractors
+from pipeline.measurement.gauge import gauges
 from pipeline.measurement.measure import (
     FEWEST_COMPARED,
     Distance,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from components.metrics.frechet import Reference
     from components.metrics.memorisation import Pair
 
+PICTURE_BATCH = 16
+"""Images that an actor draws together to be looked at: few, so that all actors have some."""
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
 
 
@@ -182,13 +185,13 @@ class Bench:
             need: the pixels of all must be there, and are drawn again if they are gone.
         """
         parts = parts_of(seeds, SEEDS_PER_PART)
-        work = ((samples, part, self.config.batch_size, pixels, need) for part in parts)
         checksum, fresh, started = hashlib.sha256(), 0, time.perf_counter()
-        with self.context.reporter.progress("sample", len(seeds), "images") as advance:
+        with self.context.reporter.progress("drawing samples", len(seeds), "images") as advance, gauges(advance) as pieces:
+            work = ((samples, part, self.config.batch_size, pieces.gauge(part), pixels, need) for part in parts)
             for part, (sha256, drawn) in zip(parts, self.team.map("part", work), strict=True):
                 checksum.update(bytes.fromhex(sha256))
                 fresh += drawn
-                advance(len(part))
+                pieces.finish(part, len(part))
         return Drawn(checksum.hexdigest(), fresh / (time.perf_counter() - started))
 
     def pixels(self, samples: SampleSet, seeds: Sequence[int], block: range = range(0), folder: Location | None = None) -> np.ndarray:
@@ -201,8 +204,18 @@ class Bench:
                 found |= {seed: values[seed - part.start] for seed in mine}
         missing = sorted(set(seeds) - set(found))
         if missing:
-            found |= dict(zip(missing, self.team.first("draw", samples, missing, self.config.batch_size), strict=True))
+            found |= dict(zip(missing, self._draw_again(samples, missing), strict=True))
         return np.stack([found[seed] for seed in seeds])
+
+    def _draw_again(self, samples: SampleSet, seeds: Sequence[int]) -> np.ndarray:
+        batches = [seeds[first : first + PICTURE_BATCH] for first in range(0, len(seeds), PICTURE_BATCH)]
+        with self.context.reporter.progress("drawing samples to look at", len(seeds), "images") as advance, gauges(advance) as pieces:
+            drawn = []
+            work = ((samples, batch, PICTURE_BATCH, pieces.gauge(batch[0])) for batch in batches)
+            for batch, images in zip(batches, self.team.map("draw", work), strict=True):
+                drawn.append(images)
+                pieces.finish(batch[0], len(batch))
+        return np.concatenate(drawn)
 
     def reals(self, which: int, split: Split) -> Reals:
         """Returns a split of the dataset, measured by one extractor."""
@@ -236,19 +249,23 @@ class Bench:
         """Returns all that is taken of the configured seeds, which are drawn."""
         reference, unit = self.reference()
         sampled = Sampled(samples.folder, self.team.identities[0], self.config.seeds)
-        distance = measure_distance(sampled, reference)
-        train = self.reals(0, "train")
-        holdout, guards = self.holdout(0), self.guards(samples)
-        scores = [*measure_scores(sampled, train, self._unit(train.identity, train)), *measure_inception_score(sampled, unit)]
-        if holdout is not None:
-            unit_of_holdout = self._unit(holdout.identity, holdout)
-            scores = [_frechet(measure_distance(sampled, holdout.reference), unit_of_holdout), *measure_scores(sampled, holdout, unit_of_holdout), *scores]
-        copies = find_copies(sampled, train, holdout)
+        part = self.context.reporter.part
+        train, holdout = self.reals(0, "train"), self.holdout(0)
+        with part("Frechet distances"):
+            distance, guards = measure_distance(sampled, reference), self.guards(samples)
+            floor = measure_floor(train, holdout, self.config.num_samples)
+        with part("kernel distance, precision, recall"):
+            scores = [*measure_scores(sampled, train, self._unit(train.identity, train)), *measure_inception_score(sampled, unit)]
+            if holdout is not None:
+                unit_of_holdout = self._unit(holdout.identity, holdout)
+                scores = [_frechet(measure_distance(sampled, holdout.reference), unit_of_holdout), *measure_scores(sampled, holdout, unit_of_holdout), *scores]
+        with part("looking for copies of training images"):
+            copies = find_copies(sampled, train, holdout)
         return Numbers(
             frechet=(_frechet(distance, unit), *guards),
             jackknifed=distance.jackknifed,
             scores=tuple(scores),
-            floor=measure_floor(train, holdout, self.config.num_samples),
+            floor=floor,
             copies=copies,
             warnings=tuple(_warnings(unit, len(reference.mean), copies)),
         )
@@ -296,12 +313,16 @@ def open_bench(config: EvaluateConfig, shards: ShardSet, context: StageContext) 
     Raises:
         DataError: if the dataset, or a file of weights, is not whole.
     """
-    connect(context.cluster)
+    with context.reporter.part("starting Ray"):
+        connect(context.cluster)
     placement = place(context.cluster, context.reporter.line)
     manifest = read_manifest(Location.of(shards.path))
     kinds = choose_extractors(config, shards, context, placement)
-    with waiting_aloud(context.cluster, context.reporter.line), Team(placement, kinds, context.cluster) as team:
-        yield Bench(config, shards, manifest, team, context)
+    with waiting_aloud(context.cluster, context.reporter.line):
+        with context.reporter.part("starting the actors that draw and measure"):
+            team = Team(placement, kinds, context.cluster)
+        with team:
+            yield Bench(config, shards, manifest, team, context)
 
 
 def _frechet(distance: Distance, unit: MetricUnit) -> Metric:

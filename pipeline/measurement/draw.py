@@ -18,6 +18,7 @@ from components.data.copies import Copies
 from components.data.shards import Split
 from components.model.manifest import manifest_of
 from components.storage import Location
+from pipeline.measurement.gauge import Gauge
 
 if TYPE_CHECKING:
     import torch
@@ -192,10 +193,13 @@ class Sampler:
         """Returns what every extractor is."""
         return [Identity(extractor.name, extractor.digest, extractor.preprocessing) for extractor in self._extractors]
 
-    def part(self, samples: SampleSet, seeds: range, batch_size: int, pixels: Location | None = None, need: bool = False) -> tuple[str, int]:
+    def part(
+        self, samples: SampleSet, seeds: range, batch_size: int, gauge: Gauge | None = None, pixels: Location | None = None, need: bool = False
+    ) -> tuple[str, int]:
         """Draws and measures one part of the seeds, as far as that is not done; returns the SHA-256 of its pixels, and how many images it drew.
 
         Args:
+            gauge: where it says how many images are drawn.
             pixels: folder where those that are drawn stay, by default none do.
             need: all must be there, and are drawn again if they are gone.
         """
@@ -206,7 +210,7 @@ class Sampler:
             return sha256, 0
         images, drawn = None if held is None else read_array(held), 0
         if images is None:
-            images, drawn = self.draw(samples, seeds, batch_size), len(seeds)
+            images, drawn = self.draw(samples, seeds, batch_size, gauge), len(seeds)
             if held is not None:
                 write_array(held, images)
         for which in missing:
@@ -231,10 +235,15 @@ class Sampler:
             write_array(file, np.concatenate([extracted(extractor, reader.pixels(batch))[0] for batch in batches]))
         return len(rows)
 
-    def draw(self, samples: SampleSet, seeds: Sequence[int], batch_size: int) -> np.ndarray:
+    def draw(self, samples: SampleSet, seeds: Sequence[int], batch_size: int, gauge: Gauge | None = None) -> np.ndarray:
         """Returns the pixels (len(seeds), C, H, W) of some seeds, drawn batch by batch."""
-        parts = [self._sample(samples, seeds[first : first + batch_size]) for first in range(0, len(seeds), batch_size)]
-        return np.concatenate(parts)
+        tell = (lambda done: None) if gauge is None else gauge.tell()
+
+        def batch(first: int) -> np.ndarray:
+            drawn = seeds[first : first + batch_size]
+            return self._sample(samples, drawn, on_step=lambda step, x_0: tell(first + len(drawn) * (step + 1) / samples.recipe.steps))
+
+        return np.concatenate([batch(first) for first in range(0, len(seeds), batch_size)])
 
     def interpolate(self, samples: SampleSet, pairs: Sequence[tuple[int, int]], columns: int) -> np.ndarray:
         """Returns images between pairs of seeds: pixels (len(pairs), columns, C, H, W), both ends included. A row has its first seed's class."""
@@ -260,8 +269,12 @@ class Sampler:
         self._sample(samples, seeds, on_step=show)
         return pictures
 
-    def loss_by_timestep(self, samples: SampleSet, real: RealSet, rows: Sequence[int], count: int) -> tuple[list[int], list[float]]:
-        """Returns at most `count` time steps and the loss on some rows of a dataset at each."""
+    def loss_at(self, samples: SampleSet, real: RealSet, rows: Sequence[int], first: int, timestep: int) -> float:
+        """Returns the loss at a time step, summed over some rows of a dataset.
+
+        Args:
+            first: place of the first row among all that are measured, which decides their noise.
+        """
         import torch
 
         from components.data.images import to_model_range
@@ -269,8 +282,7 @@ class Sampler:
 
         denoiser, _ = self._model(samples)
         x_0 = to_model_range(torch.from_numpy(self._reader(real).pixels(np.asarray(rows))).to(self._device))
-        timesteps = sorted(set(np.linspace(0, denoiser.schedule.num_steps - 1, count).round().astype(int).tolist()))
-        return timesteps, loss_by_timestep(denoiser.network, denoiser.schedule, x_0, timesteps)
+        return loss_by_timestep(denoiser.network, denoiser.schedule, x_0, [timestep], first_row=first)[0] * len(rows)
 
     def _sample(self, samples: SampleSet, seeds: Sequence[int], x_T: "torch.Tensor | None" = None, on_step: "OnStep | None" = None) -> np.ndarray:
         import torch

@@ -15,6 +15,7 @@ from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
 from pipeline.lease import held
 from pipeline.measurement.draw import ExtractorChoice, Kind
+from pipeline.measurement.gauge import Gauge, gauges
 from pipeline.measurement.reals import read_reference
 
 if TYPE_CHECKING:
@@ -122,10 +123,12 @@ def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -
         return folder
     threads = placement.threads * placement.num_workers if context.cluster.address == "local" else placement.threads
     what = "training the classifier whose features measure the samples, once for this dataset"
-    with context.reporter.waiting(what), held(context.storage / "locks" / f"classifier-{name}", wait=True):
+    context.reporter.line(f"  {what}")
+    progress = context.reporter.progress("training the classifier", 100, "%")
+    with held(context.storage / "locks" / f"classifier-{name}", wait=True), progress as advance, gauges(advance) as pieces:
         if not (folder / RECORD).is_file():
             try:
-                ray.get(ray.remote(num_cpus=1)(make_classifier).remote(shards.path, str(folder), threads))
+                ray.get(ray.remote(num_cpus=1)(make_classifier).remote(shards.path, str(folder), threads, pieces.gauge(name)))
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, DataError):
                     raise error.cause from error
@@ -133,8 +136,12 @@ def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -
     return folder
 
 
-def make_classifier(dataset: str, folder: str, threads: int) -> None:
-    """Trains the classifier of a dataset, up to CLASSIFIER_ROWS and CLASSIFIER_BYTES of its labelled rows, and moves it into place."""
+def make_classifier(dataset: str, folder: str, threads: int, gauge: Gauge) -> None:
+    """Trains the classifier of a dataset, up to CLASSIFIER_ROWS and CLASSIFIER_BYTES of its labelled rows, and moves it into place.
+
+    Args:
+        gauge: where it says how much of it is done, in percent.
+    """
     import torch
 
     from components.metrics.classifier import RECORD, train_classifier
@@ -148,5 +155,6 @@ def make_classifier(dataset: str, folder: str, threads: int) -> None:
     most = min(CLASSIFIER_ROWS, max(MIN_CLASSES, CLASSIFIER_BYTES // manifest.row_bytes))
     labelled = labelled[:: -(-len(labelled) // most)]  # spread over all labels, by which rows are sorted
     with scratch("classifier") as staging:
-        train_classifier(reader.pixels(labelled), classes[labelled].astype(np.int64), staging / "made")
+        tell = gauge.tell()
+        train_classifier(reader.pixels(labelled), classes[labelled].astype(np.int64), staging / "made", lambda share: tell(100 * share))
         Location.of(folder).upload(staging / "made", last=RECORD)

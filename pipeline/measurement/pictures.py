@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from components.charts import save_loss_curve, save_timestep_losses
+from components.counts import counted
 from components.data.reader import RowReader
 from components.data.shards import Split
 from components.figures import closest_pairs, grid, interpolation_sheet, save_animation
+from components.model.spec import read_spec
 from components.report.page import write_report
 from components.report.records import Estimate, Number, Picture, Report, Section, Verdict
 from components.scratch import scratch
@@ -24,8 +26,9 @@ GRID_SEEDS, GRID_COLUMNS = range(60), 12
 """The same for every model, so that a person sees what changed from one version to the next."""
 ANIMATION_SEEDS, ANIMATION_COLUMNS, ANIMATION_FRAMES = range(16), 8, 40
 PAIRS, PAIR_STEPS = ((0, 1), (2, 3), (4, 5), (6, 7)), 9
-LOSS_ROWS, LOSS_TIMESTEPS = 256, 20
+LOSS_ROWS, LOSS_TIMESTEPS, ROWS_AT_ONCE = 256, 20, 64
 MOST_PAIRS = 16
+SEEDS_AT_ONCE = 4
 FILES = {
     "grid": "grid.png",
     "animation": "denoising.gif",
@@ -49,21 +52,22 @@ class Pictures:
 
 
 def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: TrainedModel, pixels: Location) -> Pictures:
-    """Draws what the page shows and writes it to the stage's folder.
+    """Draws what the page shows and writes it to the stage's folder; where few samples are measured, fewer are drawn to be looked at.
 
     Args:
         pixels: folder with the pixels of samples, as far as they were drawn.
     """
-    team, folder = bench.team, bench.context.folder
-    frames = team.first("animation", samples, list(ANIMATION_SEEDS), ANIMATION_FRAMES)
-    images = team.first("draw", samples, list(GRID_SEEDS), bench.config.batch_size)
-    between = team.first("interpolate", samples, PAIRS, PAIR_STEPS)
+    folder, few = bench.context.folder, bench.config.num_samples
+    images = bench.pixels(samples, GRID_SEEDS[:few], bench.config.seeds, pixels)
+    frames = _draw_animation(bench, samples, ANIMATION_SEEDS[:few])
+    pairs = PAIRS[: max(1, few // 2)]
+    between = _draw_between(bench, samples, pairs)
     lines = [line for line in read_metrics(Location.of(model.folder)) if "train/loss" in line.metrics]
     with scratch("pictures") as staging:
         paths = {name: staging / file for name, file in FILES.items()}
         grid(images, GRID_COLUMNS).save(paths["grid"])
         save_animation(paths["animation"], [grid(frame, ANIMATION_COLUMNS) for frame in frames])
-        interpolation_sheet(between, PAIRS, "Spherical interpolation of the starting noise, each image from the same network.").save(paths["interpolation"])
+        interpolation_sheet(between, pairs, "Spherical interpolation of the starting noise, each image from the same network.").save(paths["interpolation"])
         save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines])
         _draw_timesteps(bench, samples, paths["timesteps"])
         _draw_copies(bench, samples, numbers, paths["copies"], pixels)
@@ -71,19 +75,50 @@ def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: Tra
         return Pictures(folder, {name: path.read_bytes() for name, path in paths.items() if path.is_file()})
 
 
+def _draw_animation(bench: Bench, samples: SampleSet, seeds: range) -> list[np.ndarray]:
+    """Returns the estimates of x_0 while seeds are drawn: pixels (len(seeds), C, H, W) for each of some steps."""
+    parts = [list(seeds[first : first + SEEDS_AT_ONCE]) for first in range(0, len(seeds), SEEDS_AT_ONCE)]
+    found = []
+    with bench.context.reporter.progress("drawing an animation", len(seeds), "images") as advance:
+        for part, frames in zip(parts, bench.team.map("animation", ((samples, part, ANIMATION_FRAMES) for part in parts)), strict=True):
+            found.append(frames)
+            advance(len(part))
+    return [np.concatenate(frames) for frames in zip(*found, strict=True)]
+
+
+def _draw_between(bench: Bench, samples: SampleSet, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Returns images between pairs of seeds: pixels (len(pairs), PAIR_STEPS, C, H, W)."""
+    found = []
+    with bench.context.reporter.progress("drawing between seeds", len(pairs) * PAIR_STEPS, "images") as advance:
+        for rows in bench.team.map("interpolate", ((samples, [pair], PAIR_STEPS) for pair in pairs)):
+            found.append(rows)
+            advance(PAIR_STEPS)
+    return np.concatenate(found)
+
+
 def _draw_timesteps(bench: Bench, samples: SampleSet, path: Path) -> None:
-    """Draws the loss at single noise levels, on training and on held-out images."""
-    curves: dict[str, list[float]] = {}
-    timesteps: list[int] = []
+    """Draws the loss at single noise levels, on training and on held-out images: as many as samples are measured, up to LOSS_ROWS."""
     splits: dict[str, Split] = {"training images": "train", "held-out images": "holdout"}
-    for name, split in splits.items():
-        count = bench.manifest.splits.get(split, 0)
-        if count:
-            rows = np.linspace(0, count - 1, min(LOSS_ROWS, count)).round().astype(int).tolist()
-            timesteps, curves[name] = bench.team.first(
-                "loss_by_timestep", samples, RealSet(bench.context.storage, bench.shards.path, split), rows, LOSS_TIMESTEPS
-            )
+    num_steps = read_spec(Location.of(samples.checkpoint)).diffusion.num_steps
+    timesteps = sorted(set(np.linspace(0, num_steps - 1, LOSS_TIMESTEPS).round().astype(int).tolist()))
+    curves = {name: _losses(bench, samples, split, timesteps) for name, split in splits.items() if bench.manifest.splits.get(split, 0)}
     save_timestep_losses(path, timesteps, curves)
+
+
+def _losses(bench: Bench, samples: SampleSet, split: Split, timesteps: Sequence[int]) -> list[float]:
+    """Returns the loss at some time steps; all actors work on it, and how many they are is no part of the result."""
+    count = bench.manifest.splits[split]
+    rows = np.linspace(0, count - 1, min(LOSS_ROWS, bench.config.num_samples, count)).round().astype(int).tolist()
+    real = RealSet(bench.context.storage, bench.shards.path, split)
+    pieces = [(index, first) for index in range(len(timesteps)) for first in range(0, len(rows), ROWS_AT_ONCE)]
+    work = ((samples, real, rows[first : first + ROWS_AT_ONCE], first, timesteps[index]) for index, first in pieces)
+    sums = np.zeros(len(timesteps))
+    what = "the loss at each noise level" if split == "train" else "the same on held-out images"
+    with bench.context.reporter.progress(what, len(timesteps) * len(rows), "images") as advance:
+        for (index, first), loss in zip(pieces, bench.team.map("loss_at", work), strict=True):
+            sums[index] += loss
+            advance(len(rows[first : first + ROWS_AT_ONCE]))
+    return (sums / len(rows)).tolist()
 
 
 def _draw_copies(bench: Bench, samples: SampleSet, numbers: Numbers, path: Path, pixels: Location) -> None:
@@ -103,7 +138,8 @@ def write_page(evaluation: Evaluation, model: TrainedModel, shards: ShardSet, pi
     metric = evaluation.metric
     report = Report(
         title=f"{Location.of(evaluation.folder).parent.parent.name}: evaluation",
-        subtitle=f"{evaluation.step:,} steps on {shards.num_train:,} images of {shards.source}; {metric.unit.num_samples:,} samples by {metric.unit.sampler}",
+        subtitle=f"{counted(evaluation.step, 'step', ',')} on {counted(shards.num_train, 'image', ',')} of {shards.source}; "
+        f"{counted(metric.unit.num_samples, 'sample', ',')} by {metric.unit.sampler}",
         verdict=_verdict(evaluation),
         warnings=evaluation.warnings,
         numbers=[_deciding(evaluation), *map(as_number, (*evaluation.guards, *evaluation.scores))],
@@ -121,7 +157,7 @@ def write_page(evaluation: Evaluation, model: TrainedModel, shards: ShardSet, pi
 
 
 def _deciding(evaluation: Evaluation) -> Number:
-    note = f"without the bias of {evaluation.metric.unit.num_samples:,} samples, by the jackknife: {evaluation.jackknifed:.4g}"
+    note = f"without the bias of {counted(evaluation.metric.unit.num_samples, 'sample', ',')}, by the jackknife: {evaluation.jackknifed:.4g}"
     return replace(as_number(evaluation.metric), note=note)
 
 
@@ -166,8 +202,8 @@ def _sections(evaluation: Evaluation, pictures: Pictures) -> list[Section]:
     if evaluation.memorisation is not None:
         copies = evaluation.memorisation
         verdict = (
-            f"{copies.copy_rate:.2%} of {copies.num_samples:,} samples (99 % bounds {copies.lower:.2%} and {copies.upper:.2%}) are nearer to one of "
-            f"{copies.num_searched:,} training images than {1 - copies.expected:.0%} of honest images are; about {copies.expected:.0%} is expected."
+            f"{copies.copy_rate:.2%} of {counted(copies.num_samples, 'sample', ',')} (99 % bounds {copies.lower:.2%} and {copies.upper:.2%}) are nearer to "
+            f"one of {copies.num_searched:,} training images than {1 - copies.expected:.0%} of honest images are; about {copies.expected:.0%} is expected."
         )
         sections.append(
             Section(

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from components.counts import counted
 from pipeline.artifacts import Evaluation, Memorisation, Metric, ShardSet, TrainedModel
+from pipeline.progress import duration
 from pipeline.registry.move import Move
 from pipeline.tracking import ui_fragment
 
@@ -66,7 +68,7 @@ def _headline(metric: Metric, move: Move | None) -> str:
     unit = metric.unit
     before = f" (champion v{move.contest.champion_version}: {move.contest.test.champion:.4g})" if move and move.contest else ""
     became = {"promoted": ": became champion", "kept": ": champion kept"}.get(move.kind, "") if move else ""
-    return f"{metric.name} {metric.value:.4g}{_error(metric)}{before}{became} - {unit.num_samples} samples, {unit.sampler}"
+    return f"{metric.name} {metric.value:.4g}{_error(metric)}{before}{became} - {counted(unit.num_samples, 'sample')}, {unit.sampler}"
 
 
 def _error(metric: Metric) -> str:
@@ -80,8 +82,8 @@ def _numbers(made: Made, move: Move | None) -> list[tuple[str, str]]:
         (metric.name, f"{metric.value:.4g}{_error(metric)} (95 %), a squared Frechet distance; lower is better"),
         (
             "unit",
-            f"{unit.extractor} ({unit.extractor_digest[:12]}), {unit.num_samples} samples from seed {unit.first_seed}, {unit.sampler}, "
-            f"against {unit.reference_count} images ({unit.reference_split}) of {unit.reference_digest[:16]}",
+            f"{unit.extractor} ({unit.extractor_digest[:12]}), {counted(unit.num_samples, 'sample')} from seed {unit.first_seed}, {unit.sampler}, "
+            f"against {counted(unit.reference_count, 'image')} ({unit.reference_split}) of {unit.reference_digest[:16]}",
         ),
     ]
     if move and move.contest:
@@ -107,12 +109,12 @@ def _origins(made: Made, address: Address) -> list[tuple[str, str]]:
     return [
         (
             "dataset",
-            f"[{shards.digest}]({artifacts}): {shards.num_rows} images of {size}{f', {held_out} held out' if held_out else ''}, "
+            f"[{shards.digest}]({artifacts}): {counted(shards.num_rows, 'image')} of {size}{f', {held_out} held out' if held_out else ''}, "
             f"{_quarantined(shards)}; from `{' '.join(shards.source.replace('`', ' ').split())}`",
         ),
         (
             "recipe",
-            f"{evaluation.step} steps from {model.start or 'fresh weights'}, loss {model.loss:.4g}, {model.parameters / 1e6:.2f} M parameters, "
+            f"{counted(evaluation.step, 'step')} from {model.start or 'fresh weights'}, loss {model.loss:.4g}, {model.parameters / 1e6:.2f} M parameters, "
             f"{model.precision}, "
             f"average `{evaluation.weights}`; config {model.config_digest}",
         ),
@@ -127,11 +129,6 @@ def _quarantined(shards: ShardSet) -> str:
     worst = sorted(shards.quarantined.items(), key=lambda item: (-item[1], item[0]))
     reasons = ", ".join(f"{count} {reason}" for reason, count in worst[:MOST_REASONS])
     return f"{shards.num_quarantined} quarantined ({reasons}{', ...' if len(worst) > MOST_REASONS else ''})"
-
-
-def duration(seconds: float) -> str:
-    """Returns a time for a person."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _how_to_load(address: Address) -> str:
@@ -160,7 +157,7 @@ def model_page(name: str, champion_page: str, moves: Sequence[Move]) -> str:
     if champion:
         head = head.replace(f'"models:/{name}/{champion}"', f'"models:/{name}@champion"')
     lines = ["", "", "| when | who | what | why |", "|---|---|---|---|"]
-    more = f"\nAll {len(moves)} moves: `ddpm models log {name}`\n"
+    more = f"\nAll {counted(len(moves), 'move')}: `ddpm models log {name}`\n"
     room = DESCRIPTION_LIMIT - len("\n".join([head, *lines])) - len(more)
     for move in list(reversed(moves))[:MOST_MOVES]:
         cells = (move.when[:16].replace("T", " "), move.who, _what(move), move.why)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from components.counts import counted
 from components.data.drift import CHANCE, Distance, Drift
 
 MOST_NAMED = 4
@@ -113,9 +114,9 @@ def check_budget(*, steps: int, global_batch_size: int, images_per_second: float
         return None
     affordable = math.floor(max_hours * 3600 / num_workers * images_per_second / global_batch_size)
     fewer = f"set retrain.steps to {affordable:,} or fewer, or raise it" if affordable else "not one step fits, so raise it"
-    workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
     return Finding(
         "stop",
         f"retrain.max_hours={max_hours:g} is less than the plan of {hours:.3g} device-hours: "
-        f"{steps:,} steps of {global_batch_size:,} images at {images_per_second:.4g} images/s on {workers}; {fewer}",
+        f"{counted(steps, 'step', ',')} of {counted(global_batch_size, 'image', ',')} at {images_per_second:.4g} images/s "
+        f"on {counted(num_workers, 'worker')}; {fewer}",
     )

@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, JsonValue
 from pydantic_core import from_json
 
+from components.counts import counted
 from pipeline.artifacts import Contest, Metric
-from pipeline.registry.page import duration
+from pipeline.progress import duration
 
 Outcome = Literal["promoted", "kept", "skipped", "stopped", "open", "abandoned", "failed"]
 MOST_WORDS, MOST_REASONS = 200, 4
@@ -130,7 +131,7 @@ def _training(summary: AttemptSummary) -> Facts:
     if summary.steps is None:
         return []
     hours = "" if summary.device_hours is None else f", {summary.device_hours:.3g} device-hours"
-    return [("training", f"{summary.steps:,} steps from {summary.start or 'fresh weights'}{hours}")]
+    return [("training", f"{counted(summary.steps, 'step', ',')} from {summary.start or 'fresh weights'}{hours}")]
 
 
 def _result(summary: AttemptSummary) -> Facts:
@@ -143,8 +144,8 @@ def _result(summary: AttemptSummary) -> Facts:
         (metric.name, f"{metric.value:.4g}{error}; lower is better"),
         (
             "unit",
-            f"{unit.extractor} ({unit.extractor_digest[:12]}), {unit.num_samples:,} samples from seed {unit.first_seed}, {unit.sampler}, "
-            f"against {unit.reference_count:,} images ({unit.reference_split}) of `{unit.reference_digest[:16]}`",
+            f"{unit.extractor} ({unit.extractor_digest[:12]}), {counted(unit.num_samples, 'sample', ',')} from seed {unit.first_seed}, {unit.sampler}, "
+            f"against {counted(unit.reference_count, 'image', ',')} ({unit.reference_split}) of `{unit.reference_digest[:16]}`",
         ),
     ]
     return [*facts, ("against the champion", contest.in_words)] if contest else facts

@@ -63,14 +63,15 @@ class Follower:
         self._ended.set()
         self._showing.join()
         self._tell_damaged()
-        self._delivering.join(LEAVING_S if in_haste(error) else LAST_DELIVERY_S)
+        with self._context.reporter.part("delivering metrics to MLflow"):
+            self._delivering.join(LEAVING_S if in_haste(error) else LAST_DELIVERY_S)
         self._late.set()
         if not self._complete:
             self._context.reporter.line(f"  [yellow]warning[/] MLflow has not got all metrics yet; they wait in {self._context.folder}")
 
     def _show(self) -> None:
         done = self._last_step()
-        with self._context.reporter.progress("train", self._steps, "steps", done) as advance:
+        with self._context.reporter.progress("train", self._steps, "steps", done, start="starting the workers") as advance:
             while not self._ended.wait(LOOK_LOCAL_S if self._context.folder.is_local else LOOK_REMOTE_S):
                 self._tell_damaged()
                 now = self._last_step()

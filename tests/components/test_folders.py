@@ -385,5 +385,5 @@ def test_a_folder_without_images_is_named(root: Location, names: list[str]):
         pytest.skip("there are no empty folders on S3")
     for name in names:
         (root / name).write_text("x")
-    with pytest.raises(DataError, match=rf"data\.source={root} holds no images but {'1 other files' if names else 'nothing'}"):
+    with pytest.raises(DataError, match=rf"data\.source={root} holds no images but {'1 other file;' if names else 'nothing'}"):
         listed(root)

@@ -171,10 +171,105 @@ def test_labels_of_any_type_become_text(root: Location, values: Sequence[object]
     assert labels_of(root) == [None] * 3
 
 
+LARGE = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
+CONTENTS = [encoded(0), encoded(1), encoded(0)]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(CONTENTS, pa.binary()),
+        pa.array(CONTENTS, pa.large_binary()),
+        pa.array(CONTENTS, pa.binary_view()),
+        pa.array(CONTENTS, pa.binary(7)),
+        pa.array(CONTENTS, pa.binary()).dictionary_encode(),
+        pa.array([{"bytes": content, "path": None} for content in CONTENTS], IMAGE),
+        pa.array([{"bytes": content, "path": None} for content in CONTENTS], LARGE),
+        pa.array([{"bytes": content} for content in CONTENTS], pa.struct([("bytes", pa.binary_view())])),
+    ],
+    ids=["binary", "large", "view", "fixed size", "dictionary", "struct", "large struct", "struct of view"],
+)
+@pytest.mark.parametrize("name", ["jpg", "anything"])
+def test_the_only_column_of_encoded_images_is_taken_whatever_its_type(tmp_path: Path, column: pa.Array, name: str):
+    write(Location.of(tmp_path / "a.parquet"), {"url": ["a", "b", "c"], "width": [1, 2, 3], name: column}, row_group_size=3)
+    source, listing = list_source(DataConfig(source=str(tmp_path)))
+    assert [source.fetch(item.path) for item in items_of(listing.table)] == CONTENTS
+
+
+@pytest.mark.parametrize(
+    ("columns", "taken"),
+    [
+        ({"jpg": [b"i"], "key": [b"k"], "sha": [b"s"]}, b"i"),
+        ({"image": pa.array([{"bytes": b"i", "path": None}], IMAGE), "jpg": [b"other"]}, b"i"),
+        ({"key": [b"k"], "PNG": [b"i"]}, b"i"),
+    ],
+    ids=["the usual name among bytes", "a struct before bytes", "in capitals"],
+)
+def test_among_several_columns_the_one_that_hubs_would_mean_is_taken(tmp_path: Path, columns: dict[str, Sequence[object]], taken: bytes):
+    write(Location.of(tmp_path / "a.parquet"), columns)
+    source, listing = list_source(DataConfig(source=str(tmp_path)))
+    assert [source.fetch(item.path) for item in items_of(listing.table)] == [taken]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"left": images(range(1)), "right": images(range(1))},
+            r"a\.parquet has 2 columns that may hold images; set data\.image_column to the .* left, right",
+        ),
+        ({"left": [b"x"], "right": [b"y"]}, r"set data\.image_column to the right one of left, right"),
+        ({"jpg": [b"x"], "png": [b"y"]}, r"set data\.image_column to the right one of jpg, png"),
+        ({"images": pa.array([[{"bytes": b"x", "path": None}]], pa.list_(IMAGE))}, r"column images holds lists of images, and a row is one image"),
+        ({"images": pa.array([[b"x"]], pa.large_list(pa.large_binary()))}, r"column images holds lists of images"),
+        ({"URL": ["http://a/b.jpg"], "TEXT": ["a cat"]}, r"column URL holds addresses; fetch the images first, such as by `img2dataset --input_format parquet"),
+        ({"image_url": pa.array(["http://a"], pa.large_string())}, r"column image_url holds addresses"),
+        ({"label": [1], "text": ["x"]}, r"it has label, text; an image column is of encoded bytes, or struct<bytes, path>"),
+    ],
+    ids=["two structs", "two of bytes", "two usual names", "list", "large list", "addresses", "large addresses", "nothing"],
+)
+def test_a_file_of_which_no_column_is_taken_says_what_would_be_right(tmp_path: Path, columns: dict[str, Sequence[object]], message: str):
+    write(Location.of(tmp_path / "a.parquet"), columns)
+    with pytest.raises(DataError, match=message):
+        list_source(DataConfig(source=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_labels_of_every_kind_of_text_are_read(tmp_path: Path, kind: pa.DataType):
+    write(Location.of(tmp_path / "a.parquet"), {"image": images(range(3)), "label": pa.array(["x", None, "x"], pa.string()).cast(kind)})
+    assert labels_of(Location.of(tmp_path)) == ["x", None, "x"]
+
+
+def test_rows_that_img2dataset_could_not_fetch_have_a_reason(tmp_path: Path):
+    write(Location.of(tmp_path / "00000.parquet"), {"jpg": [encoded(0), None], "status": ["success", "failed_to_download"]})
+    source, listing = list_source(DataConfig(source=str(tmp_path)))
+    assert source.fetch("00000.parquet#000000000") == encoded(0)
+    with pytest.raises(DataError, match="the row has no image bytes"):
+        source.fetch("00000.parquet#000000001")
+    assert len(listing) == 2
+
+
+def test_of_a_file_with_a_damaged_part_the_other_rows_are_read(tmp_path: Path):
+    contents = [np.random.default_rng(row).bytes(5000) for row in range(6)]
+    table = pa.table({"jpg": contents})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2, compression="none", use_dictionary=False, write_page_checksum=True)
+    raw = bytearray((tmp_path / "a.parquet").read_bytes())
+    raw[raw.find(contents[2]) + 100] ^= 1
+    (tmp_path / "a.parquet").write_bytes(raw)
+    source, listing = list_source(DataConfig(source=str(tmp_path)))
+    assert len(listing) == 6
+
+    def outcome(row: int) -> bytes | np.ndarray | str:
+        try:
+            return source.fetch(f"a.parquet#{row:09d}")
+        except DataError as error:
+            return error.reason
+
+    assert [outcome(row) for row in range(6)] == [*contents[:2], "unreadable", "unreadable", *contents[4:]]
+
+
 def test_plain_bytes_are_read_where_the_column_is_named(root: Location):
     write(root / "a.parquet", {"jpg": [encoded(0), encoded(1)], "other": [b"x", b"y"]})
-    with pytest.raises(DataError, match=r"a\.parquet has 0 columns of type struct<bytes, path>.*set data\.image_column"):
-        list_source(DataConfig(source=str(root)))
     with pytest.raises(DataError, match=r"data\.image_column=png is no image column of a\.parquet"):
         list_source(DataConfig(source=str(root), image_column="png"))
     source, listing = list_source(DataConfig(source=str(root), image_column="jpg"))

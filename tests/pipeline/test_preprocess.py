@@ -17,7 +17,7 @@ from PIL import Image
 from cluster.config import ClusterConfig
 from cluster.connect import connect, disconnect
 from components.data.reader import RowReader
-from components.data.shards import read_manifest, shard_location
+from components.data.shards import read_manifest, read_table, shard_location
 from components.errors import DataError
 from components.ingest.sources import DataConfig
 from components.storage import Location
@@ -268,3 +268,49 @@ def test_the_size_of_what_was_read_stands_in_the_lists(stage: Stage, tmp_path: P
     manifest = read_manifest(Location.of(receipt.path))
     assert manifest.source_bytes == sum(map(len, files[:-1]))
     assert pq.read_table(Path(receipt.path) / "quarantine.parquet")["bytes"].to_pylist() == [8]
+
+
+def images_of(folder: Path, *numbers: int) -> None:
+    for number in numbers:
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number:03d}.png")
+
+
+def rows_of(receipt: ShardSet) -> list[tuple[str, str]]:
+    """Returns path and split of every row."""
+    folder = Location.of(receipt.path)
+    table = read_table(folder / read_manifest(folder).rows_file)
+    return list(zip(table["source"].to_pylist(), table["split"].to_pylist(), strict=True))
+
+
+def test_only_the_split_to_train_on_is_a_dataset_and_the_receipt_says_so(stage: Stage, tmp_path: Path):
+    images_of(tmp_path / "source" / "train" / "a", 0, 1, 2)
+    images_of(tmp_path / "source" / "test" / "a", 3, 4)
+    receipt = stage(tmp_path / "source")
+    assert [path for path, _ in rows_of(receipt)] == ["train/a/000.png", "train/a/001.png", "train/a/002.png"]
+    assert (receipt.source_splits, receipt.source_split, receipt.holdout_split) == ({"train": 3, "test": 2}, "train", None)
+    again = stage(tmp_path / "source")
+    assert (again.digest, again.num_opened) == (receipt.digest, 0)
+
+
+@pytest.mark.parametrize("duplicates", ["drop", "keep"])
+@pytest.mark.parametrize("held", ["test", "validation"])
+def test_what_is_held_out_is_not_trained_on_even_where_both_splits_have_it(stage: Stage, tmp_path: Path, held: str, duplicates: str):
+    images_of(tmp_path / "source" / "train" / "a", 0, 1, 2, 3)
+    images_of(tmp_path / "source" / held / "a", 3, 4)
+    receipt = stage(tmp_path / "source", holdout_split=held, duplicates=duplicates)
+    by_split = {split: {path[-7:] for path, found in rows_of(receipt) if found == split} for split in ("train", "holdout")}
+    assert by_split == {"train": {"000.png", "001.png", "002.png"}, "holdout": {"003.png", "004.png"}}
+    assert receipt.num_train == 3
+    assert receipt.holdout_split == held
+
+
+def test_a_split_that_is_held_out_later_moves_without_being_decoded_again(stage: Stage, tmp_path: Path):
+    images_of(tmp_path / "source" / "train" / "a", 0, 1, 2)
+    images_of(tmp_path / "source" / "test" / "a", 3, 4)
+    whole = stage(tmp_path / "source", split="all")
+    assert whole.num_rows == whole.num_train == 5
+    later = stage(tmp_path / "source", holdout_split="test")
+    assert (later.num_rows, later.num_train, later.num_decoded) == (5, 3, 0)
+    fresh = stage(tmp_path / "source", storage="other", holdout_split="test")
+    assert (fresh.digest, pixels_of(fresh).tobytes()) == (later.digest, pixels_of(later).tobytes())

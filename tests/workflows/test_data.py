@@ -154,7 +154,7 @@ def test_diff_prints_what_happened_and_equal_where_nothing_did(run: Run, storage
     assert code == 0
     assert "rows added" in text
     assert "dog/new" in text
-    assert "14 rows have path and content as before" in text
+    assert "14 rows with path and content as before" in text
     facts = json.loads(run("data", "diff", "one", "other", "--json")[1])
     assert (facts["equal"], facts["before"]["name"], facts["after"]["name"]) == (False, "one", "other")
     assert facts["rows"]["removed"] == {"count": 1, "by": {"cat": 1}, "examples": ["cat/0"]}
