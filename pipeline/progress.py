@@ -65,7 +65,9 @@ class Pace:
 
     def __str__(self) -> str:
         rate = self.per_second
-        return "starting" if rate is None else f"{rate:.3g} per second, {duration(max(0, self.total - self.done) / rate)} left"
+        if rate is None:
+            return "starting"
+        return f"{f'{rate:.3g}' if rate < 1000 else f'{rate:,.0f}'} per second, {duration(max(0, self.total - self.done) / rate)} left"
 
 
 def duration(seconds: float) -> str:

@@ -33,6 +33,10 @@ def heeding_requests_to_end(*outputs: int) -> Iterator[None]:
     try:
         with _watching(outputs, hang_up=before[signal.SIGHUP] != signal.SIG_IGN):
             yield
+    except KeyboardInterrupt as interrupt:
+        if answer.asked:  # Ray raises a KeyboardInterrupt of its own for whatever interrupts its waiting
+            raise Terminated from interrupt
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -42,12 +46,12 @@ class _Answer:
     """Raises; a second SIGHUP does not, for a terminal that closes sends several, and the command is on its way out already."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP and self._asked:
+        if number == signal.SIGHUP and self.asked:
             return
-        self._asked = True
+        self.asked = True
         raise Terminated
 
 

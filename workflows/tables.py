@@ -38,11 +38,7 @@ def print_summary(out: IO[str], reports: Mapping[StageName, StageReport], name: 
 def _result(report: StageReport) -> str:
     receipt = report.receipt
     if isinstance(receipt, ShardSet):
-        bad = f", {receipt.num_quarantined} quarantined" if receipt.num_quarantined else ""
-        held_out = f", {receipt.num_rows - receipt.num_train} of them held out" if receipt.num_rows > receipt.num_train else ""
-        known = f", {receipt.num_listed - receipt.num_opened} known before" if receipt.num_opened and receipt.num_opened < receipt.num_listed else ""
-        split = f" of split {receipt.source_split}" if receipt.source_split else ""
-        return f"{counted(receipt.num_rows, 'image')}{split}{held_out} in {counted(receipt.num_shards, 'shard')}{bad}{known}, dataset {receipt.digest}"
+        return _dataset(receipt)
     if isinstance(receipt, TrainedModel):
         how = f"{count(receipt.num_workers, 'worker')}, {receipt.precision}"
         return f"{counted(receipt.steps, 'step')}, loss {receipt.loss:.4g}, {receipt.images_per_second:.0f} images/s, {how}"
@@ -50,6 +46,20 @@ def _result(report: StageReport) -> str:
         return ", ".join(f"{metric.name} = {metric.value:.4g}{_error(metric)}" for metric in (receipt.metric, *receipt.guards))
     assert isinstance(receipt, Registration)
     return f"{receipt.model_name} version {receipt.version}{', champion' if receipt.promoted else ''}: {receipt.decision}"
+
+
+def _dataset(receipt: ShardSet) -> str:
+    bad = f", {receipt.num_quarantined} quarantined" if receipt.num_quarantined else ""
+    known = f", {receipt.num_listed - receipt.num_opened} known before" if receipt.num_opened and receipt.num_opened < receipt.num_listed else ""
+    return f"{_images(receipt)} in {counted(receipt.num_shards, 'shard')}{bad}{known}, dataset {receipt.digest}"
+
+
+def _images(receipt: ShardSet) -> str:
+    held_out = receipt.num_rows - receipt.num_train
+    if receipt.holdout_split is not None:
+        return f"{counted(receipt.num_train, 'image')} of split {receipt.source_split}, {held_out} of {receipt.holdout_split} held out"
+    split = "" if receipt.source_split is None else f" of split {receipt.source_split}"
+    return f"{counted(receipt.num_rows, 'image')}{split}{f', {held_out} of them held out' if held_out else ''}"
 
 
 def _error(metric: Metric) -> str:

@@ -53,7 +53,7 @@ class SourceSplits:
     def in_words(self) -> str:
         """What becomes of each."""
         fate = {self.used: "trained on", self.held_out: "held out"}
-        return "; ".join(f"{split} ({counted(count, 'file')}): {fate.get(split, 'left out')}" for split, count in self.files.items())
+        return "; ".join(f"{split} ({counted(count, 'file', ',')}): {fate.get(split, 'left out')}" for split, count in self.files.items())
 
 
 def split_of_file(path: str) -> str:

@@ -38,7 +38,11 @@ def test_until_there_is_a_rate_it_says_starting():
 
 
 def test_what_came_before_the_first_step_is_no_part_of_the_rate():
-    assert str(paced(3000, (36, 50), (2, 50), (2, 50))) == "25 per second, 114 s left".replace("114 s", "2 min")
+    assert str(paced(3000, (36, 50), (2, 50), (2, 50))) == "25 per second, 2 min left"
+
+
+def test_a_large_rate_is_a_plain_number():
+    assert str(paced(60_000, (2, 5880), (1, 5880), (1, 5880))) == "5,880 per second, 7 s left"
 
 
 def test_what_an_earlier_call_did_is_no_part_of_the_rate():

@@ -78,6 +78,23 @@ def test_a_terminal_that_sends_more_than_one_hangup_does_not_disturb_the_way_out
     assert tidied
 
 
+def test_what_a_library_raises_in_place_of_the_request_is_the_request():
+    def wait_as_ray_does() -> None:
+        try:
+            send(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(Terminated), heeding_requests_to_end():
+        wait_as_ray_does()
+
+
+def test_ctrl_c_is_no_request_to_end():
+    with pytest.raises(KeyboardInterrupt) as interrupt, heeding_requests_to_end():
+        raise KeyboardInterrupt
+    assert not isinstance(interrupt.value, Terminated)
+
+
 def test_a_second_sigterm_ends_the_way_out_too():
     with heeding_requests_to_end():
         with pytest.raises(Terminated):
