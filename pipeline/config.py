@@ -17,6 +17,7 @@ from components.ingest.sources import DataConfig
 from components.model.config import UNetConfig
 from pipeline.errors import ConfigError
 from pipeline.measurement.bench import EvaluateConfig
+from pipeline.names import check_paths
 from pipeline.register import RegistryConfig
 from pipeline.retraining.config import RetrainConfig
 from pipeline.training.plan import TrainConfig
@@ -58,6 +59,7 @@ class RunConfig(BaseModel):
         if train.lanes % workers:
             raise ValueError(f"cluster.num_workers={workers} does not divide train.lanes={train.lanes}; use a divisor, or other lanes")
         self._check_recipe()
+        check_paths({"data.source": self.data.source, "data.root": self.data.root, **_paths(self.evaluate, self.cluster)})
         return self
 
     def _check_recipe(self) -> None:
@@ -84,7 +86,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(detail)) for detail in error.errors())) from error
+        raise ConfigError(*(_explain(dict(detail)) for detail in error.errors())) from error
 
 
 def load_sections(base: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) -> tuple[EvaluateConfig, ClusterConfig]:
@@ -102,7 +104,7 @@ def load_sections(base: Mapping[str, Mapping[str, Any]], overrides: Sequence[str
     try:
         sections = _Sections.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(detail)) for detail in error.errors())) from error
+        raise ConfigError(*(_explain(dict(detail)) for detail in error.errors())) from error
     return sections.evaluate, sections.cluster
 
 
@@ -111,6 +113,17 @@ class _Sections(BaseModel):
 
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+    @model_validator(mode="after")
+    def _check_paths(self) -> Self:
+        check_paths(_paths(self.evaluate, self.cluster))
+        return self
+
+
+def _paths(evaluate: EvaluateConfig, cluster: ClusterConfig) -> dict[str, str | None]:
+    """Returns the settings of two sections that name files, by key."""
+    files = {f"evaluate.{key}": getattr(evaluate, key) for key in ("inception_weights", "dinov2_weights", "reference")}
+    return {**files, "cluster.storage": cluster.storage, "cluster.cache": cluster.cache}
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
