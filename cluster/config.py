@@ -10,7 +10,10 @@ Strategy = Literal["pack", "spread", "strict_pack", "strict_spread"]
 
 
 class ClusterError(Exception):
-    """Raised when a run cannot be placed. The message names the setting and says what would be right."""
+    """Raised when a run cannot be placed. The message, or each of several, names the setting and says what would be right."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class HeadLostError(ClusterError):

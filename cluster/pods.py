@@ -1,5 +1,6 @@
 """The pods of a Ray cluster on Kubernetes: a head that does no work, a group that trains and samples, a group that preprocesses."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,27 @@ class Job:
     def labels(self) -> dict[str, str]:
         """Labels of every object and pod."""
         return {"app.kubernetes.io/name": "ddpm", "app.kubernetes.io/instance": self.name}
+
+
+_NAME_LIMITS = {"namespace": 63, "queue": 63, "secret": 253, "claim": 253, "service_account": 253}
+"""Characters: a namespace is a DNS label, a queue's name the value of a label, the others are DNS subdomains."""
+_PART = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+_NAME = re.compile(rf"{_PART}(\.{_PART})*")
+
+
+def check_names(job: Job) -> None:
+    """Checks the names of objects that a person says are there, which the API server would refuse only when the manifest is applied.
+
+    Raises:
+        ClusterError: naming the option of the first that Kubernetes cannot hold.
+    """
+    for key, most in _NAME_LIMITS.items():
+        name, has_dots = getattr(job, key), key != "namespace"
+        if name is not None and (not _NAME.fullmatch(name) or len(name) > most or ("." in name and not has_dots)):
+            right = f"use up to {most} small letters and digits, with '-'{' and dots' if has_dots else ''} between them"
+            raise ClusterError(f"--{key.replace('_', '-')} {name} is no name in Kubernetes; {right}")
+    if not re.fullmatch(r"[!-~]{1,500}", job.image):
+        raise ClusterError(f"--image {job.image} is no image; use REGISTRY/NAME:TAG")
 
 
 def check_storage(job: Job) -> None:

@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import DataError
+from .names import why_no_path
 from .scratch import scratch
 
 if TYPE_CHECKING:
@@ -36,8 +38,14 @@ class Location:
 
     @classmethod
     def of(cls, address: str | Path) -> "Location":
-        """Returns the location that a person wrote: `~` and relative paths are resolved against this machine and folder."""
+        """Returns the location that a person wrote: `~` and relative paths are resolved against this machine and folder.
+
+        Raises:
+            DataError: if no file system can hold it.
+        """
         text = str(address)
+        if wrong := why_no_path(text):
+            raise DataError(f"{text} {wrong}", "no_path")
         return cls(text.rstrip("/")) if text.startswith(_REMOTE) else cls(str(Path(text).expanduser().absolute()))
 
     def __str__(self) -> str:

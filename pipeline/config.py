@@ -15,10 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.config import ClusterConfig
 from components.diffusion.config import DiffusionConfig
+from components.errors import DataError
 from components.ingest.sources import DataConfig, address_of
 from components.model.config import UNetConfig
 from pipeline.errors import ConfigError
 from pipeline.measurement.bench import EvaluateConfig
+from pipeline.names import check_paths
 from pipeline.register import RegistryConfig
 from pipeline.retraining.config import RetrainConfig
 from pipeline.training.plan import TrainConfig
@@ -61,6 +63,7 @@ class RunConfig(BaseModel):
         if train.lanes % workers:
             raise ValueError(f"cluster.num_workers={workers} does not divide train.lanes={train.lanes}; use a divisor, or other lanes")
         self._check_recipe()
+        check_paths({"data.source": self.data.source, "data.root": self.data.root, **_paths(self.evaluate, self.cluster)})
         return self
 
     def _check_recipe(self) -> None:
@@ -90,7 +93,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(detail)) for detail in error.errors())) from error
+        raise ConfigError(*(_explain(dict(detail)) for detail in error.errors())) from error
 
 
 def _source(tree: Mapping[str, Mapping[str, Any]]) -> str:
@@ -100,7 +103,7 @@ def _source(tree: Mapping[str, Mapping[str, Any]]) -> str:
 def _address(source: str) -> str:
     try:
         return address_of(source)
-    except RuntimeError:  # `~name` of nobody, which the stage refuses
+    except DataError:  # no path, which the validation names
         return source
 
 
@@ -135,7 +138,7 @@ def load_sections(base: Mapping[str, Mapping[str, Any]], overrides: Sequence[str
     try:
         sections = _Sections.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(detail)) for detail in error.errors())) from error
+        raise ConfigError(*(_explain(dict(detail)) for detail in error.errors())) from error
     return sections.evaluate, sections.cluster
 
 
@@ -144,6 +147,17 @@ class _Sections(BaseModel):
 
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+    @model_validator(mode="after")
+    def _check_paths(self) -> Self:
+        check_paths(_paths(self.evaluate, self.cluster))
+        return self
+
+
+def _paths(evaluate: EvaluateConfig, cluster: ClusterConfig) -> dict[str, str | None]:
+    """Returns the settings of two sections that name files, by key."""
+    files = {f"evaluate.{key}": getattr(evaluate, key) for key in ("inception_weights", "dinov2_weights", "reference")}
+    return {**files, "cluster.storage": cluster.storage, "cluster.cache": cluster.cache}
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

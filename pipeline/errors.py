@@ -2,7 +2,10 @@
 
 
 class ConfigError(Exception):
-    """Raised when a setting is wrong. The message names the key, the value, and what would be right."""
+    """Raised when a setting is wrong. The message, or each of several, names the key, the value, and what would be right."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class RegistryError(Exception):

@@ -85,8 +85,7 @@ def list_source(config: DataConfig, storage: Location) -> Listed:
     Raises:
         DataError: if the source cannot be read or is empty.
     """
-    folder = Path(config.source).expanduser()
-    if storage.is_local and folder.is_dir() and storage.path.resolve().is_relative_to(folder.resolve()):
+    if _holds(Path(config.source).expanduser(), storage):
         raise DataError(f"data.source={config.source} holds the storage root {storage}, whose pictures are no data; set cluster.storage to a folder outside it")
     downloads = str(storage / "downloads") if storage.is_local else str(Path(tempfile.gettempdir()) / "ddpm-downloads")
     source, listing = look_at(config, downloads)
@@ -100,6 +99,12 @@ def list_source(config: DataConfig, storage: Location) -> Listed:
 def _told(listing: Listing) -> list[object]:
     """Returns what becomes of a source's splits, for digests; nothing where it has none, so that digests from before splits were seen stay the same."""
     return [] if listing.splits is None else [dict(listing.splits.files), listing.splits.used, listing.splits.held_out]
+
+
+def _holds(folder: Path, storage: Location) -> bool:
+    with contextlib.suppress(OSError):  # what cannot be looked at is told by the look at the source
+        return storage.is_local and folder.is_dir() and storage.path.resolve().is_relative_to(folder.resolve())
+    return False
 
 
 def preprocess(config: DataConfig, listed: Listed, *, context: StageContext, anew: bool = False) -> ShardSet:

@@ -42,7 +42,7 @@ def check_cluster(cluster: ClusterConfig, needed: Mapping[str, str | None], stor
         answers, failures = ask_every_node(nodes, look_from_node, (str(folder), token, paths), ANSWER_S)
         unseen = [Failure(node, "wrote a file that this process does not see") for node in nodes if node.id in answers and not _left_its_mark(folder, node)]
     if failures or unseen:
-        raise ClusterError("\n".join(_explain(failure, cluster) for failure in [*failures, *unseen]))
+        raise ClusterError(*(_explain(failure, cluster) for failure in [*failures, *unseen]))
     _check_versions(nodes, answers)
     return cluster.model_copy(update={"accelerator": "gpu" if placement.use_gpu else "cpu"})
 

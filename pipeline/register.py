@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from components.names import why_no_model_name
 from pipeline.artifacts import Contest, Evaluation, Metric, Registration, ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.lease import alone
@@ -42,10 +43,17 @@ class RegistryConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    model_name: str = Field("ddpm", pattern=r"^[A-Za-z0-9._ -]+$")
+    model_name: str = "ddpm"
     """Name in the model registry, in which runs compete; by default `ddpm-` and the preset's name, or that of `data.source` where another one is given."""
     min_gain: float = Field(0.0, ge=0.0)
     """How much lower than the champion's a candidate's metric must be, in the metric's unit."""
+
+    @field_validator("model_name")
+    @classmethod
+    def _holdable(cls, name: str) -> str:
+        if wrong := why_no_model_name(name):
+            raise ValueError(f"{name!r} {wrong} (where it is not set, it follows from the preset's file name)")
+        return name
 
 
 def register(

@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError
 from pipeline.lease import HeldError, alone, held
 from pipeline.measurement.contest import Contender, contest
 from pipeline.measurement.extractors import check_extractor, check_files
+from pipeline.names import check_cache, check_namesake
 from pipeline.ray_session import ray_session
 from pipeline.ready import check_cluster
 from pipeline.registry.decide import Champion
@@ -153,6 +154,7 @@ def run(
         ConfigError, DataError, ClusterError, RegistryError: before anything expensive starts where possible.
     """
     storage = check_storage(config.cluster.storage)
+    check_namesake(storage / "runs", name)
     reporter = reporter or Reporter()
     pipeline = Pipeline(config, name, start_from, reporter, storage, {}, given=given)
     with one_process(storage / "runs" / name, name, reporter if until == "preprocess" else None):
@@ -160,6 +162,8 @@ def run(
             with reporter.part(LISTING):
                 pipeline.listed = preprocess_stage.list_source(config.data, storage)
         check_files(config.evaluate)
+        if config.cluster.address == "local":
+            check_cache(config.cluster.cache, is_used=not storage.is_local)
         tracking = connect(storage) if until != "preprocess" else None
         (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(public_tree(config), sort_keys=False))
         with ray_session(config.cluster, storage, name, reporter.line):
@@ -338,8 +342,8 @@ def check_storage(storage: str) -> Location:
     """
     try:
         root = Location.of(storage)
-    except RuntimeError as error:
-        raise ConfigError(f"cluster.storage={storage} names no folder ({error}); write the path out") from error
+    except DataError as error:
+        raise ConfigError(f"cluster.storage={error}") from error
     probe = root / f".write-{uuid.uuid4().hex[:8]}"
     try:
         probe.write_text("." * PROBE_BYTES)

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from workflows.data import data_app
 from workflows.ending import Terminated, heeding_requests_to_end
 from workflows.models import models_app
+from workflows.options import Commands
 from workflows.schedule.command import schedule_app
 from workflows.streams import open_missing, stdout_to_stderr, unread_is_fine
 
@@ -26,7 +26,7 @@ PRESETS = Path(__file__).with_name("presets")
 PACKAGES = ("components", "cluster", "pipeline", "workflows")
 USER_ERROR, INTERRUPTED, RESUME = 2, 130, 75  # 75: EX_TEMPFAIL of sysexits.h, which asks for another try
 
-app = typer.Typer(
+app = Commands(
     name="ddpm",
     help="Train diffusion models on a folder of images and keep the best one in a registry.\n\nStart with [bold]ddpm run digits[/].",
     no_args_is_help=True,
@@ -35,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-jobs_app = typer.Typer(
+jobs_app = Commands(
     name="jobs",
     help="Runs on a cluster: list, status, logs, stop.",
     no_args_is_help=True,
@@ -241,9 +241,10 @@ def jobs_stop(run_name: JobName, address: Address) -> None:
 @app.command(rich_help_panel="Look")
 def config(preset: Preset, overrides: Overrides = None) -> None:
     """Print every setting with its meaning, and the digest of those that decide the result."""
+    from pipeline.config import load_config
     from workflows.tables import print_config
 
-    print_config(_load(preset, overrides, None)[0])
+    print_config(load_config(find_preset(preset), overrides or []))
 
 
 @app.command(rich_help_panel="Use")
@@ -255,14 +256,17 @@ def sample(
     sampler: Annotated[str, typer.Option(help="ddim, ancestral, dpmpp_2m or unipc.")] = "ddim",
     label: Annotated[str | None, typer.Option(help="Class to draw, by name or number, of a conditional model; all by turns by default.")] = None,
     guidance: Annotated[float, typer.Option(help="Weight of the class in classifier-free guidance; 1 is none.")] = 1.0,
-    out: Annotated[Path, typer.Option(help="Picture to write: PNG.")] = Path("grid.png"),
+    out: Annotated[str, typer.Option(metavar="FILE", help="Picture to write: PNG. Its folder must be there.")] = "grid.png",
     storage: Storage = "./storage",
 ) -> None:
     """Draw a grid of images from a registered model or a checkpoint."""
+    from workflows.options import file_to_write, storage_of
+
+    file, root = file_to_write("--out", out, ".png"), storage_of(storage)
     from workflows.sample import draw_grid
 
     with stdout_to_stderr() as stdout:
-        draw_grid(model, num=num, steps=steps, seed=seed, sampler=sampler, out=out, storage=storage, label=label, guidance=guidance)
+        draw_grid(model, num=num, steps=steps, seed=seed, sampler=sampler, out=file, storage=root, label=label, guidance=guidance)
         stdout.write(f"{out}\n")
 
 
@@ -277,20 +281,22 @@ def compare_command(
     samplers: Annotated[str, typer.Option(help="Samplers, separated by commas: ddim, ancestral, dpmpp_2m, unipc.")] = "",
     steps: Annotated[str, typer.Option(help="Numbers of steps, separated by commas; each with every sampler.")] = "",
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A setting of the sections evaluate and cluster.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("compare"),
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Folder for the page and its pictures, made in one that is there.")] = "compare",
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON, as the only thing on stdout.")] = False,
     storage: Storage = "./storage",
 ) -> None:
     """Draw models from the same seeds and measure them in one unit: a table with intervals, and a picture side by side."""
     from pipeline.errors import ConfigError
     from workflows.compare import Wanted, compare_models, print_comparison, to_json
+    from workflows.options import folder_to_write, storage_of
 
     numbers = [part.strip() for part in steps.split(",") if part.strip()]
     if wrong := [part for part in numbers if not part.isdigit()]:
         raise ConfigError(f"--steps {wrong[0]} is no number; write such as 5,10,20")
     names = [part.strip() for part in samplers.split(",") if part.strip()]
+    folder, _ = folder_to_write("--out", out), storage_of(storage)
     with stdout_to_stderr() as stdout:
-        comparison, page = compare_models(Wanted(models, dataset, names, [int(number) for number in numbers], settings or [], out, storage))
+        comparison, page = compare_models(Wanted(models, dataset, names, [int(number) for number in numbers], settings or [], folder, storage))
         stdout.write(to_json(comparison, page) + "\n") if as_json else print_comparison(stdout, comparison, page)
 
 
@@ -318,16 +324,19 @@ def verify_resume_command(
 @app.command(rich_help_panel="Look")
 def reference(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's folder, or how its name or digest begins.")],
-    out: Annotated[str, typer.Option(help="File to write, a path or s3://BUCKET/KEY: .npz with mu and sigma.")] = "stats.npz",
+    out: Annotated[str, typer.Option(metavar="FILE", help="File to write, in a folder that is there, or s3://BUCKET/KEY: .npz of mu and sigma.")] = "stats.npz",
     split: Annotated[str, typer.Option(help="train or holdout.")] = "train",
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Such as evaluate.extractor=inception.")] = None,
     storage: Storage = "./storage",
 ) -> None:
     """Write a dataset's feature statistics to a file, as the field exchanges them."""
+    from workflows.options import address_to_write, storage_of
+
+    target, _ = address_to_write("--out", out), storage_of(storage)
     from workflows.compare import write_statistics
 
     with stdout_to_stderr() as stdout:
-        stdout.write(write_statistics(dataset, out, split, settings or [], storage) + "\n")
+        stdout.write(write_statistics(dataset, target, out, split, settings or [], storage) + "\n")
 
 
 @app.command(rich_help_panel="Cluster")
@@ -345,14 +354,16 @@ def manifest(
     claim: Annotated[str | None, typer.Option(help="ReadWriteMany claim to mount at cluster.storage.")] = None,
     service_account: Annotated[str | None, typer.Option(help="Service account of head and workers.")] = None,
     gpus_per_pod: Annotated[int, typer.Option(min=1, help="GPUs, and with them training workers, of one pod.")] = 1,
-    code: Annotated[Path | None, typer.Option(metavar="ZIP", help="Write the code to this file, for kustomize, and not into the manifest.")] = None,
+    code: Annotated[str | None, typer.Option(metavar="ZIP", help="Write the code to this file, for kustomize, and not into the manifest.")] = None,
 ) -> None:
     """Print Kubernetes manifests of a run: the code travels in them, secrets do not."""
     config, run_name = _load(preset, overrides, name)
     from cluster.pods import DEFAULT_IMAGE
     from workflows.manifest import Options, print_manifest
+    from workflows.options import file_to_write
 
-    options = Options(image or DEFAULT_IMAGE, namespace, queue, schedule, time_zone, secret, claim, service_account, gpus_per_pod, code)
+    zip_file = None if code is None else file_to_write("--code", code)
+    options = Options(image or DEFAULT_IMAGE, namespace, queue, schedule, time_zone, secret, claim, service_account, gpus_per_pod, zip_file)
     with stdout_to_stderr() as stdout:
         print_manifest(stdout, kind, config, run_name, options)
 
@@ -360,21 +371,19 @@ def manifest(
 @app.command(rich_help_panel="Look")
 def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000, storage: Storage = "./storage") -> None:
     """Serve MLflow's pages on this machine: runs, curves, pictures, models."""
-    from components.storage import Location
+    from workflows.options import storage_of
     from workflows.ui import serve
 
-    serve(Location.of(storage), port)
+    serve(storage_of(storage), port)
 
 
 def _load(preset: str, overrides: list[str] | None, name: str | None) -> "tuple[RunConfig, str]":
     """Returns the validated config and the run's name."""
     from pipeline.config import load_config
-    from pipeline.errors import ConfigError
+    from workflows.options import run_name_of
 
     path = find_preset(preset)
-    run_name = name or path.stem
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
-        raise ConfigError(f"--name {run_name} is no run name; use letters, digits, '.', '_' and '-'")
+    run_name = run_name_of(name, path)
     return load_config(path, overrides or []), run_name
 
 
@@ -387,8 +396,9 @@ def find_preset(preset: str) -> Path:
     from pipeline.errors import ConfigError
 
     for path in (Path(preset), PRESETS / f"{preset}.yaml"):
-        if path.is_file():
-            return path
+        with contextlib.suppress(OSError):  # too long for a name, or not to be looked at
+            if path.is_file():
+                return path
     names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
     raise ConfigError(f"preset {preset} is neither a file nor one of {names}; name one of these or the path of a YAML file")
 
@@ -413,7 +423,9 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, _user_errors()):
             raise
-        for line in str(error).splitlines():
+        from workflows.messages import lines_of
+
+        for line in lines_of(error):
             typer.echo(f"error: {line}", err=True)
         _leave(error)
 

@@ -103,7 +103,7 @@ def compare_models(wanted: Wanted) -> tuple[Comparison, Path]:
 
 def _hand_over(staging: Path, out: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(exist_ok=True)
         for file in staging.iterdir():
             shutil.copyfile(file, out / file.name)
     except OSError as error:
@@ -246,8 +246,11 @@ def to_json(comparison: Comparison, page: Path) -> str:
     return json.dumps({"results": results, "floor": comparison.floor, "page": str(page)}, indent=2)
 
 
-def write_statistics(dataset: str, out: str, split: str, settings: Sequence[str], storage: str) -> str:
+def write_statistics(dataset: str, out: Location, called: str, split: str, settings: Sequence[str], storage: str) -> str:
     """Writes a split's statistics by the extractor that decides as a file that others read; returns a line that says what they are.
+
+    Args:
+        called: what the person called the file.
 
     Raises:
         ConfigError: if a setting is wrong, or the file cannot be written.
@@ -267,7 +270,7 @@ def write_statistics(dataset: str, out: str, split: str, settings: Sequence[str]
     with ray_session(cluster, root, context.run_name, context.reporter.line), open_bench(config, shards, context) as bench:
         reals = bench.reals(0, "train" if split == "train" else "holdout")
     try:
-        reals.reference.save(Location.of(out))
+        reals.reference.save(out)
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({error.strerror}); name a file in a folder with write permission") from error
-    return f"{out}: mu and sigma of {reals.identity.name} over {counted(reals.num_rows, f'{split} image')} of dataset {found.manifest.digest}"
+        raise ConfigError(f"--out {called} cannot be written ({error.strerror}); name a file in a folder with write permission") from error
+    return f"{called}: mu and sigma of {reals.identity.name} over {counted(reals.num_rows, f'{split} image')} of dataset {found.manifest.digest}"

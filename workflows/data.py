@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from components.counts import counted
+from workflows.options import Commands, file_to_write, storage_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 MOST_LABELS, MOST_PARTS = 20, 6
 WIDTH, BAR_WIDTH = 140, 40
 
-data_app = typer.Typer(
+data_app = Commands(
     name="data",
     help="Datasets: list, show, diff.",
     no_args_is_help=True,
@@ -41,9 +42,8 @@ _MEANT = "A dataset's folder, or how its name or digest begins, as `ddpm data li
 def list_datasets(storage: Storage = "./storage", as_json: AsJson = False) -> None:
     """List the datasets below a storage root, newest last."""
     from components.data.catalog import Catalog
-    from components.storage import Location
 
-    catalog = Catalog.of(Location.of(storage))
+    catalog = Catalog.of(storage_of(storage))
     for error in catalog.unreadable.values():
         typer.echo(f"warning: {error}", err=True)
     if as_json:
@@ -57,22 +57,22 @@ def list_datasets(storage: Storage = "./storage", as_json: AsJson = False) -> No
 @data_app.command()
 def show(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help=_MEANT)],
-    out: Annotated[Path, typer.Option(help="Contact sheet to write: PNG.")] = Path("contact.png"),
+    out: Annotated[str, typer.Option(metavar="FILE", help="Contact sheet to write: PNG. Its folder must be there.")] = "contact.png",
     storage: Storage = "./storage",
     as_json: AsJson = False,
 ) -> None:
     """Say what a dataset holds and what was left out of it, and draw some of its images."""
     from components.data.catalog import find_dataset
     from components.data.summary import quarantine_by_reason
-    from components.storage import Location
 
-    found = find_dataset(dataset, Location.of(storage))
+    file = file_to_write("--out", out, ".png")
+    found = find_dataset(dataset, storage_of(storage))
     reasons = quarantine_by_reason(found.folder, found.manifest)
-    _save_sheet(found, out)
+    _save_sheet(found, file)
     if as_json:
-        _print_json(_facts(found, reasons, out))
+        _print_json(_facts(found, reasons, file))
     else:
-        _print_facts(found, reasons, out)
+        _print_facts(found, reasons, file)
 
 
 @data_app.command()
@@ -85,9 +85,8 @@ def diff(
     """Say what changed from one dataset to another: rows, labels, splits, quarantine, recipe."""
     from components.data.catalog import find_dataset
     from components.data.changes import changes
-    from components.storage import Location
 
-    root = Location.of(storage)
+    root = storage_of(storage)
     one, other = find_dataset(before, root), find_dataset(after, root)
     found = changes(one, other)
     if as_json:
@@ -100,11 +99,8 @@ def _save_sheet(dataset: "Dataset", out: Path) -> None:
     from components.data.summary import dataset_sheet
     from pipeline.errors import ConfigError
 
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"--out {out} is no PNG file; use a name that ends in .png")
     sheet = dataset_sheet(dataset.folder, dataset.manifest)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(out)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror}); name a file in a folder with write permission") from error

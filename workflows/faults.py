@@ -221,12 +221,12 @@ class Ordeal:
         finally:
             family.kill()
         if code and len(self.struck) == before:
-            raise ConfigError(f"the training ended with exit code {code} by itself; its last lines:\n{self._last_lines()}")
+            raise ConfigError(f"the training ended with exit code {code} by itself; its last lines:", *self._last_lines())
         self.gave_up += code != 0
         return code == 0
 
-    def _last_lines(self) -> str:
-        return "\n".join(self.trial.log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
+    def _last_lines(self) -> list[str]:
+        return self.trial.log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
 
     def _note_progress(self, *, ended: bool = False) -> None:
         """Looks how far the curve has come, and which faults are behind it."""

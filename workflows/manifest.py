@@ -10,11 +10,12 @@ import yaml
 
 from cluster.manifests import CODE_NAME, RAYCRONJOB_NOTES, code_map, code_name, cronjob, kubernetes_name, raycluster, raycronjob, rayjob, to_yaml
 from cluster.package import pack
-from cluster.pods import DEFAULT_IMAGE, Job
+from cluster.pods import DEFAULT_IMAGE, Job, check_names
 from components.ingest.sources import TORCHVISION
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
 from pipeline.tracking import git_commit
+from workflows.schedule.plan import check_zone
 from workflows.settings import paths_of, travelling_settings
 
 KINDS = ("rayjob", "raycluster", "raycronjob", "cronjob")
@@ -48,6 +49,7 @@ def print_manifest(stdout: IO[str], kind: str, config: RunConfig, run_name: str,
         raise ConfigError(f"manifest {kind} is no kind; use one of {', '.join(KINDS)}")
     if len(options.schedule.split()) != 5:
         raise ConfigError(f"--schedule {options.schedule!r} is not of five fields, such as '0 3 * * *'")
+    check_zone(options.time_zone)
     environment = travelling_settings(os.environ, "into a Secret named by --secret")
     _check_reachable(config, options, environment)
     code = pack(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), git_commit())
@@ -70,7 +72,7 @@ def _documents(kind: str, job: Job, code: bytes, options: Options) -> list[dict[
 
 
 def _job(config: RunConfig, run_name: str, options: Options, environment: Mapping[str, str], code: str) -> Job:
-    return Job(
+    job = Job(
         name=kubernetes_name(run_name),
         run_name=run_name,
         cluster=config.cluster,
@@ -84,6 +86,8 @@ def _job(config: RunConfig, run_name: str, options: Options, environment: Mappin
         gpus_per_pod=options.gpus_per_pod,
         environment=environment,
     )
+    check_names(job)
+    return job
 
 
 def _check_reachable(config: RunConfig, options: Options, environment: Mapping[str, str]) -> None:

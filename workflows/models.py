@@ -8,6 +8,8 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from workflows.options import Commands, storage_of
+
 if TYPE_CHECKING:
     from pipeline.registry.move import Move
     from pipeline.tracking import Tracking
@@ -21,7 +23,7 @@ class _NameOrCommand(TyperGroup):
         return super().parse_args(ctx, args if is_command else ["list", *args])
 
 
-models_app = typer.Typer(
+models_app = Commands(
     name="models",
     help="Registered models: list, show, compare, log; promote, rollback, delete.\n\nAlone it lists all of them.",
     cls=_NameOrCommand,
@@ -118,7 +120,6 @@ def promote(
     if force and not why:
         raise ConfigError("--force needs --why REASON, which the log keeps")
     with _registry(storage) as (tracking, stdout):
-        from components.storage import Location
         from pipeline.context import Reporter
         from pipeline.registry.gate import promote as promote_version
         from pipeline.registry.ledger import Ledger
@@ -126,7 +127,7 @@ def promote(
         from workflows.promote import judge_of
 
         version = resolve(tracking, model, CANDIDATE)
-        judge = None if force else judge_of(version, tracking, Location.of(storage), Reporter())
+        judge = None if force else judge_of(version, tracking, storage_of(storage), Reporter())
         _say(stdout, promote_version(Ledger.of(tracking, version.name), int(version.version), judge, why), version.name, as_json)
 
 
@@ -186,11 +187,10 @@ def _say(stdout: IO[str], move: "Move", name: str, as_json: bool) -> None:
 @contextlib.contextmanager
 def _registry(storage: str) -> "Iterator[tuple[Tracking, IO[str]]]":
     """Gives a block the registry, and the real stdout for what was asked for."""
-    from components.storage import Location
     from pipeline.tracking import connect, translated
     from workflows.streams import stdout_to_stderr
 
     with stdout_to_stderr() as stdout:
-        tracking = connect(Location.of(storage), create=False)
+        tracking = connect(storage_of(storage), create=False)
         with translated(tracking.uri):
             yield tracking, stdout

@@ -11,6 +11,7 @@ from pipeline.config import RunConfig, config_digest, digest_of, result_fields
 from pipeline.context import Reporter
 from pipeline.lease import HeldError, alone, held
 from pipeline.measurement.compare import shard_set_of
+from pipeline.names import check_namesake
 from pipeline.retraining.alerts import next_failures, raises_alert
 from pipeline.retraining.attempts import Attempt, Journal, State
 from pipeline.retraining.checks import look_at_data, look_at_plan
@@ -74,6 +75,7 @@ def retrain(config: RunConfig, name: str, *, until: StageName = "register", repo
     if config.retrain.webhook is not None:
         check_url(config.retrain.webhook)
     storage = check_storage(config.cluster.storage)
+    check_namesake(storage / "retrain", name)
     settings = digest_of(config_digest(config), result_fields(config.retrain))
     call = Call(config, name, until, storage, Journal(storage / "retrain" / name), settings, reporter or Reporter())
     try:

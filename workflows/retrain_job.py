@@ -1,6 +1,5 @@
 """One attempt at retraining as a job of a Ray cluster, found again by whoever asks for the same one."""
 
-import re
 import shlex
 from collections.abc import Sequence
 
@@ -9,12 +8,12 @@ import typer
 from cluster.config import ClusterError
 from cluster.connect import quiet
 from cluster.jobs import Job, JobServer
+from components.names import why_no_name
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
 from workflows.outcome import said_in
 from workflows.submit import CONFIG_FILE, Packages, check_paths, check_room, check_settings, follow_job, say_where, send, variables_of
 
-_TICK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ATTEMPT, AGAIN = "retrain~", "the same command goes on with the attempt"
 
 
@@ -29,8 +28,8 @@ def retrain_on_cluster(config: RunConfig, name: str, *, address: str, tick: str 
         ConfigError: if a setting cannot travel, the tick cannot be part of a name, or the job in progress has other settings.
         ClusterError: if the cluster does not answer, does not have what the run needs, or has lost the log that tells the outcome.
     """
-    if tick is not None and not _TICK.fullmatch(tick):
-        raise ConfigError(f"--tick {tick} cannot be part of a job's name; use letters, digits, '.', '_' and '-'")
+    if tick is not None and (wrong := why_no_name(tick, "part of a job's name")):
+        raise ConfigError(f"--tick {tick} {wrong}")
     quiet()
     check_paths(config)
     variables, server = variables_of(pass_env), JobServer(address)

@@ -11,10 +11,13 @@ from components.model.request import Request, draw
 from components.scratch import scratch
 from components.storage import Location
 from pipeline.errors import ConfigError, RegistryError
+from pipeline.registry.versions import find_model
 from pipeline.tracking import connect, translated
 
 
-def draw_grid(model: str, *, num: int, steps: int, seed: int, sampler: str, out: Path, storage: str, label: str | None = None, guidance: float = 1.0) -> None:
+def draw_grid(
+    model: str, *, num: int, steps: int, seed: int, sampler: str, out: Path, storage: Location, label: str | None = None, guidance: float = 1.0
+) -> None:
     """Draws images with seeds seed, seed + 1, ... and writes them side by side as a PNG.
 
     Args:
@@ -26,8 +29,6 @@ def draw_grid(model: str, *, num: int, steps: int, seed: int, sampler: str, out:
         RegistryError: if the registry does not know the model.
     """
     request = Request(Recipe(_sampler(sampler), steps, guidance=guidance), num, seed, label)
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"--out {out} is no PNG file; use a name that ends in .png")
     denoiser = _load(model, storage)
     try:
         pixels = draw(denoiser, request)
@@ -43,10 +44,11 @@ def _sampler(name: str) -> SamplerName:
     raise ConfigError(f"--sampler {name} is unknown; use {', '.join(SAMPLERS[:-1])} or {SAMPLERS[-1]}")
 
 
-def _load(model: str, storage: str) -> Denoiser:
+def _load(model: str, storage: Location) -> Denoiser:
     if not model.startswith("models:/"):
         return load_denoiser(Location.of(model))
-    tracking = connect(Location.of(storage), create=False)
+    tracking = connect(storage, create=False)
+    find_model(tracking, model)
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -55,7 +57,8 @@ def _load(model: str, storage: str) -> Denoiser:
             fetched = mlflow.artifacts.download_artifacts(model.rstrip("/") + "/artifacts/checkpoint", dst_path=str(folder))
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise RegistryError(f"{model} is not in the registry ({error.message}); `ddpm models` lists what is") from error
+                reason = " ".join(str(error.message).split())
+                raise RegistryError(f"{model} is not in the registry ({reason}); `ddpm models` lists what is") from error
             raise
         return load_denoiser(Location.of(fetched))
 
@@ -63,7 +66,6 @@ def _load(model: str, storage: str) -> Denoiser:
 def _save(pixels: np.ndarray, out: Path) -> None:
     columns = max(1, min(16, round(len(pixels) ** 0.5 * 1.5)))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         grid(pixels, columns).save(out)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror}); name a file in a folder with write permission") from error

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..counts import counted
 from ..errors import DataError
+from ..names import why_no_path
 from ..storage import Location
 from .shards import MANIFEST, Manifest, read_manifest
 
@@ -94,10 +95,14 @@ def find_dataset(address: str, storage: Location) -> Dataset:
     Raises:
         DataError: if there is none, or several that differ.
     """
+    if "/" not in address and why_no_path(address):
+        return Catalog.of(storage).find(address)
     folder = Location.of(address)
-    if "/" in address or (address and (folder / MANIFEST).is_file()):
-        return Dataset.of(folder)
-    return Catalog.of(storage).find(address)
+    try:
+        is_folder = "/" in address or (address and (folder / MANIFEST).is_file())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be looked at ({error.strerror}); give permission") from error
+    return Dataset.of(folder) if is_folder else Catalog.of(storage).find(address)
 
 
 def _folders(storage: Location) -> list[Location]:

@@ -32,7 +32,7 @@ class Copies:
     @classmethod
     def of(cls, folder: str | None = None, limit_bytes: int = 20 << 30) -> "Copies":
         """Returns copies in a folder; by default one below this machine's temporary folder, which the processes of a user share."""
-        return cls(Path(folder) if folder else Path(tempfile.gettempdir()) / f"ddpm-copies-{os.getuid()}", limit_bytes)
+        return cls(Path(folder).expanduser() if folder else Path(tempfile.gettempdir()) / f"ddpm-copies-{os.getuid()}", limit_bytes)
 
     def use(self, file: Location, sha256: str, open_file: Callable[[Path], Opened]) -> Opened:
         """Opens a file: itself where it lies on a file system, else its copy on this machine.

@@ -150,8 +150,12 @@ def list_source(config: DataConfig, downloads: str = "downloads") -> tuple[Sourc
 
 
 def _check_folder(root: Location, named: str) -> None:
-    if not root.path.is_dir():
-        wrong = "is not a folder" if root.path.exists() else "does not exist"
+    try:
+        is_folder, is_there = root.path.is_dir(), root.path.exists()
+    except OSError as error:
+        raise DataError(f"data.source={named} cannot be looked at ({error.strerror}); give permission") from error
+    if not is_folder:
+        wrong = "is not a folder" if is_there else "does not exist"
         raise DataError(f"data.source={named} {wrong}; name a folder of images or parquet files, or one of {', '.join(['digits', *TORCHVISION])}")
     if not os.access(root.path, os.R_OK | os.X_OK):
         raise DataError(f"data.source={named} cannot be read; give read permission")

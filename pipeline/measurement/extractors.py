@@ -29,8 +29,17 @@ def check_files(config: "EvaluateConfig") -> None:
     """Checks the files of weights and statistics that a config names, before anything expensive starts.
 
     Raises:
-        DataError: if one is missing, or is another one.
+        DataError: if one is missing, cannot be looked at, or is another one.
     """
+    try:
+        _check_files(config)
+    except OSError as error:
+        named = {key: value for key in ("inception_weights", "dinov2_weights", "reference") if (value := getattr(config, key)) is not None}
+        reason = error.strerror or " ".join(str(error).split())
+        raise DataError(f"{' or '.join(f'evaluate.{key}={value}' for key, value in named.items())} cannot be read ({reason}); name one that can") from error
+
+
+def _check_files(config: "EvaluateConfig") -> None:
     if config.inception_weights is not None:
         from components.metrics.features import check_inception_weights
 
@@ -44,7 +53,10 @@ def check_files(config: "EvaluateConfig") -> None:
 
         check_dino(Location.of(config.dinov2_weights))
     if config.reference is not None:
-        read_reference(Location.of(config.reference))
+        try:
+            read_reference(Location.of(config.reference))
+        except DataError as error:
+            raise DataError(f"evaluate.reference={error}") from error
 
 
 def check_extractor(config: "EvaluateConfig", shards: ShardSet, storage: Location) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from components.names import is_plain
 from components.scratch import scratch
 from components.storage import Location
 from pipeline.artifacts import Metric, MetricUnit, Registration
@@ -23,7 +24,9 @@ SAMPLES_TAG, SETTINGS_TAG, DECISION_TAG, GAIN_TAG = "ddpm.samples", "ddpm.evalua
 
 
 def all_versions(tracking: Tracking, name: str) -> "list[ModelVersion]":
-    """Returns a registered model's versions, in no order; the name, which others chose, may hold a quote of either kind but not of both."""
+    """Returns a registered model's versions, in no order; of a name that holds quotes of both kinds or line breaks, which no search finds, none."""
+    if ("'" in name and '"' in name) or not is_plain(name):
+        return []
     quote = '"' if "'" in name else "'"
     return list(tracking.client.search_model_versions(f"name={quote}{name}{quote}"))
 
@@ -110,7 +113,7 @@ def find_model(tracking: Tracking, model: str) -> "ModelVersion":
     alias_of, at, alias = address.rpartition("@")
     if not (model.startswith("models:/") and ((slash and number.isdigit()) or (at and alias_of and alias))):
         raise RegistryError(f"{model} names no version; write models:/NAME/VERSION or models:/NAME@ALIAS")
-    if slash and number.isdigit() and len(number) > MOST_DIGITS:
+    if (slash and number.isdigit() and len(number) > MOST_DIGITS) or not is_plain(address):
         raise RegistryError(f"{model} is not in the registry; `ddpm models` lists what is")
     with translated(tracking.uri):
         try:
@@ -119,7 +122,8 @@ def find_model(tracking: Tracking, model: str) -> "ModelVersion":
             return tracking.client.get_model_version(name, number)
         except MlflowException as error:
             if error.error_code in NOT_THERE:
-                raise RegistryError(f"{model} is not in the registry ({error.message}); `ddpm models` lists what is") from error
+                reason = " ".join(str(error.message).split())
+                raise RegistryError(f"{model} is not in the registry ({reason}); `ddpm models` lists what is") from error
             raise
 
 

@@ -31,7 +31,7 @@ def test_a_log_that_was_cut_short_says_nothing(log: str):
         (["--tick", "monday"], "--tick monday finds a cluster's job again, and there is no --address; name one, or leave the option out"),
         (["--address", "http://127.0.0.1:9", "--json"], "--json is not for --address"),
         (["--address", "http://127.0.0.1:9", "--until", "train"], "--until train is not for --address"),
-        (["--address", "http://127.0.0.1:9", "--tick", "a~b", "cluster.storage=/x"], "--tick a~b cannot be part of a job's name"),
+        (["--address", "http://127.0.0.1:9", "--tick", "a~b", "cluster.storage=/x"], "--tick a~b is no part of a job's name"),
     ],
 )
 def test_options_that_do_not_go_together_are_one_line_and_exit_code_2(run: Callable[..., tuple[int, str, str]], options: list[str], message: str):

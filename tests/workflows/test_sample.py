@@ -78,7 +78,7 @@ def served_classes(conditional: str) -> Served:
 
 
 def draw(checkpoint: str, out: Path, sampler: str = "ddim", steps: int = 5, **options: Any) -> bytes:
-    draw_grid(checkpoint, num=3, steps=steps, seed=0, sampler=sampler, out=out, storage="", **options)
+    draw_grid(checkpoint, num=3, steps=steps, seed=0, sampler=sampler, out=out, storage=Location.of(out.parent), **options)
     return Image.open(out).tobytes()
 
 

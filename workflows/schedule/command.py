@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from components.scratch import scratch
+from workflows.options import Commands, run_name_of, storage_of
 
 if TYPE_CHECKING:
     from components.storage import Location
 
-schedule_app = typer.Typer()
+schedule_app = Commands()
 _CRON_CHECK = """
 import sys
 from prefect.schedules import Cron
@@ -45,15 +45,17 @@ def schedule(
     _check_installed()
     from components.storage import Location
     from pipeline.config import load_config
+    from pipeline.names import check_namesake
     from workflows.cli import find_preset
     from workflows.schedule.plan import Plan, When, retrain_command
 
     when = When.of(cron, interval, on_change, poll, time_zone)
     file, laid = find_preset(preset), tuple(overrides or ())
-    run_name = _checked(name or file.stem)
+    run_name = run_name_of(name, file)
     config = load_config(file, laid)
     root = Location.of(config.cluster.storage)
     folder = folder_of(root, storage, run_name)
+    check_namesake(folder.parent, run_name)
     _check_cron(when.cron)
     plan = Plan(
         file=str(file.absolute()),
@@ -86,11 +88,12 @@ def folder_of(root: "Location", storage: str | None, name: str) -> "Location":
     from components.storage import Location
     from pipeline.errors import ConfigError
 
-    if storage is not None and not Location.of(storage).is_local:
+    chosen = None if storage is None else storage_of(storage)
+    if chosen is not None and not chosen.is_local:
         raise ConfigError(f"--storage {storage} can hold no database; name a folder on this machine")
-    if storage is None and not root.is_local:
+    if chosen is None and not root.is_local:
         return Location.of("~/.ddpm") / "schedule" / hashlib.sha256(str(root).encode()).hexdigest()[:8] / name
-    return (root if storage is None else Location.of(storage)) / "schedule" / name
+    return (chosen or root) / "schedule" / name
 
 
 def _check_installed() -> None:
@@ -103,14 +106,6 @@ def _check_installed() -> None:
 def is_installed() -> bool:
     """Tells whether the extra is there."""
     return importlib.util.find_spec("prefect") is not None
-
-
-def _checked(name: str) -> str:
-    from pipeline.errors import ConfigError
-
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ConfigError(f"--name {name} is no run name; use letters, digits, '.', '_' and '-'")
-    return name
 
 
 def _check_cron(line: str | None) -> None:

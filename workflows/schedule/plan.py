@@ -48,7 +48,7 @@ class When(BaseModel):
             raise ConfigError(f"{' and '.join(asked) or 'no time'} asked for; use one of --cron '0 3 * * *', --interval 1h and --on-change")
         if cron is not None and len(cron.split()) != 5:
             raise ConfigError(f"--cron {cron!r} has {len(cron.split())} fields; use five: minute, hour, day, month, day of the week, such as '0 3 * * *'")
-        _check_zone(time_zone)
+        check_zone(time_zone)
         interval_s = None if interval is None else seconds_of("--interval", interval)
         return cls(cron=cron, interval_s=interval_s, poll_s=seconds_of("--poll", poll) if on_change else None, time_zone=time_zone)
 
@@ -78,7 +78,8 @@ def duration_of(seconds: int) -> str:
     return f"{seconds // _UNITS_S[unit]}{unit}"
 
 
-def _check_zone(name: str) -> None:
+def check_zone(name: str) -> None:
+    """Checks the name of a time zone. Raises ConfigError if there is none such."""
     try:
         ZoneInfo(name)
     except (OSError, ValueError, KeyError) as error:

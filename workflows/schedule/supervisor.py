@@ -41,7 +41,10 @@ def supervise(plan: Plan, folder: Location) -> int:
     Raises:
         ConfigError: if another process runs it already, or the port is taken.
     """
-    folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made ({error.strerror}); name a folder with write permission by --storage") from error
     try:
         with held(folder / "lock", wait=False):
             heed_signals()
