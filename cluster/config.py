@@ -32,7 +32,8 @@ class ClusterConfig(BaseModel):
     num_workers: int | tuple[int, int] = 1
     """Training workers (DDP ranks); divides `train.lanes`. [MIN, MAX] trains with as many as there is room for, less when a node is lost."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """What workers compute on; `auto` takes GPUs where the cluster has enough of them. A worker on GPU has exactly one."""
+    """What workers compute on; `auto` takes GPUs where there are any, and trains with as many workers as these where they are fewer. A worker on GPU has
+    exactly one."""
     cpus_per_worker: int = Field(0, ge=0)
     """CPUs of one training worker; 0 asks for one and shares the CPUs of a node among its workers."""
     strategy: Strategy = "pack"

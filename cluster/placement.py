@@ -23,6 +23,7 @@ class Placement:
 
     Attributes:
         num_workers: training workers that fit now.
+        min_workers, max_workers: range of workers to ask Ray for; less than the settings' where there are fewer GPUs.
         per_worker: what each training worker asks Ray for.
         use_gpu: one GPU for each worker.
         threads: torch threads of each training worker.
@@ -32,6 +33,8 @@ class Placement:
     """
 
     num_workers: int
+    min_workers: int
+    max_workers: int
     per_worker: Mapping[str, float]
     use_gpu: bool
     threads: int
@@ -56,8 +59,16 @@ def place(config: ClusterConfig, tell: Callable[[str], None] = lambda line: None
             raise
         placement = _wait_for_nodes(config, tell, error)
     if config.address != "local":
-        _tell_if_busy(placement, config, tell)
+        _tell_if_busy(placement, tell)
     return placement
+
+
+def fewer_for_gpus(config: ClusterConfig, placement: Placement) -> str | None:
+    """Returns a line for a person where a run trains with fewer workers than its settings say, because there are fewer GPUs."""
+    if placement.max_workers >= config.min_workers:
+        return None
+    wanted, workers = config.num_workers if isinstance(config.num_workers, int) else list(config.num_workers), placement.max_workers
+    return f"  cluster.num_workers={wanted}, and {count(workers, 'GPU')}: {count(workers, 'worker')} will train, for how many they are is no part of a result"
 
 
 def _wait_for_nodes(config: ClusterConfig, tell: Callable[[str], None], missing: ClusterError) -> Placement:
@@ -79,11 +90,11 @@ def _wait_for_nodes(config: ClusterConfig, tell: Callable[[str], None], missing:
     raise ClusterError(f"{missing} (waited {config.wait_s} s for more, cluster.wait_s)")
 
 
-def _tell_if_busy(placement: Placement, config: ClusterConfig, tell: Callable[[str], None]) -> None:
+def _tell_if_busy(placement: Placement, tell: Callable[[str], None]) -> None:
     """Says so where others hold what the run needs, and Ray will let it wait."""
     import ray
 
-    wanted = {name: amount * config.min_workers for name, amount in placement.per_worker.items()}
+    wanted = {name: amount * placement.min_workers for name, amount in placement.per_worker.items()}
     for _ in range(SETTLE_POLLS):
         free = ray.available_resources()
         lacking = {name: amount for name, amount in wanted.items() if free.get(name, 0.0) < amount}
@@ -112,7 +123,10 @@ def plan(config: ClusterConfig, nodes: Sequence[Node]) -> Placement:
     """
     if config.preprocess_labels and not any(node.amount("CPU") >= 1 and node.matches(config.preprocess_labels) for node in nodes):
         raise ClusterError(f"cluster.preprocess_labels={config.preprocess_labels} is on no node that has a CPU; the cluster has {describe(nodes)}")
-    use_gpu = _use_gpu(config, nodes)
+    gpus = _gpu_workers(config, nodes)
+    use_gpu = config.accelerator == "gpu" or gpus > 0
+    if 0 < gpus < config.min_workers and config.accelerator == "auto":
+        config = config.model_copy(update={"num_workers": gpus})
     per_worker = _per_worker(config, use_gpu=use_gpu)
     rooms = _rooms(config, nodes, per_worker)
     workers = min(config.max_workers, _capacity(config, rooms))
@@ -124,14 +138,12 @@ def plan(config: ClusterConfig, nodes: Sequence[Node]) -> Placement:
     per_sampler |= {"label_selector": dict(config.worker_labels)} if config.worker_labels else {}
     samplers = _samplers(config, nodes, use_gpu)
     lines = _lines(config, nodes, per_worker, assigned, threads, samplers)
-    return Placement(workers, per_worker, use_gpu, threads, samplers, per_sampler, lines)
+    return Placement(workers, config.min_workers, config.max_workers, per_worker, use_gpu, threads, samplers, per_sampler, lines)
 
 
-def _use_gpu(config: ClusterConfig, nodes: Sequence[Node]) -> bool:
-    if config.accelerator != "auto":
-        return config.accelerator == "gpu"
-    on_gpu = _per_worker(config, use_gpu=True)
-    return _capacity(config, _rooms(config, nodes, on_gpu)) >= config.min_workers
+def _gpu_workers(config: ClusterConfig, nodes: Sequence[Node]) -> int:
+    """Returns how many workers have room on GPUs, 0 where none are to be used."""
+    return 0 if config.accelerator == "cpu" else _capacity(config, _rooms(config, nodes, _per_worker(config, use_gpu=True)))
 
 
 def _per_worker(config: ClusterConfig, *, use_gpu: bool) -> dict[str, float]:
@@ -217,7 +229,7 @@ def scaling_config(config: ClusterConfig, placement: Placement) -> "ScalingConfi
     from ray.train.v2.api.config import ScalingConfig
 
     return ScalingConfig(
-        num_workers=(config.min_workers, config.max_workers) if config.is_elastic else config.max_workers,
+        num_workers=placement.max_workers if placement.min_workers == placement.max_workers else (placement.min_workers, placement.max_workers),
         use_gpu=placement.use_gpu,
         resources_per_worker=dict(placement.per_worker),
         placement_strategy=config.strategy.upper(),

@@ -10,7 +10,7 @@ from pathlib import Path
 from cluster.config import ClusterConfig, ClusterError
 from cluster.connect import connect
 from cluster.nodes import Failure, Node, ask_every_node, count, living_nodes
-from cluster.placement import place
+from cluster.placement import fewer_for_gpus, place
 from components.storage import Location
 from pipeline.context import Reporter
 
@@ -25,7 +25,7 @@ def check_cluster(cluster: ClusterConfig, needed: Mapping[str, str | None], stor
         needed: paths by setting; those that are not absolute paths do not count.
 
     Returns:
-        The settings, `accelerator=auto` decided once for the whole run.
+        The settings, `accelerator=auto` decided once for the whole run, with as many workers as there are GPUs where these are fewer.
 
     Raises:
         ClusterError: naming what the cluster lacks, or the node that cannot do its part and why.
@@ -44,7 +44,11 @@ def check_cluster(cluster: ClusterConfig, needed: Mapping[str, str | None], stor
     if failures or unseen:
         raise ClusterError(*(_explain(failure, cluster) for failure in [*failures, *unseen]))
     _check_versions(nodes, answers)
-    return cluster.model_copy(update={"accelerator": "gpu" if placement.use_gpu else "cpu"})
+    fewer = {}
+    if (line := fewer_for_gpus(cluster, placement)) is not None:
+        reporter.line(line)
+        fewer = {"num_workers": placement.max_workers}
+    return cluster.model_copy(update={"accelerator": "gpu" if placement.use_gpu else "cpu"} | fewer)
 
 
 @contextmanager

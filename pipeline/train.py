@@ -16,7 +16,7 @@ from cluster.connect import connect
 from cluster.interrupt import interruptible
 from cluster.lookout import waiting_aloud
 from cluster.nodes import count
-from cluster.placement import Placement, place, run_config, scaling_config
+from cluster.placement import Placement, fewer_for_gpus, place, run_config, scaling_config
 from components.counts import counted
 from components.data.shards import read_manifest
 from components.diffusion.config import DiffusionConfig
@@ -82,6 +82,8 @@ def train(
     with context.reporter.part("starting Ray"):
         connect(context.cluster)
     placement = place(context.cluster, context.reporter.line)
+    if (fewer := fewer_for_gpus(context.cluster, placement)) is not None:
+        context.reporter.line(fewer)
     plan = TrainPlan(
         train=config,
         model=model,
@@ -111,7 +113,8 @@ def train(
 
 def _derived(config: TrainConfig, placement: Placement, start: Start | None) -> str:
     """Returns the values that follow from the settings and the machines, for a person to see at the start."""
-    where = "one GPU each" if placement.use_gpu else f"{count(placement.threads, 'CPU thread')} each"
+    each = "" if placement.num_workers == 1 else " each"
+    where = f"one GPU{each}" if placement.use_gpu else f"{count(placement.threads, 'CPU thread')}{each}"
     begin = f", starting from {start.weights} of {start.model}" if start else ""
     return f"  {count(placement.num_workers, 'worker')} with {where}, {config.global_batch_size // placement.num_workers} images per worker and step{begin}"
 

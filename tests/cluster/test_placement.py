@@ -7,7 +7,7 @@ import pytest
 from cluster import lookout
 from cluster.config import ClusterConfig, ClusterError
 from cluster.nodes import Node, describe
-from cluster.placement import Placement, plan, scaling_config
+from cluster.placement import Placement, fewer_for_gpus, plan, scaling_config
 
 HEAD = Node("h", "head", {"node:10.0.0.1": 1.0, "memory": 8e9})
 CPU = Node("c", "cpu-1", {"CPU": 16.0, "memory": 64e9})
@@ -79,6 +79,43 @@ def test_a_range_takes_what_there_is_room_for():
     scaling = scaling_config(config, plan(config, NODES))
     assert (scaling.num_workers, scaling.placement_strategy, scaling.label_selector) == ((2, 8), "SPREAD", {"zone": "a"})
     assert scaling.elastic_resize_monitor_interval_s == 7.0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "num_workers", "placed_as"),
+    [
+        (0, "auto", 2, (2, False)),
+        (1, "auto", 2, (1, True)),
+        (1, "auto", [2, 4], (1, True)),
+        (2, "auto", 2, (2, True)),
+        (3, "auto", [2, 4], (3, True)),
+        (4, "auto", 2, (2, True)),
+        (1, "cpu", 2, (2, False)),
+        (2, "gpu", 2, (2, True)),
+    ],
+)
+def test_the_gpus_that_are_there_are_used_and_cpus_only_without_any(gpus: int, accelerator: str, num_workers: object, placed_as: tuple[int, bool]):
+    node = Node("n", "laptop", {"CPU": 16.0} | ({"GPU": float(gpus)} if gpus else {}))
+    placement = placed(node, num_workers=num_workers, accelerator=accelerator)
+    assert (placement.num_workers, placement.use_gpu) == placed_as
+    config = ClusterConfig.model_validate({"num_workers": num_workers, "accelerator": accelerator})
+    asked = scaling_config(config, placement).num_workers
+    assert asked == ((2, 4) if gpus == 3 else placed_as[0])
+
+
+def test_fewer_gpus_than_workers_are_told_in_one_line():
+    nodes = [Node("n", "laptop", {"CPU": 16.0, "GPU": 1.0})]
+    config = ClusterConfig(num_workers=2)
+    said = "  cluster.num_workers=2, and 1 GPU: 1 worker will train, for how many they are is no part of a result"
+    assert fewer_for_gpus(config, plan(config, nodes)) == said
+    for settings in ({"num_workers": 1}, {"num_workers": 2, "accelerator": "cpu"}):
+        config = ClusterConfig.model_validate(settings)
+        assert fewer_for_gpus(config, plan(config, nodes)) is None
+
+
+def test_gpus_that_are_asked_for_are_all_needed():
+    with pytest.raises(ClusterError, match="needs 2 CPUs, 2 GPUs"):
+        placed(Node("n", "laptop", {"CPU": 16.0, "GPU": 1.0}), num_workers=2, accelerator="gpu")
 
 
 def test_threads_share_the_cpus_of_the_fullest_node():
