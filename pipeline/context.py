@@ -75,10 +75,18 @@ class Reporter:
             yield
 
     @contextlib.contextmanager
-    def part(self, what: str) -> Iterator[None]:
-        """Times a block of which nobody knows how far it is, and says what is done where it takes longer than some seconds."""
+    def part(self, what: str, done: Callable[[], str] | None = None) -> Iterator[None]:
+        """Times a block whose end nobody knows beforehand, and says what is done where it takes longer than some seconds.
+
+        Args:
+            done: says how much is done.
+        """
         began = time.monotonic()
-        with self.times.of(what), self._shown(self.console.status(what), lambda: f"{what}, {duration(time.monotonic() - began)} so far"):
+
+        def told() -> str:
+            return f"{what}{'' if done is None else f', {done()}'}, {duration(time.monotonic() - began)} so far"
+
+        with self.times.of(what), self._shown(self.console.status(what), told):
             yield
 
     @contextlib.contextmanager

@@ -36,6 +36,7 @@ from components.data.shards import (
 )
 from components.errors import DataError
 from components.ingest.chunks import RESULT_SCHEMA, TODO, Packing, Task, cut, decode_chunks, end_decoders, pack, packings, read_results, to_do
+from components.ingest.folders import Found
 from components.ingest.ledger import DUPLICATE, LEDGER_SCHEMA, NOTHING_KNOWN, Recalled, placed, recall, rows_digest, settle, splits_of, to_pack
 from components.ingest.listing import Listing, printable_column
 from components.ingest.sources import DataConfig, Source, address_of, source_to_json
@@ -79,8 +80,11 @@ class State(BaseModel):
     shards: tuple[Shard, ...] = ()
 
 
-def list_source(config: DataConfig, storage: Location) -> Listed:
+def list_source(config: DataConfig, storage: Location, found: Found | None = None) -> Listed:
     """Returns a source with its listing.
+
+    Args:
+        found: what a walk adds to, for whoever wants to see how far it is.
 
     Raises:
         DataError: if the source cannot be read or is empty.
@@ -88,7 +92,7 @@ def list_source(config: DataConfig, storage: Location) -> Listed:
     if _holds(Path(config.source).expanduser(), storage):
         raise DataError(f"data.source={config.source} holds the storage root {storage}, whose pictures are no data; set cluster.storage to a folder outside it")
     downloads = str(storage / "downloads") if storage.is_local else str(Path(tempfile.gettempdir()) / "ddpm-downloads")
-    source, listing = look_at(config, downloads)
+    source, listing = look_at(config, downloads, found)
     address = address_of(config.source)
     identity = source_to_json(source) if "/" in address else address  # where a built-in dataset was downloaded to is no part of it
     splits = _told(listing)

@@ -10,7 +10,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.markup import escape
 
+from components.counts import counted
 from components.errors import DataError
+from components.ingest.folders import Found
 from components.storage import Location
 from pipeline import evaluate as evaluate_stage
 from pipeline import preprocess as preprocess_stage
@@ -159,8 +161,9 @@ def run(
     pipeline = Pipeline(config, name, start_from, reporter, storage, {}, given=given)
     with one_process(storage / "runs" / name, name, reporter if until == "preprocess" else None):
         if given is None:
-            with reporter.part(LISTING):
-                pipeline.listed = preprocess_stage.list_source(config.data, storage)
+            found = Found()
+            with reporter.part(LISTING, lambda: counted(found.num_listed, "file", ",")):
+                pipeline.listed = preprocess_stage.list_source(config.data, storage, found)
         check_files(config.evaluate)
         if config.cluster.address == "local":
             check_cache(config.cluster.cache, is_used=not storage.is_local)

@@ -49,6 +49,11 @@ class Found:
     unlisted: list[Item] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def num_listed(self) -> int:
+        """Files so far that are images or parquet by their names."""
+        return len(self.images) + len(self.parquets)
+
     def wants(self, name: str) -> bool:
         """Tells by its name whether a file is one to list, and counts it if it is not."""
         if name.startswith("."):
@@ -167,18 +172,22 @@ def _reach(root: str) -> None:
         raise DataError(f"data.source={root} holds nothing as seen from {socket.gethostname()}; name a bucket and prefix that are there")
 
 
-def walk(root: Location) -> Found:
+def walk(root: Location, found: Found | None = None) -> Found:
     """Lists a folder or S3 prefix with all below it, once.
+
+    Args:
+        found: what it adds to, for whoever wants to see how far it is.
 
     Raises:
         DataError: if the root itself cannot be listed.
     """
-    return _walk_disk(str(root.path)) if root.is_local else _walk_bucket(root)
+    found = Found() if found is None else found
+    return _walk_disk(str(root.path), found) if root.is_local else _walk_bucket(root, found)
 
 
-def _walk_disk(root: str) -> Found:
+def _walk_disk(root: str, found: Found) -> Found:
     """Lists each folder once, as reached over the fewest links, and among those by the first path in the order of bytes."""
-    found, seen = Found(), set[tuple[int, int]]()
+    seen = set[tuple[int, int]]()
     # What a folder leads to sorts behind it, so the first path that comes up for a folder is the one to take.
     folders = [(0, b"", "")]
     while folders:
@@ -232,8 +241,8 @@ def _look(entry: "os.DirEntry[str]", path: str) -> Item:
     return Item(path, label_of(path), status.st_size, stamp)
 
 
-def _walk_bucket(root: Location) -> Found:
-    found, count, hidden = Found(), 0, ""
+def _walk_bucket(root: Location, found: Found) -> Found:
+    count, hidden = 0, ""
     prefix = _prefix(root)[1]
     for page in _pages(root, PAGE_KEYS):
         for entry in page.get("Contents", ()):

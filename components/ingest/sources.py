@@ -120,11 +120,12 @@ def source_from_json(text: str) -> Source:
     return _CLASSES[kind](**fields)
 
 
-def list_source(config: DataConfig, downloads: str = "downloads") -> tuple[Source, Listing]:
+def list_source(config: DataConfig, downloads: str = "downloads", found: Found | None = None) -> tuple[Source, Listing]:
     """Returns the source that `data.source` names, and what it holds, in one walk over it.
 
     Args:
         downloads: where torchvision datasets go when `data.root` is not set.
+        found: what the walk adds to, for whoever wants to see how far it is.
 
     Raises:
         DataError: if it is neither a known name nor a readable folder, or holds no images.
@@ -139,7 +140,7 @@ def list_source(config: DataConfig, downloads: str = "downloads") -> tuple[Sourc
     root = Location.of(config.source)
     if root.is_local:
         _check_folder(root, config.source)
-    found = walk(root)
+    found = walk(root, found)
     source = _folder_source(config, root, found)
     if isinstance(source, FolderSource):
         return source, by_first_folder(source.listing_of(found), config.source, config.split, config.holdout_split)

@@ -101,6 +101,12 @@ def test_a_part_that_takes_long_says_again_and_again_that_it_goes_on(told: tuple
     assert list(reporter.times.take()) == ["writing the list of rows"]
 
 
+def test_a_part_that_can_count_says_how_far_it_is(told: tuple[Reporter, io.StringIO]):
+    reporter, said = told
+    with reporter.part("listing the source", lambda: "1,200 files"):
+        until(lambda: "  listing the source, 1,200 files, 0 s so far\n" in said.getvalue())
+
+
 def test_of_parts_within_each_other_the_inner_one_has_the_word(told: tuple[Reporter, io.StringIO]):
     reporter, said = told
     with reporter.part("outer"):
