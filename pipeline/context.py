@@ -23,8 +23,9 @@ FIRST_LINE_S, LINE_EVERY_S, IDLE_S, LOOK_S = 5.0, 10.0, 30.0, 1.0
 class _Stderr(io.TextIOBase):
     """stderr, to which writing does not fail when nobody reads it any more: that is no reason for a run to break off where it happens to stand."""
 
-    def __init__(self) -> None:
-        self._stream = sys.stderr
+    @property
+    def _stream(self) -> Any:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # what moves on a terminal puts itself before it
 
     @property
     def encoding(self) -> str:  # pyrefly: ignore[bad-override]

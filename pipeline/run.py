@@ -55,9 +55,8 @@ class StageReport(BaseModel):
     parts: dict[str, float] = {}
 
     def to_json(self) -> dict[str, object]:
-        """Returns the receipt's fields with `skipped`, `reason`, `seconds` and `parts` among them."""
-        parts = {what: round(seconds, 3) for what, seconds in self.parts.items()}
-        return self.receipt.model_dump(mode="json") | {"skipped": self.skipped, "reason": self.reason, "seconds": round(self.seconds, 3), "parts": parts}
+        """Returns the receipt's fields with `skipped`, `reason` and `seconds` among them."""
+        return self.receipt.model_dump(mode="json") | {"skipped": self.skipped, "reason": self.reason, "seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
