@@ -98,6 +98,8 @@ class Reporter:
             start: what the time before the first advance goes to; to the whole by default.
         """
         began, pace = time.monotonic(), Pace(total, done)
+        if start is not None:
+            self.times.add(start, 0.0)  # told before what it comes before
         bars = Progress(*_COLUMNS, console=self.console, transient=True)
         task = bars.add_task(what, total=total, completed=done, unit=unit, pace=str(pace))
 
