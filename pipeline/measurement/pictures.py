@@ -195,8 +195,9 @@ def _verdict(evaluation: Evaluation) -> Verdict:
 
 
 def _sections(evaluation: Evaluation, pictures: Pictures) -> list[Section]:
+    last = GRID_SEEDS[: evaluation.metric.unit.num_samples][-1]
     sections = [
-        Section("Samples", "Seeds 0 to 59 for every model, so that pages can be laid side by side.", _shown(pictures, _SAMPLES)),
+        Section("Samples", f"Seeds from 0 to {last} for every model, so that pages can be laid side by side.", _shown(pictures, _SAMPLES)),
         Section("Training", "", _shown(pictures, _TRAINING)),
     ]
     if evaluation.memorisation is not None:
@@ -217,7 +218,7 @@ def _sections(evaluation: Evaluation, pictures: Pictures) -> list[Section]:
 
 
 _SAMPLES = {
-    "grid": ("Sixty samples.", "One seed each, the same order on every page.", False),
+    "grid": ("Samples.", "One seed each, the same order on every page.", False),
     "animation": ("From noise to images.", "The network's estimate of the final image after every evaluation.", False),
     "interpolation": ("Between pairs of seeds.", "Neighbours should change gradually; a jump or a blur in the middle is a fault.", False),
 }
