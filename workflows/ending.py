@@ -25,7 +25,7 @@ def heeding_requests_to_end(*outputs: int) -> Iterator[None]:
     Args:
         outputs: descriptors that are written to. When nobody can read one any more, it leads nowhere from then on, and SIGHUP is sent.
     """
-    before = {number: signal.getsignal(number) for number in ASKED}
+    before = {number: signal.getsignal(number) for number in (*ASKED, signal.SIGINT)}
     answer = _Answer()
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
@@ -43,14 +43,20 @@ def heeding_requests_to_end(*outputs: int) -> Iterator[None]:
 
 
 class _Answer:
-    """Raises; a second SIGHUP does not, for a terminal that closes sends several, and the command is on its way out already."""
+    """Raises; but SIGHUP does not where the command is on its way out already.
+
+    A terminal that closes sends several, and Ctrl-C ends who reads the output (`ddpm run ... | tee log`) as well.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self._is_leaving = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP and self.asked:
+        if number == signal.SIGHUP and self._is_leaving:
             return
+        self._is_leaving = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.asked = True
         raise Terminated
 

@@ -21,6 +21,7 @@ LONG_S = 30.0
 def default_answers() -> Iterator[None]:
     """Undoes what a shell does to commands in the background, and nohup to all."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in ASKED}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -89,10 +90,25 @@ def test_what_a_library_raises_in_place_of_the_request_is_the_request():
         wait_as_ray_does()
 
 
-def test_ctrl_c_is_no_request_to_end():
-    with pytest.raises(KeyboardInterrupt) as interrupt, heeding_requests_to_end():
-        raise KeyboardInterrupt
+def test_ctrl_c_is_no_request_to_end_even_where_it_ends_the_reader_too(pipe: tuple[int, int]):
+    tidied = []
+
+    def tidy_up() -> None:
+        os.close(pipe[0])
+        while os.readlink(f"/proc/self/fd/{pipe[1]}") != os.devnull:
+            time.sleep(0.01)
+        tidied.append(True)
+
+    def block() -> None:
+        with heeding_requests_to_end(pipe[1]), ExitStack() as stack:
+            stack.callback(tidy_up)
+            send(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        block()
     assert not isinstance(interrupt.value, Terminated)
+    assert tidied
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_a_second_sigterm_ends_the_way_out_too():
