@@ -13,6 +13,7 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST, INTERNAL_ERROR, INVALID_PA
 from postgresql import find_programs, postgresql_server
 
 from components.storage import Location
+from pipeline.register import _create_model
 from pipeline.tracking import Tracking, connect
 from pipeline.tracking_client import TRIES, again_after_races, lost_race
 
@@ -139,6 +140,13 @@ def test_two_that_make_one_experiment_share_it(tracking: Tracking):
         mine = tracking.open_run("shared", "mine", None)
     experiments = {tracking.client.get_run(run_id).info.experiment_id for run_id in (mine, *others)}
     assert len(others) == len(experiments) == 1
+
+
+def test_two_that_make_one_registered_model_share_it(tracking: Tracking):
+    with another_first(lambda: _create_model("shared", tracking)) as happened:
+        _create_model("shared", tracking)
+    assert happened
+    assert [model.name for model in tracking.client.search_registered_models("name='shared'")] == ["shared"]
 
 
 def test_a_race_that_is_lost_each_time_is_an_error_in_the_end(monkeypatch: pytest.MonkeyPatch):
