@@ -30,7 +30,7 @@ def _why_wrong(setting: str, text: str) -> str | None:
     if not text.strip():
         return "is empty; name a path, or leave the setting out"
     if setting in LOCAL and "://" in text:
-        return "is no folder of a machine; name one"
+        return "is not read from there; name a folder of the machine"
     return why_no_root(text) if setting == "cluster.storage" else why_no_path(text)
 
 

@@ -214,7 +214,7 @@ def as_yaml(text: str) -> str:
 
 @pytest.mark.parametrize("setting", ["data.root", "cluster.cache"])
 def test_a_folder_of_a_machine_is_not_on_s3(setting: str):
-    with pytest.raises(ConfigError, match=f"{setting}=s3://b/x is no folder of a machine"):
+    with pytest.raises(ConfigError, match=f"{setting}=s3://b/x is not read from there"):
         load_config(PRESETS / "digits.yaml", [f"{setting}=s3://b/x"])
 
 
