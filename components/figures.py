@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .counts import counted
 from .data.images import to_image
 
 GRID_GAP = 1
@@ -114,7 +115,7 @@ def closest_pairs(samples: np.ndarray, nearest: np.ndarray, distances: Sequence[
     sheet = Image.new("RGB", (width, top + lines * pitch[1] - 2 * CELL_GAP + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     copies = sum(distance < threshold for distance in distances[:shown])
-    caption = f"{copies} of these {shown} pairs {'is' if copies == 1 else 'are'} nearer than the threshold {threshold:.4g}"
+    caption = f"{copies} of {counted(shown, 'pair')} {'is' if copies == 1 else 'are'} nearer than the threshold {threshold:.4g}"
     _write_title(draw, "Closest pairs of sample and training image", caption + (", framed in red" if copies else ""), width)
     for line, (row, strip) in itertools.product(range(lines), enumerate(strips)):
         y = top + line * pitch[1] + row * cell + cell // 2

@@ -16,8 +16,32 @@ from cluster.config import ClusterConfig
 from components.storage import Location
 from pipeline.progress import Pace, Times, duration, repeatedly
 
-Advance = Callable[[float], None]
 FIRST_LINE_S, LINE_EVERY_S, IDLE_S, LOOK_S = 5.0, 10.0, 30.0, 1.0
+
+
+class Advance:
+    """Says how much more is done of a piece of work."""
+
+    def __init__(self, pace: Pace, first: Callable[[], None], show: Callable[[], None]) -> None:
+        """Prepares it.
+
+        Args:
+            first: called once, when something is done for the first time.
+            show: called whenever something is done.
+        """
+        self._pace, self._first, self._show = pace, first, show
+
+    def __call__(self, amount: float) -> None:
+        """Adds to what is done."""
+        if amount and not self._pace.has_ever_begun:
+            self._first()
+        self._pace.advance(amount)
+        self._show()
+
+    def restart(self) -> None:
+        """Has the time left reckoned anew, because workers start again."""
+        self._pace.restart()
+        self._show()
 
 
 class _Stderr(io.TextIOBase):
@@ -103,18 +127,19 @@ class Reporter:
         bars = Progress(*_COLUMNS, console=self.console, transient=True)
         task = bars.add_task(what, total=total, completed=done, unit=unit, pace=str(pace))
 
-        def advance(amount: float) -> None:
-            if start is not None and amount and not pace.has_begun:
+        def first() -> None:
+            if start is not None:
                 self.times.add(start, time.monotonic() - began)
                 self.times.add(what, began - time.monotonic())
-            pace.advance(amount)
+
+        def show() -> None:
             bars.update(task, completed=int(pace.done), pace=str(pace))
 
         def told() -> str:
             return f"{what} {int(pace.done)}/{total} {unit}, {pace}{_still(pace)}"
 
         with self.times.of(what), self._shown(bars, told):
-            yield advance
+            yield Advance(pace, first, show)
 
     @contextlib.contextmanager
     def _shown(self, moving: contextlib.AbstractContextManager[object], say: Callable[[], str]) -> Iterator[None]:

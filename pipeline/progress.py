@@ -7,14 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 WINDOW_S, SHORTEST_SPAN_S = 60.0, 1.0
-GAP_FACTOR, SHORTEST_GAP_S = 5.0, 10.0
 
 
 class Pace:
-    """The rate of a piece of work, from what was done lately; what came before the first step, such as the start of workers, is no part of it.
-
-    A pause that is much longer than those before it, as when workers start again, begins the reckoning anew.
-    """
+    """The rate of a piece of work, from what was done lately; what came before the first step, such as the start of workers, is no part of it."""
 
     def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         """Begins.
@@ -24,30 +20,27 @@ class Pace:
         """
         self.total, self.done, self._clock = total, float(done), clock
         self._seen: deque[tuple[float, float]] = deque()
-        self._longest_pause, self._last = 0.0, clock()
+        self._last, self.has_ever_begun = clock(), False
 
     def advance(self, amount: float) -> None:
         """Takes note of work that is done now."""
         if not amount:
             return
         self.done += amount
+        self.has_ever_begun = True
         now = self._last = self._clock()
-        self._heed_pause(now)
         self._seen.append((now, self.done))
         while len(self._seen) > 2 and self._seen[1][0] <= now - WINDOW_S:
             self._seen.popleft()
 
-    def _heed_pause(self, now: float) -> None:
-        pause = now - self._seen[-1][0] if self._seen else 0.0
-        if len(self._seen) > 1 and pause > max(SHORTEST_GAP_S, GAP_FACTOR * self._longest_pause):
-            self._seen.clear()
-            self._longest_pause = 0.0
-        else:
-            self._longest_pause = max(self._longest_pause, pause)
+    def restart(self) -> None:
+        """Begins the reckoning anew, as when workers start again."""
+        self._seen.clear()
+        self._last = self._clock()
 
     @property
     def has_begun(self) -> bool:
-        """Whether anything was done since the beginning."""
+        """Whether anything was done since the beginning, or since it began anew."""
         return bool(self._seen)
 
     @property

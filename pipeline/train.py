@@ -115,8 +115,9 @@ def _derived(config: TrainConfig, placement: Placement, start: Start | None) -> 
     """Returns the values that follow from the settings and the machines, for a person to see at the start."""
     each = "" if placement.num_workers == 1 else " each"
     where = f"one GPU{each}" if placement.use_gpu else f"{count(placement.threads, 'CPU thread')}{each}"
+    images = count(config.global_batch_size // placement.num_workers, "image")
     begin = f", starting from {start.weights} of {start.model}" if start else ""
-    return f"  {count(placement.num_workers, 'worker')} with {where}, {config.global_batch_size // placement.num_workers} images per worker and step{begin}"
+    return f"  {count(placement.num_workers, 'worker')} with {where}, {images} per worker and step{begin}"
 
 
 def _sweep(folder: Location) -> None:

@@ -216,7 +216,7 @@ def _report(comparison: Comparison, names: Sequence[str], pictures: Sequence[Pic
     )
     floor = "" if comparison.floor is None else f"Real images score {comparison.floor:.4g}."
     section = Section("Pictures", "", pictures)
-    return Report(" and ".join(names), Verdict(verdict or f"{names[0]} by {len(recipes)} recipes"), floor, comparisons=tables, sections=[section])
+    return Report(" and ".join(names), Verdict(verdict or f"{names[0]} by {counted(len(recipes), 'recipe')}"), floor, comparisons=tables, sections=[section])
 
 
 _TONES: dict[str, Literal["good", "bad", "neutral"]] = {"better": "good", "worse": "bad", "no difference beyond chance": "neutral"}

@@ -132,9 +132,7 @@ def print_version(out: IO[str], facts: VersionFacts, moves: Sequence[Move], uri:
         else "",
         "decision": facts.decision or "none yet",
         "memorisation": tags.get("memorisation.verdict", ""),
-        "dataset": f"{tags['dataset.digest']}: {tags.get('dataset.rows', '?')} rows, {tags.get('dataset.quarantined', '?')} quarantined"
-        if "dataset.digest" in tags
-        else "",
+        "dataset": f"{tags['dataset.digest']}: {_rows(tags)}, {tags.get('dataset.quarantined', '?')} quarantined" if "dataset.digest" in tags else "",
         "source": tags.get("dataset.source", ""),
         "run": f"{facts.run or ''} ({facts.run_id})" if facts.run_id else "",
         "weights": f"{tags['weights.average']} of {tags.get('weights.checkpoint')}" if "weights.average" in tags else "",
@@ -174,6 +172,11 @@ def print_contrast(out: IO[str], name: str, found: Contrast) -> None:
             console.print(f"v{version.version} is not comparable with v{found.versions[0].version}: {'; '.join(unlike)}", soft_wrap=True, markup=False)
     models = " ".join(f"models:/{name}/{version.version}" for version in found.versions)
     console.print(f"on the same seeds, with pictures: ddpm compare {models}", soft_wrap=True, markup=False)
+
+
+def _rows(tags: Mapping[str, str]) -> str:
+    rows = tags.get("dataset.rows", "?")
+    return counted(int(rows), "row") if rows.isdecimal() else f"{rows} rows"
 
 
 def print_moves(out: IO[str], name: str, moves: Sequence[Move]) -> None:

@@ -92,10 +92,10 @@ def _compare_curves(what: str, one: Sequence[tuple[int, float]], other: Sequence
     before, after = dict(one), dict(other)
     unlike = [step for step in sorted(before | after) if before.get(step) != after.get(step)]
     told = [f"step {step} {before.get(step, 'missing')} against {after.get(step, 'missing')}" for step in unlike[:DIFFERENCES_TOLD]]
-    parts = [f"{len(unlike)} of {len(before | after)} points differ: {', '.join(told)}"] if unlike else []
+    parts = [f"{len(unlike)} of {counted(len(before | after), 'point')} differ: {', '.join(told)}"] if unlike else []
     parts += [f"steps twice: {', '.join(map(str, sorted(twice)))}"] if twice else []
     parts += [] if before else ["no points"]
-    return Compared(what, f"{len(before)} points, {len(twice)} twice", "; ".join(parts))
+    return Compared(what, f"{counted(len(before), 'point')}, {len(twice)} twice", "; ".join(parts))
 
 
 @dataclass(frozen=True)

@@ -226,13 +226,21 @@ class Sampler:
             write_array(logits_file(samples.folder, identity, seeds), logits)
         write_array(features_file(samples.folder, identity, seeds), features)
 
-    def real_part(self, which: int, real: RealSet, rows: range) -> int:
-        """Measures some rows of a dataset by one extractor, unless that is done; returns their number."""
+    def real_part(self, which: int, real: RealSet, rows: range, gauge: Gauge | None = None) -> int:
+        """Measures some rows of a dataset by one extractor, unless that is done; returns their number.
+
+        Args:
+            gauge: where it says how many rows are measured.
+        """
         file = real.features_file(self.identities()[which], rows)
         if not is_kept(file):
             reader, extractor = self._reader(real), self._extractors[which]
             batches = [np.arange(first, min(first + EXTRACT_BATCH, rows.stop)) for first in range(rows.start, rows.stop, EXTRACT_BATCH)]
-            write_array(file, np.concatenate([extracted(extractor, reader.pixels(batch))[0] for batch in batches]))
+            found, tell = [], (lambda done: None) if gauge is None else gauge.tell()
+            for batch in batches:
+                found.append(extracted(extractor, reader.pixels(batch))[0])
+                tell(float(batch[-1] + 1 - rows.start))
+            write_array(file, np.concatenate(found))
         return len(rows)
 
     def draw(self, samples: SampleSet, seeds: Sequence[int], batch_size: int, gauge: Gauge | None = None) -> np.ndarray:

@@ -13,6 +13,7 @@ from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
 from pipeline.lease import alone
 from pipeline.measurement.draw import ROWS_PER_PART, Identity, RealSet, parts_of, read_parts
+from pipeline.measurement.gauge import gauges
 from pipeline.measurement.team import Team
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ def measure_reals(team: Team, which: int, shards: ShardSet, manifest: Manifest, 
     parts = parts_of(range(num_rows), ROWS_PER_PART)
     reference = read_reference(cached) if cached.is_file() else None
     needed = kept(parts) if reference is not None else parts
-    with context.reporter.progress(f"measure {split} by {identity.name}", num_rows, "images") as advance:
-        for rows in team.map("real_part", ((which, real, part) for part in needed)):
-            advance(rows)
+    with context.reporter.progress(f"measure {split} by {identity.name}", num_rows, "images") as advance, gauges(advance) as pieces:
+        for part, rows in zip(needed, team.map("real_part", ((which, real, part, pieces.gauge(part)) for part in needed)), strict=True):
+            pieces.finish(part, rows)
     if reference is not None:
         return Reals(real, identity, num_rows, reference)
     with alone(context.storage / "locks" / f"features-{cached.name}", context.reporter, f"measures {split} images by {identity.name}"):

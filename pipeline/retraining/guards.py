@@ -55,7 +55,8 @@ def _quarantined(drift: Drift, limit: float) -> str:
         return ""
     total = drift.new_images + drift.bad_files
     return (
-        f"retrain.max_quarantined_fraction={limit:g} is exceeded: {drift.bad_files:,} of {total:,} new files ({drift.bad_fraction:.0%}) are quarantined "
+        f"retrain.max_quarantined_fraction={limit:g} is exceeded: {drift.bad_files:,} of {counted(total, 'new file', ',')} "
+        f"({drift.bad_fraction:.0%}) {'is' if drift.bad_files == 1 else 'are'} quarantined "
         f"({_counts(drift.quarantined)}); mend or remove them (`ddpm data show` names them), or raise it"
     )
 

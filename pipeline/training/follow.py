@@ -13,6 +13,7 @@ from types import TracebackType
 
 from rich.markup import escape
 
+from cluster.board import Board, BoardLostError
 from cluster.config import HeadLostError
 from components.model.retention import damage_of, damaged_checkpoints
 from components.scratch import scratch
@@ -20,7 +21,8 @@ from components.storage import Location
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.tracking import BATCH_METRICS, Tracking
-from pipeline.training.notebook import SYSTEM_FOLDER, MetricsLine, NotebookReader, open_metrics
+from pipeline.training.notebook import SYSTEM_FOLDER, MetricsLine, NotebookReader, attempts_so_far, open_metrics
+from pipeline.training.pulse import BEATS, Beat
 from pipeline.training.restarts import restarts_of
 
 CURSOR_FILE = "delivered_step.txt"
@@ -46,7 +48,8 @@ class Follower:
 
     def __init__(self, context: StageContext, tracking: Tracking, run_id: str, steps: int) -> None:
         self._context, self._steps = context, steps
-        self._reader = open_metrics(context.folder)
+        self._reader, self._board = open_metrics(context.folder), Board(str(context.folder))
+        self._before = attempts_so_far(context.folder)
         self._delivery = Delivery(context.folder, tracking, run_id)
         self._damaged = set(damaged_checkpoints(context.folder))
         self._ended, self._late = threading.Event(), threading.Event()
@@ -70,11 +73,15 @@ class Follower:
             self._context.reporter.line(f"  [yellow]warning[/] MLflow has not got all metrics yet; they wait in {self._context.folder}")
 
     def _show(self) -> None:
-        done = self._last_step()
+        done, attempt = self._last_step(), self._before
         with self._context.reporter.progress("train", self._steps, "steps", done, start="starting the workers") as advance:
             while not self._ended.wait(LOOK_LOCAL_S if self._context.folder.is_local else LOOK_REMOTE_S):
                 self._tell_damaged()
-                now = self._last_step()
+                beat = self._beat()
+                if beat is not None and beat.attempt > attempt:
+                    attempt = beat.attempt
+                    advance.restart()
+                now = max(self._last_step(), 0 if beat is None else beat.step)
                 advance(max(0, now - done))
                 done = max(done, now)
 
@@ -86,6 +93,13 @@ class Follower:
                     self._damaged.add(path)
                     reason = escape(damage_of(path))
                     self._context.reporter.line(f"  [yellow]warning[/] a damaged checkpoint is set aside as {path.name}, the one before it is used: {reason}")
+
+    def _beat(self) -> Beat | None:
+        """Returns the last beat of the first worker, of the newest start of this command's workers."""
+        with contextlib.suppress(BoardLostError, ValueError):
+            beats = [Beat.model_validate_json(note) for note in self._board.below(BEATS).values()]
+            return max((beat for beat in beats if beat.rank == 0 and beat.attempt > self._before), key=lambda beat: beat.attempt, default=None)
+        return None
 
     def _last_step(self) -> int:
         with contextlib.suppress(OSError):

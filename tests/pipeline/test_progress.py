@@ -55,13 +55,14 @@ def test_the_rate_is_that_of_the_last_minute():
 
 
 def test_a_restart_begins_the_reckoning_anew():
-    steps = [(1.0, 10.0)] * 20
-    assert str(paced(1000, *steps, (45, 10))) == "starting"
-    assert paced(1000, *steps, (45, 10), *steps).per_second == pytest.approx(10.0)
+    pace = paced(1000, *[(1.0, 10.0)] * 20)
+    pace.restart()
+    assert str(pace) == "starting"
+    assert not pace.has_begun
 
 
-def test_a_pause_as_long_as_those_before_is_none():
-    assert paced(1000, *[(12.0, 1.0)] * 5).per_second == pytest.approx(1 / 12)
+def test_pieces_that_end_in_pairs_give_the_rate_of_both():
+    assert paced(10_000, *[(14.8, 16.0), (1.2, 16.0)] * 4).per_second == pytest.approx(2.0, rel=0.2)
 
 
 def test_parts_count_for_themselves_alone_and_are_told_in_the_order_in_which_they_began():
