@@ -164,7 +164,7 @@ def kept_together(made: Scheduler) -> Iterator[Scheduler]:
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scheduler]:
     home = tmp_path_factory.mktemp("schedule")
-    with kept_together(Scheduler(home, free_ports(1)[0], home / "schedule")) as made:
+    with kept_together(Scheduler(home, free_ports(1)[0], home / "nightly")) as made:
         yield made
 
 

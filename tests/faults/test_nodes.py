@@ -91,7 +91,8 @@ def test_a_run_shrinks_when_a_node_is_killed_grows_when_it_is_back_and_ends_with
     assert training.nodes_of(2) == {"0"}
     shrunk, grown = restarts_of(training.folder)
     assert (shrunk.num_workers, grown.num_workers) == (1, 2)
-    assert re.fullmatch("workers? [01](, 1)? died: process or node was lost", shrunk.reason)
+    # Ray may hear of the peer that lost its connection before it hears of the node.
+    assert re.match("workers? [01](, 1)? died: process or node was lost$|worker 0 raised .*(peer|remote|closed|reset|Connection)", shrunk.reason)
     assert grown.reason == "the number of workers changed from 1 to 2"
     assert f"start 2: from step {shrunk.step} with 1 worker" in training.job.tail(100)
     model = TrainedModel.model_validate_json((training.folder / "receipt.json").read_text())
