@@ -128,8 +128,6 @@ def _sweep(folder: Location) -> None:
 
 def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
     """Says at a first start which trainings of the run, of other settings, were left unfinished, and what differs."""
-    from components.model.checkpoint import TrainingRecord
-
     if checkpoints(context.folder):
         return
     for name in context.folder.parent.folders():
@@ -137,6 +135,8 @@ def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
         newest = next(filter(is_complete, checkpoints(other)), None)
         if newest is None or ".old-" in name or (other / "receipt.json").is_file():
             continue
+        from components.model.checkpoint import TrainingRecord
+
         with suppress(OSError, ValidationError):
             record = TrainingRecord.model_validate_json((newest / "state.json").read_text())
             told = differences(record.settings, settings) or "other settings"
