@@ -146,23 +146,24 @@ def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
 
 
 def _fit(plan: TrainPlan, placement: Placement, context: StageContext, before: int) -> TrainOutcome:
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from pipeline.training.controller import Witness
-    from pipeline.training.loop import train_loop
-    from pipeline.training.process_group import TorchConfigOnRaysNetwork
+    from pipeline.training.fit import HereTrainer, train_loop
+    from pipeline.training.process_group import ProcessGroupConfig
 
     board, ended = Board(plan.folder), take_end(context.folder)
     board.clear()
     if before:
         board.put(REASON, ended)
     with scratch("ray-train") as bookkeeping:
-        trainer = TorchTrainer(
+        alone = context.cluster.address == "local" and not context.cluster.is_elastic
+        trainer = (HereTrainer if alone else DataParallelTrainer)(
             train_loop,  # pyrefly: ignore[bad-argument-type]  (its return value is the result's, as Ray documents)
             train_loop_config={"plan": plan.model_dump_json()},
             scaling_config=scaling_config(context.cluster, placement),
             run_config=run_config(context.cluster, bookkeeping=str(bookkeeping), name=context.folder.name, callbacks=[Witness(board)]),
-            torch_config=TorchConfigOnRaysNetwork(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
+            backend_config=ProcessGroupConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
         )
         with _watched(plan, context, board, before), waiting_aloud(context.cluster, context.reporter.line), _interruptible():
             result: Any = trainer.fit()
