@@ -39,6 +39,8 @@ from pipeline.training.restarts import note_end, take_end
 from pipeline.training.vigil import Vigil
 
 MIN_LABELS = 2
+IMPORTED = ("ray.train.torch", "torch._dynamo")
+"""What takes training workers longest to import; the latter comes with the first optimiser."""
 
 
 def check_labels(model: UNetConfig, shards: ShardSet) -> None:
