@@ -7,18 +7,22 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
+from .ahead import Ahead
 from .config import ClusterConfig, ClusterError, HeadLostError
+from .machine import this_machine
 from .tree import stage_tree
 
 _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that asks something of a Ray that has ended starts no other
     "RAY_worker_niceness": "0",  # Ray would have them yield to everything else on the machine, as no training by itself does
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -28,7 +32,30 @@ _ENVIRONMENT = {
 OBJECT_STORE_BYTES = 512 << 20
 LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _local: dict[str, Any] = {}  # options of a Ray of our own
+_ahead: list[Ahead] = []  # its start, where that was begun before it was needed
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it in the driver of a submitted job, which brings its working tree along
+
+
+def start_ahead(config: ClusterConfig, modules: Sequence[str]) -> None:
+    """Begins to start a Ray of our own, for a training that comes for certain; `connect` waits for it.
+
+    Args:
+        modules: third-party ones that the training workers will import, which their processes then do before they are needed. Left out on machines
+            where Ray holds more processes ready than will train, and on those with GPUs, which a process is to look for when it has been given one.
+    """
+    few = (os.cpu_count() or 1) <= config.max_workers + 1
+
+    def start() -> None:
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that only a main thread can answer signals
+        if few and not this_machine().gpus:
+            _local["_system_config"] = {"preload_python_modules": list(modules), "num_workers_soft_limit": config.max_workers + 1}
+        try:
+            _connect(config)
+        finally:
+            _local.pop("_system_config", None)
+
+    if config.address == "local" and not _ahead:
+        _ahead.append(Ahead(start))
 
 
 def connect(config: ClusterConfig) -> None:
@@ -37,6 +64,13 @@ def connect(config: ClusterConfig) -> None:
     Raises:
         ClusterError: if `cluster.address` names a cluster that does not answer.
     """
+    for ahead in _ahead:
+        ahead.wait()
+        _answer_sigterm(signal.getsignal(signal.SIGTERM))
+    _connect(config)
+
+
+def _connect(config: ClusterConfig) -> None:
     _prepare_environment(config)
     import ray
 
@@ -46,8 +80,12 @@ def connect(config: ClusterConfig) -> None:
 
 def disconnect() -> None:
     """Ends the connection, and with it a Ray that was started on this machine for the run."""
+    for ahead in _ahead:
+        ahead.settle()
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
+    while _ahead:
+        _ahead.pop().end()
 
 
 def abandon(code: int) -> NoReturn:
@@ -126,9 +164,13 @@ def _start(config: ClusterConfig) -> None:
         _init(config)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        if threading.current_thread() is threading.main_thread():
-            # Ray answers SIGTERM by exiting at once; whoever set another answer before keeps it.
-            signal.signal(signal.SIGTERM, handler)
+        _answer_sigterm(handler)
+
+
+def _answer_sigterm(handler: Callable[[int, FrameType | None], Any] | int | None) -> None:
+    """Gives SIGTERM back to whoever answered it before: Ray prints where it was, and then exits at once."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _init(config: ClusterConfig) -> None:
@@ -137,7 +179,8 @@ def _init(config: ClusterConfig) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.address == "local":
         spare = max(os.cpu_count() or 1, config.max_workers + 1)
-        ray.init(address="local", num_cpus=spare, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **options, **_local)
+        with _bare_head():
+            ray.init(address="local", num_cpus=spare, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **options, **_local)
         return
     if _IN_JOB in os.environ:
         # Nodes that share a machine share the job's folder too, and each unpacks it anew: the driver's would be gone from under it.
@@ -153,3 +196,21 @@ def _init(config: ClusterConfig) -> None:
         raise ClusterError(
             f"cluster.address={config.address} does not answer ({message}); start the cluster, give its token in RAY_AUTH_TOKEN_PATH, or use local"
         ) from error
+
+
+@contextmanager
+def _bare_head() -> Iterator[None]:
+    """Keeps a head that starts during a block from starting what has nothing to do on a machine of our own, one Python process after the other.
+
+    These are an autoscaler without machines to start, the server of a dashboard that is off, and what would send logs to a driver that wants none.
+    """
+    from ray._private.node import Node
+
+    before = {name: getattr(Node, name) for name in ("start_monitor", "start_api_server", "start_log_monitor")}
+    try:
+        for name in before:
+            setattr(Node, name, lambda self, **options: None)
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)

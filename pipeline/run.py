@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.markup import escape
 
+from cluster.connect import start_ahead
 from components.counts import counted
 from components.errors import DataError
 from components.ingest.folders import Found
@@ -166,9 +167,11 @@ def run(
         check_files(config.evaluate)
         if config.cluster.address == "local":
             check_cache(config.cluster.cache, is_used=not storage.is_local)
-        tracking = connect(storage) if until != "preprocess" else None
-        (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(public_tree(config), sort_keys=False))
         with ray_session(config.cluster, storage, name, reporter.line):
+            if until != "preprocess" and _is_first_training(pipeline):
+                start_ahead(config.cluster, train_stage.IMPORTED)
+            tracking = connect(storage) if until != "preprocess" else None
+            (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(public_tree(config), sort_keys=False))
             if config.cluster.address != "local":
                 needed = {
                     "data.source": config.data.source,
@@ -180,6 +183,12 @@ def run(
                 pipeline.config = config.model_copy(update={"cluster": cluster})
             _run_stages(pipeline, tracking, until)
     return pipeline.reports
+
+
+def _is_first_training(pipeline: Pipeline) -> bool:
+    """Tells whether the run has to train, whatever its settings and its data turn out to be."""
+    trainings = pipeline.storage / "runs" / pipeline.name / "train"
+    return pipeline.forced("train") or not any((trainings / name / "receipt.json").is_file() for name in trainings.folders())
 
 
 def _on_this_machine(address: str | None) -> str | None:

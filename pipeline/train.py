@@ -39,6 +39,8 @@ from pipeline.training.restarts import note_end, take_end
 from pipeline.training.vigil import Vigil
 
 MIN_LABELS = 2
+IMPORTED = ("ray.train.torch", "torch._dynamo")
+"""What takes training workers longest to import; the latter comes with the first optimiser."""
 
 
 def check_labels(model: UNetConfig, shards: ShardSet) -> None:
@@ -128,8 +130,6 @@ def _sweep(folder: Location) -> None:
 
 def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
     """Says at a first start which trainings of the run, of other settings, were left unfinished, and what differs."""
-    from components.model.checkpoint import TrainingRecord
-
     if checkpoints(context.folder):
         return
     for name in context.folder.parent.folders():
@@ -137,6 +137,8 @@ def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
         newest = next(filter(is_complete, checkpoints(other)), None)
         if newest is None or ".old-" in name or (other / "receipt.json").is_file():
             continue
+        from components.model.checkpoint import TrainingRecord
+
         with suppress(OSError, ValidationError):
             record = TrainingRecord.model_validate_json((newest / "state.json").read_text())
             told = differences(record.settings, settings) or "other settings"
@@ -146,23 +148,24 @@ def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
 
 
 def _fit(plan: TrainPlan, placement: Placement, context: StageContext, before: int) -> TrainOutcome:
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from pipeline.training.controller import Witness
-    from pipeline.training.loop import train_loop
-    from pipeline.training.process_group import TorchConfigOnRaysNetwork
+    from pipeline.training.fit import HereTrainer, train_loop
+    from pipeline.training.process_group import ProcessGroupConfig
 
     board, ended = Board(plan.folder), take_end(context.folder)
     board.clear()
     if before:
         board.put(REASON, ended)
     with scratch("ray-train") as bookkeeping:
-        trainer = TorchTrainer(
+        alone = context.cluster.address == "local" and not context.cluster.is_elastic
+        trainer = (HereTrainer if alone else DataParallelTrainer)(
             train_loop,  # pyrefly: ignore[bad-argument-type]  (its return value is the result's, as Ray documents)
             train_loop_config={"plan": plan.model_dump_json()},
             scaling_config=scaling_config(context.cluster, placement),
             run_config=run_config(context.cluster, bookkeeping=str(bookkeeping), name=context.folder.name, callbacks=[Witness(board)]),
-            torch_config=TorchConfigOnRaysNetwork(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
+            backend_config=ProcessGroupConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
         )
         with _watched(plan, context, board, before), waiting_aloud(context.cluster, context.reporter.line), _interruptible():
             result: Any = trainer.fit()

@@ -1,11 +1,13 @@
 """Datasets with a name: those that torchvision knows, and the digits that scikit-learn ships."""
 
 import fcntl
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,7 +122,13 @@ def _torchvision_labels(name: str, root: str) -> list[str | None]:
 
 @lru_cache(maxsize=1)
 def _digits() -> tuple[np.ndarray, list[int]]:
-    from sklearn.datasets import load_digits
+    table = np.loadtxt(_digits_file(), delimiter=",")
+    return (table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8), table[:, -1].astype(int).tolist()
 
-    values, targets = load_digits(return_X_y=True)
-    return (np.asarray(values).reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8), np.asarray(targets).tolist()
+
+def _digits_file() -> Path:
+    """Returns the table that scikit-learn's `load_digits` reads; importing it for that takes a second in every process."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"

@@ -114,7 +114,7 @@ def train_loop(config: dict[str, Any]) -> str:
     torch.set_num_threads(plan.threads)
     device, folder, dataset = get_device(), Location.of(plan.folder), Location.of(plan.dataset)
     manifest = read_manifest(dataset)
-    attempt, resumed = _agree_on_start(folder, rank)
+    attempt, resumed = _agree_on_start(folder, rank, device)
     try:
         trainer = make_trainer(plan, manifest, device, resumed)
     except DataError as error:
@@ -148,16 +148,15 @@ def _outcome(trainer: Trainer, checkpoint: Location, world: int, device: torch.d
     )
 
 
-def _agree_on_start(folder: Location, rank: int) -> tuple[Attempt, Location | None]:
+def _agree_on_start(folder: Location, rank: int, device: torch.device) -> tuple[Attempt, Location | None]:
     """The first worker takes the right to write and finds the newest whole checkpoint; all use these."""
-    from ray.train.collective import broadcast_from_rank_zero
-
+    attempt = found = None
     if rank == 0:
         attempt, found = Attempt(folder), newest_whole_checkpoint(folder)
-        broadcast_from_rank_zero([attempt.ticket.model_dump_json(), found.name if found else ""])
-        return attempt, found
-    ticket, name = broadcast_from_rank_zero(["", ""])
-    return Attempt(folder, Ticket.model_validate_json(ticket)), folder / name if name else None
+    told = ["" if attempt is None else attempt.ticket.model_dump_json(), found.name if found else ""]
+    torch.distributed.broadcast_object_list(told, device=device)
+    ticket, name = told
+    return attempt or Attempt(folder, Ticket.model_validate_json(ticket)), folder / name if name else None
 
 
 def _watch(attempt: Attempt, context: Any) -> contextlib.AbstractContextManager[SystemWatch | None]:
