@@ -120,7 +120,7 @@ def step(trainer: Trainer, count: int) -> float:
     pixels = torch.from_numpy(draw.integers(0, 256, shape, dtype=np.uint8))
     t, eps = torch.from_numpy(draw.integers(0, 1000, count)), torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
     started = time.perf_counter()
-    loss, _ = trainer.update(Batch(trainer.step, torch.arange(count), pixels, t, eps), range(1))
+    loss, _ = trainer.update(Batch(trainer.step, torch.arange(count), pixels, t, eps))
     float(loss)
     return time.perf_counter() - started
 

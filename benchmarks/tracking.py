@@ -134,9 +134,9 @@ def train(config: RunConfig, dataset: Location, folder: Location, threads: int, 
     )  # fmt: skip
     trainer, stamps, update = make_trainer(plan, manifest, torch.device("cpu"), None), [], Trainer.update
 
-    def stamped(self: Trainer, batch: Batch, lanes: range) -> tuple[torch.Tensor, torch.Tensor]:
+    def stamped(self: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         stamps.append(time.perf_counter())
-        done = update(self, batch, lanes)
+        done = update(self, batch)
         stamps.append(time.perf_counter())
         return done
 

@@ -102,6 +102,8 @@ class TrainedModel(Receipt):
     seconds: float = 0.0
     """What all steps take at that speed."""
     precision: Literal["float32", "bfloat16"]
+    layout: Literal["channels_last", "contiguous"] = "channels_last"
+    compiled: bool = False
     num_workers: int
     device: str
     config_digest: str

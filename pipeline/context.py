@@ -38,6 +38,17 @@ class Advance:
         self._pace.advance(amount)
         self._show()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was done since the beginning, or since it began anew."""
+        return self._pace.has_begun
+
+    def call(self, beginning: str) -> None:
+        """Names what goes on as long as nothing is done."""
+        if beginning != self._pace.beginning:
+            self._pace.beginning = beginning
+            self._show()
+
     def restart(self) -> None:
         """Has the time left reckoned anew, because workers start again."""
         self._pace.restart()

@@ -10,7 +10,11 @@ WINDOW_S, SHORTEST_SPAN_S = 60.0, 1.0
 
 
 class Pace:
-    """The rate of a piece of work, from what was done lately; what came before the first step, such as the start of workers, is no part of it."""
+    """The rate of a piece of work, from what was done lately; what came before the first step, such as the start of workers, is no part of it.
+
+    Attributes:
+        beginning: what goes on as long as there is no rate.
+    """
 
     def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         """Begins.
@@ -21,6 +25,7 @@ class Pace:
         self.total, self.done, self._clock = total, float(done), clock
         self._seen: deque[tuple[float, float]] = deque()
         self._last, self.has_ever_begun = clock(), False
+        self.beginning = "starting"
 
     def advance(self, amount: float) -> None:
         """Takes note of work that is done now."""
@@ -59,7 +64,7 @@ class Pace:
     def __str__(self) -> str:
         rate = self.per_second
         if rate is None:
-            return "starting"
+            return self.beginning
         return f"{f'{rate:.3g}' if rate < 1000 else f'{rate:,.0f}'} per second, {duration(max(0, self.total - self.done) / rate)} left"
 
 

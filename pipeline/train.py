@@ -222,6 +222,8 @@ def _receipt(
         images_per_second=statistics.median(speeds),
         seconds=outcome.steps * config.global_batch_size / statistics.median(speeds),
         precision=outcome.precision,
+        layout=outcome.layout,
+        compiled=outcome.compiled,
         num_workers=outcome.num_workers,
         device=outcome.device,
         config_digest=config_digest,

@@ -2,8 +2,9 @@
 
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ import torch
 from ..streams import Purpose, stream
 from .order import RowOrder
 from .reader import NO_LABEL, RowReader
+
+WORDS = 2
+"""Of 32 bits, that make the key of one image at one layer."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Batch:
         t: (B,) int64, 0..T-1.
         eps: (B, C, H, W) float32.
         labels: (B,) int64, what the network is told of each image's class; None where it is told no class.
+        keys: (B, L, 2) int32, uniformly random, which decide each image's dropout masks at L layers; None for a network without dropout.
     """
 
     step: int
@@ -31,6 +36,20 @@ class Batch:
     t: torch.Tensor
     eps: torch.Tensor
     labels: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Returns what a training step needs of it, in the order (pixels, eps, t, labels, keys)."""
+        return self.pixels, self.eps, self.t, self.labels, self.keys
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """Returns the batch with each of these tensors changed."""
+        labels, keys = (None if tensor is None else change(tensor) for tensor in (self.labels, self.keys))
+        return replace(self, pixels=change(self.pixels), eps=change(self.eps), t=change(self.t), labels=labels, keys=keys)
+
+    def split(self, rows: int) -> "list[Batch]":
+        """Returns the batch cut into parts of so many images."""
+        return [self.map(lambda tensor, first=first: tensor[first : first + rows]) for first in range(0, len(self.pixels), rows)]
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,7 @@ class BatchPlan:
         flip: mirror each image left to right with probability one half.
         num_classes: K, the classes that the network is told; label K says that the class is not told. 0 for a network that is told no class.
         label_dropout: probability that an image's class is not told (p_uncond of Classifier-Free Guidance, algorithm 1).
+        num_dropouts: L, dropout layers of the network.
     """
 
     order: RowOrder
@@ -49,6 +69,7 @@ class BatchPlan:
     flip: bool
     num_classes: int = 0
     label_dropout: float = 0.0
+    num_dropouts: int = 0
 
     def lanes_of(self, rank: int, num_workers: int) -> range:
         """Returns the lanes that a worker carries: equal parts where the workers divide the lanes, else some carry one more.
@@ -77,7 +98,15 @@ class BatchPlan:
                 told.append(draw.random(count) >= self.label_dropout)
         labels = self._labels(reader.labels(rows), np.concatenate(told)) if self.num_classes else None
         parts = (rows, pixels, np.concatenate(times), np.concatenate(noises))
-        return Batch(step, *(torch.from_numpy(part) for part in parts), labels=labels)
+        return Batch(step, *(torch.from_numpy(part) for part in parts), labels=labels, keys=self.keys(step, lanes))
+
+    def keys(self, step: int, lanes: range) -> torch.Tensor | None:
+        """Returns the keys of the dropout masks of the given lanes at a step."""
+        if not self.num_dropouts:
+            return None
+        draws = [stream(Purpose.DROPOUT, self.order.seed, step, lane) for lane in lanes]
+        shape = (self.order.rows_per_lane, self.num_dropouts, WORDS)
+        return torch.from_numpy(np.concatenate([draw.integers(-(2**31), 2**31, shape, dtype=np.int32) for draw in draws]))
 
     def _labels(self, classes: np.ndarray, told: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.where(told & (classes != NO_LABEL), classes, self.num_classes).astype(np.int64))
@@ -116,3 +145,30 @@ def _put(ready: "queue.Queue[Batch | Exception]", item: Batch | Exception, stop:
         except queue.Full:
             continue
     return False
+
+
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yields batches on a device. To a GPU each is copied from pinned memory while the one before it is worked on."""
+    with closing(batches):  # type: ignore[type-var]
+        if device.type != "cuda":
+            yield from batches
+            return
+        side, last = torch.cuda.Stream(device), None
+        for batch in batches:
+            with torch.cuda.stream(side):
+                following = batch.map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+            if last is not None:
+                yield _taken_over(last, side)
+            last = following
+        if last is not None:
+            yield _taken_over(last, side)
+
+
+def _taken_over(batch: Batch, side: torch.cuda.Stream) -> Batch:
+    """Makes the present stream wait for a batch that another one copies, and its memory outlive its use here."""
+    now = torch.cuda.current_stream()
+    now.wait_stream(side)
+    for tensor in batch.tensors():
+        if tensor is not None:
+            tensor.record_stream(now)
+    return batch

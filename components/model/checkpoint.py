@@ -54,6 +54,10 @@ class TrainingRecord(BaseModel):
     """Digest of the config and data that made these weights."""
     precision: Literal["float32", "bfloat16"]
     """Arithmetic of the network's forward and backward passes."""
+    layout: Literal["channels_last", "contiguous"] = "channels_last"
+    """Order of images and weights in memory."""
+    compiled: bool = False
+    """Whether the step was compiled."""
     nonfinite_steps: int = 0
     """Steps whose gradient was not finite, and which were left out."""
     settings: Mapping[str, str] = {}

@@ -26,6 +26,8 @@ class UNetConfig(BaseModel):
     """Probability of a dropped activation in residual blocks, while training."""
     conditional: bool = False
     """Tell the network each image's label, so that samples of a wanted class can be drawn; the dataset needs labels."""
+    checkpointing: bool = Field(False, json_schema_extra={"result": False})
+    """Compute the activations of residual blocks again in the backward pass instead of keeping them: less memory, a third more work."""
 
     @model_validator(mode="after")
     def _check_divisions(self) -> Self:
@@ -49,3 +51,9 @@ class UNetConfig(BaseModel):
                 f"image_size={image_size} cannot be halved {len(self.channel_mults) - 1} times; "
                 f"use a multiple of {factor} such as {nearest}, or fewer model.channel_mults"
             )
+
+    @property
+    def num_dropouts(self) -> int:
+        """Layers that drop activations: one in every residual block."""
+        levels = len(self.channel_mults)
+        return levels * self.num_res_blocks + 2 + levels * (self.num_res_blocks + 1) if self.dropout else 0

@@ -22,10 +22,19 @@ class Ema:
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Moves every average towards the module's present weights."""
-        present = [parameter.detach() for parameter in module.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), present, 1.0 - self.decay_at(step))
+    def update(self, module: nn.Module, weight: torch.Tensor) -> None:
+        """Moves every average towards the module's present weights.
+
+        Args:
+            weight: how far, 1 - decay, a float32 scalar on their device; 0 leaves them where they are.
+        """
+        averages, present = list(self.weights.values()), [parameter.detach() for parameter in module.parameters()]
+        if weight.is_cuda:  # where torch has no fused kernel for a weight that is not known on the host
+            differences = torch._foreach_sub(present, averages)
+            torch._foreach_mul_(differences, weight)
+            torch._foreach_add_(averages, differences)
+        else:
+            torch._foreach_lerp_(averages, present, [weight] * len(averages))
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:

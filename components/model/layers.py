@@ -1,11 +1,13 @@
 """The parts of the DDPM U-Net. Activations are (B, C, H, W), channels_last in memory where the caller says so."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from .dropout import dropped
+from .norm import Norm
 
 
 def init_layer(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> None:
@@ -58,54 +60,32 @@ class TimeMLP(nn.Module):
         return list(self.projections(F.silu(embedding))[:, :, None, None].split(self.block_channels, dim=1))
 
 
-class LaneDropout(nn.Module):
-    """Dropout of (B, C, H, W) whose mask is a function of seeds: B is cut into as many equal lanes, and each lane's mask depends on its own seed only.
-
-    Without seeds it is torch's dropout, drawn from the global generator.
-
-    Attributes:
-        p: probability that an activation is dropped.
-        seeds: one for each lane of the batch, in the order in which the lanes lie in it.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-        self.seeds: Sequence[int] = ()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        return (x * self._mask(x)).to(x.dtype) if self.seeds else F.dropout(x, self.p)
-
-    def _mask(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns 0 where x is dropped and 1 / (1 - p) elsewhere, in float32, drawn in the order of channels_last whatever the layout of x."""
-        batch, channels, height, width = x.shape
-        mask = torch.empty((batch, height, width, channels), device=x.device)
-        generator = torch.Generator(x.device)
-        for lane, seed in zip(mask.unflatten(0, (len(self.seeds), -1)), self.seeds, strict=True):
-            lane.bernoulli_(1.0 - self.p, generator=generator.manual_seed(seed))
-        return mask.mul_(1.0 / (1.0 - self.p)).permute(0, 3, 1, 2)
-
-
 class ResidualBlock(nn.Module):
     """Two convolutions around a time bias, and a shortcut (DDPM appendix B)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, dropout: float, num_groups: int) -> None:
         super().__init__()
         self.out_channels = out_channels
-        self.norm_1 = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
+        self.norm_1 = Norm(num_groups, in_channels)
         self.conv_1 = conv3x3(in_channels, out_channels)
-        self.norm_2 = nn.GroupNorm(num_groups, out_channels, eps=1e-6)
-        self.dropout = LaneDropout(dropout)
+        self.norm_2 = Norm(num_groups, out_channels)
+        self.dropout = dropout
         self.conv_2 = conv3x3(out_channels, out_channels, scale=0.0)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         if isinstance(self.shortcut, nn.Conv2d):
             init_layer(self.shortcut)
 
-    def forward(self, x: torch.Tensor, time_bias: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, time_bias: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns (B, C_out, H, W).
+
+        Args:
+            keys: (B, 2) int32, which decide the dropout mask; without them torch's global generator does.
+        """
         hidden = self.conv_1(F.silu(self.norm_1(x))) + time_bias
-        return self.shortcut(x) + self.conv_2(self.dropout(F.silu(self.norm_2(hidden))))
+        hidden = F.silu(self.norm_2(hidden))
+        if self.training and self.dropout:
+            hidden = F.dropout(hidden, self.dropout) if keys is None else dropped(hidden, keys, self.dropout)
+        return self.shortcut(x) + self.conv_2(hidden)
 
 
 class SelfAttention(nn.Module):
@@ -114,7 +94,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, *, num_heads: int, num_groups: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        self.norm = Norm(num_groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
         init_layer(self.qkv)
@@ -148,4 +128,14 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(doubled(x) if torch.compiler.is_compiling() else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """Returns x (B, C, H, W) with every pixel twice in height and width, in channels_last.
+
+    Its gradient is a sum, where that which Inductor makes of `interpolate` scatters.
+    """
+    batch, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None, :].expand(batch, height, 2, width, 2, channels)
+    return pixels.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)

@@ -1,14 +1,15 @@
 """The U-Net of the DDPM paper: eps_hat = UNet(x_t, t), or UNet(x_t, t, labels) where it is told the class."""
 
-from collections.abc import Sequence
+from itertools import repeat
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .config import UNetConfig
-from .layers import Downsample, LaneDropout, ResidualBlock, SelfAttention, TimeMLP, Upsample, conv3x3
+from .layers import Downsample, ResidualBlock, SelfAttention, TimeMLP, Upsample, conv3x3
+from .norm import Norm
 
 
 class Level(nn.Module):
@@ -50,7 +51,7 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
         self.mid_1, self.mid_2 = self._block(widths[-1], widths[-1]), self._block(widths[-1], widths[-1])
         self.mid_attention = self._attention(widths[-1])
-        self.norm_out = nn.GroupNorm(config.num_groups, widths[0], eps=1e-6)
+        self.norm_out = Norm(config.num_groups, widths[0])
         self.conv_out = conv3x3(widths[0], channels, scale=0.0)
         running = [*(b for level in down for b in level.blocks), self.mid_1, self.mid_2, *(b for level in up for b in level.blocks)]
         self.time = TimeMLP(config.base_channels, [block.out_channels for block in running if isinstance(block, ResidualBlock)])
@@ -97,37 +98,42 @@ class UNet(nn.Module):
             labels = torch.full((len(x_t),), self.label_embedding.num_embeddings - 1, device=x_t.device)
         return self.label_embedding(labels)
 
-    def key_dropout(self, lanes: Sequence[np.random.Generator]) -> None:
-        """Makes the dropout masks of later passes a function of one generator per lane; a batch then holds these lanes one after the other, of equal size.
-
-        Each dropout layer takes one seed of each generator, whatever the others take: a pass repeated has the same masks.
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the estimate (B, C, H, W).
 
         Args:
-            lanes: none to draw from torch's global generator again.
+            keys: (B, config.num_dropouts, 2) int32, uniformly random, which decide what is dropped while training: an image's masks depend on its own keys
+                only. Without them torch's global generator decides.
         """
-        layers = [module for module in self.modules() if isinstance(module, LaneDropout)]
-        seeds = [lane.integers(2**63, size=len(layers)).tolist() for lane in lanes]
-        for number, layer in enumerate(layers):
-            layer.seeds = [of_lane[number] for of_lane in seeds]
-
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         biases = iter(self.time(t, self._condition(x_t, labels)))
+        of_layers = iter(keys.unbind(1)) if keys is not None else repeat(None)
+
+        def run(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+            given = (hidden, next(biases), next(of_layers))
+            return recomputed(block, *given) if self.config.checkpointing and torch.is_grad_enabled() else block(*given)
+
         hidden = self.conv_in(x_t)
         skips = [hidden]
         for level in _levels(self.down):
             for block, attention in level.stages():
-                hidden = attention(block(hidden, next(biases)))
+                hidden = attention(run(block, hidden))
                 skips.append(hidden)
             if isinstance(level.resample, Downsample):
                 hidden = level.resample(hidden)
                 skips.append(hidden)
-        hidden = self.mid_2(self.mid_attention(self.mid_1(hidden, next(biases))), next(biases))
+        hidden = run(self.mid_2, self.mid_attention(run(self.mid_1, hidden)))
         for level in _levels(self.up):
             for block, attention in level.stages():
-                hidden = attention(block(torch.cat([hidden, skips.pop()], dim=1), next(biases)))
+                hidden = attention(run(block, torch.cat([hidden, skips.pop()], dim=1)))
             hidden = level.resample(hidden)
         return self.conv_out(F.silu(self.norm_out(hidden)))
 
 
 def _levels(modules: nn.ModuleList) -> list[Level]:
     return [module for module in modules if isinstance(module, Level)]
+
+
+def recomputed(block: nn.Module, *given: torch.Tensor | None) -> torch.Tensor:
+    """Returns what a block gives; its activations are not kept for the backward pass, but computed again there (Chen et al. 2016)."""
+    # Without keys the masks come from torch's generator, whose state has to be the same again.
+    return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=given[-1] is None)

@@ -22,7 +22,7 @@ from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.tracking import BATCH_METRICS, Tracking
 from pipeline.training.notebook import SYSTEM_FOLDER, MetricsLine, NotebookReader, attempts_so_far, open_metrics
-from pipeline.training.pulse import BEATS, Beat
+from pipeline.training.pulse import BEATS, TOLD, Beat
 from pipeline.training.restarts import restarts_of
 
 CURSOR_FILE = "delivered_step.txt"
@@ -53,6 +53,7 @@ class Follower:
         self._delivery = Delivery(context.folder, tracking, run_id)
         self._damaged = set(damaged_checkpoints(context.folder))
         self._ended, self._late = threading.Event(), threading.Event()
+        self._told: set[str] = set()
         self._complete = False
         self._showing = threading.Thread(target=self._show, name="progress", daemon=True)
         self._delivering = threading.Thread(target=self._deliver, name="delivery", daemon=True)
@@ -66,6 +67,7 @@ class Follower:
         self._ended.set()
         self._showing.join()
         self._tell_damaged()
+        self._tell_lines()
         with self._context.reporter.part("delivering metrics to MLflow"):
             self._delivering.join(LEAVING_S if in_haste(error) else LAST_DELIVERY_S)
         self._late.set()
@@ -77,10 +79,13 @@ class Follower:
         with self._context.reporter.progress("train", self._steps, "steps", done, start="starting the workers") as advance:
             while not self._ended.wait(LOOK_LOCAL_S if self._context.folder.is_local else LOOK_REMOTE_S):
                 self._tell_damaged()
+                self._tell_lines()
                 beat = self._beat()
                 if beat is not None and beat.attempt > attempt:
                     attempt = beat.attempt
                     advance.restart()
+                if beat is not None and not advance.has_begun:
+                    advance.call("compiling" if beat.phase == "compiling" else "starting")
                 now = max(self._last_step(), 0 if beat is None else beat.step)
                 advance(max(0, now - done))
                 done = max(done, now)
@@ -93,6 +98,14 @@ class Follower:
                     self._damaged.add(path)
                     reason = escape(damage_of(path))
                     self._context.reporter.line(f"  [yellow]warning[/] a damaged checkpoint is set aside as {path.name}, the one before it is used: {reason}")
+
+    def _tell_lines(self) -> None:
+        """Says what the first worker has to say."""
+        with contextlib.suppress(BoardLostError):
+            for key, line in sorted(self._board.below(TOLD).items()):
+                if key not in self._told:
+                    self._told.add(key)
+                    self._context.reporter.line(f"  {escape(line)}")
 
     def _beat(self) -> Beat | None:
         """Returns the last beat of the first worker, of the newest start of this command's workers."""

@@ -13,16 +13,17 @@ import torch
 
 from cluster.board import Board
 from cluster.machine import cpu_model
-from components.data.batches import Batch, BatchPlan
+from components.data.batches import Batch, BatchPlan, on_device
 from components.data.copies import Copies
 from components.data.reader import RowReader
-from components.data.shards import read_manifest
+from components.data.shards import Manifest, read_manifest
 from components.errors import DataError
 from components.figures import grid
 from components.model.checkpoint import TrainingRecord
 from components.model.manifest import manifest_of
 from components.model.retention import newest_whole_checkpoint
 from components.storage import Location
+from pipeline.training.arithmetic import compilations, prepare
 from pipeline.training.checkpoint_writer import CheckpointWriter, UnwritableError
 from pipeline.training.follow import samples_folder
 from pipeline.training.notebook import Attempt, MetricsLine, NotebookWriter, SupersededError, Ticket
@@ -112,6 +113,7 @@ def train_loop(config: dict[str, Any]) -> str:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(plan.threads)
+    prepare(deterministic=plan.train.deterministic)
     device, folder, dataset = get_device(), Location.of(plan.folder), Location.of(plan.dataset)
     manifest = read_manifest(dataset)
     attempt, resumed = _agree_on_start(folder, rank, device)
@@ -123,7 +125,7 @@ def train_loop(config: dict[str, Any]) -> str:
     if rank == 0:
         note_restart(folder, board, attempt.number, trainer.step, world)
     if world > 1:
-        trainer.network = prepare_model(trainer.unet, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
+        trainer.stepper.network = prepare_model(trainer.unet, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
     batch_plan = make_batch_plan(plan, manifest)
     reader = RowReader(dataset, manifest, copies=Copies.of(plan.cache, plan.cache_bytes))
     node = {"node_id": ray.get_runtime_context().get_node_id(), "node": platform.node()}
@@ -131,9 +133,22 @@ def train_loop(config: dict[str, Any]) -> str:
         with Pulse(board, attempt.number, rank, world, **node, first=trainer.step) as pulse, _watch(attempt, context) as watch:
             worker = Worker(trainer, batch_plan, reader, pulse, watch, rank, world)
             newest = (worker.lead(attempt) if rank == 0 else worker.follow()) or resumed
+    except torch.OutOfMemoryError as error:
+        return TrainFailure(failure=_no_room(plan, manifest, device, error)).model_dump_json()
     except (FloatingPointError, SupersededError) as error:
         return TrainFailure(failure=str(error)).model_dump_json()
     return "" if newest is None or rank else _outcome(trainer, newest, world, device).model_dump_json()
+
+
+def _no_room(plan: TrainPlan, manifest: Manifest, device: torch.device, error: Exception) -> str:
+    right = ["train.micro_batch_size=auto"] if plan.train.micro_batch_size != "auto" else ["more train.lanes, so that a lane has fewer images"]
+    right += [] if plan.model.checkpointing else ["model.checkpointing=true"]
+    told = f"train.micro_batch_size={plan.train.micro_batch_size} needs more memory than {_name_of(device)} has at {manifest.image_size} pixels"
+    return f"{told} ({' '.join(str(error).split())[:200]}); use {' or '.join(right)}"
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 
 
 def _outcome(trainer: Trainer, checkpoint: Location, world: int, device: torch.device) -> TrainOutcome:
@@ -142,9 +157,11 @@ def _outcome(trainer: Trainer, checkpoint: Location, world: int, device: torch.d
         weights_sha256=manifest_of(checkpoint)["ema.safetensors"][1],
         parameters=sum(parameter.numel() for parameter in trainer.unet.parameters()),
         steps=trainer.step,
-        precision=trainer.precision,
+        precision=trainer.arithmetic.precision,
+        layout=trainer.arithmetic.layout,
+        compiled=trainer.arithmetic.compiled,
         num_workers=world,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        device=_name_of(device),
     )
 
 
@@ -233,15 +250,18 @@ class Worker:
     def _steps(self) -> Iterator[Stretch]:
         """Takes one step after the other, and gives the steps since the last point of the curve after each."""
         trainer, lanes, stretch = self.trainer, self.plan.lanes_of(self.rank, self.world), Stretch(self.world)
-        trainer.share = len(lanes) * self.world / self.plan.order.lanes
+        trainer.stepper.share = len(lanes) * self.world / self.plan.order.lanes
         if trainer.resumed is not None:
             stretch.go_on(trainer.resumed, trainer.device)
-        self.pulse.phase = "waiting for data"
-        if self.world > 1 and trainer.step < trainer.config.steps:
-            trainer.warm_up(self.plan.batch(self.reader, trainer.step, lanes), lanes)
-        for batch, waited in _timed(self.plan.batches(self.reader, range(trainer.step, trainer.config.steps), lanes)):
-            self.pulse.phase = "computing"
-            loss, norm = trainer.update(batch, lanes)
+        self.pulse.phase, is_first = "waiting for data", True
+        if trainer.step < trainer.config.steps:
+            self._begin(lanes)
+        batches = self.plan.batches(self.reader, range(trainer.step, trainer.config.steps), lanes)
+        for batch, waited in _timed(on_device(batches, trainer.device)):
+            with self._compiling() if is_first and trainer.arithmetic.compiled else contextlib.nullcontext():
+                self.pulse.phase = "compiling" if is_first and trainer.arithmetic.compiled else "computing"
+                loss, norm = trainer.update(batch)
+            is_first = False
             stretch.add(loss, norm, waited)
             self.pulse.step = trainer.step
             if self.watch and self._is_point():
@@ -249,6 +269,27 @@ class Worker:
             yield stretch
             self.pulse.phase = "waiting for data"
         self.pulse.phase = "ending"
+
+    def _begin(self, lanes: range) -> None:
+        """Decides on micro-batches, warms up what has to be, and says how it is computed."""
+        trainer, order = self.trainer, self.plan.order
+        first = self.plan.batch(self.reader, trainer.step, lanes).map(lambda tensor: tensor.to(trainer.device))
+        trainer.stepper.cut(trainer.config.micro_batch_size, first, order.rows_per_lane)
+        if self.world > 1:
+            trainer.warm_up(first)
+        if self.rank == 0:
+            images, part = len(first.pixels), trainer.stepper.part
+            self.pulse.tell(f"{_name_of(trainer.device)}: {trainer.arithmetic}, {f'micro-batches of {part} of' if part else 'all'} {images} images in one pass")
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Says how long the first step took, which compiles."""
+        started = time.perf_counter()
+        yield
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.rank == 0:
+            self.pulse.tell(f"compiled the step in {time.perf_counter() - started:.0f} s; kept in {compilations()} for the next start")
 
     def _is_checkpoint(self) -> bool:
         return self.trainer.step % self.trainer.config.checkpoint_every == 0 or self.trainer.step == self.trainer.config.steps

@@ -43,7 +43,14 @@ class TrainConfig(BaseModel):
     label_dropout: float = Field(0.1, ge=0.0, le=1.0)
     """Probability that an image's label is not told, so that a conditional model learns to draw without one too (Classifier-Free Guidance)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the network; `auto` is bfloat16 on GPUs and on CPUs with AMX, float32 elsewhere. Noise, target and loss are float32."""
+    """Arithmetic of the network; `auto` is bfloat16 on GPUs and, for a million parameters and more, on CPUs with AMX or AVX512-BF16; float32 elsewhere.
+    Noise, target and loss are float32."""
+    compile: bool | Literal["auto"] = Field("auto", json_schema_extra=_NO_RESULT)
+    """Compile the step with torch.compile; `auto` does on GPUs where the run is long enough to pay for it."""
+    micro_batch_size: int | Literal["auto"] = Field(0, json_schema_extra=_NO_RESULT)
+    """Images of one forward and backward pass of a worker, whole lanes; 0 for all of its images, `auto` for as many as the GPU has memory for."""
+    deterministic: bool = Field(False, json_schema_extra=_NO_RESULT)
+    """Use only operations that give the same bits each time, so that on one kind of GPU, too, an interrupted run ends bit for bit like an undisturbed one."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides weights, rows, flips, time steps, noise and dropout."""
     log_every: int = Field(50, ge=1, json_schema_extra=_NO_RESULT)
@@ -66,6 +73,16 @@ class TrainConfig(BaseModel):
         decays = (self.ema_decay, *self.more_ema_decays)
         if (repeated := next((decay for decay in self.more_ema_decays if decays.count(decay) > 1), None)) is not None:
             raise ValueError(f"more_ema_decays={list(self.more_ema_decays)} holds {repeated} twice, ema_decay={self.ema_decay} counted; state each decay once")
+        return self
+
+    @model_validator(mode="after")
+    def _check_micro_batches(self) -> Self:
+        rows = self.global_batch_size // self.lanes
+        if self.micro_batch_size != "auto" and (self.micro_batch_size < 0 or self.micro_batch_size % max(1, rows)):
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} is no whole number of lanes, and a lane has {rows} images (global_batch_size / lanes); "
+                f"use a multiple of {rows}, auto, or 0 for no micro-batches"
+            )
         return self
 
     @model_validator(mode="after")
@@ -104,6 +121,8 @@ class TrainOutcome(BaseModel):
     parameters: int
     steps: int
     precision: Literal["float32", "bfloat16"]
+    layout: Literal["channels_last", "contiguous"]
+    compiled: bool
     num_workers: int
     device: str
 

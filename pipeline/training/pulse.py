@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict
 from cluster.board import Board, BoardLostError
 
 BEAT_S = 1.0
-BEATS, SAVE, SAVED, TROUBLE, GIVEN_UP, DRAINED, REASON = "beat/", "save", "saved", "trouble", "given-up", "drained", "reason"
-"""Keys of the board. REASON says why the workers have to start again; it is there from then until they do."""
+BEATS, SAVE, SAVED, TROUBLE, GIVEN_UP, DRAINED, REASON, TOLD = "beat/", "save", "saved", "trouble", "given-up", "drained", "reason", "told/"
+"""Keys of the board. Below TOLD are lines for a person. REASON says why the workers have to start again; it is there from then until they do."""
 
 
-Phase = Literal["starting", "waiting for data", "computing", "drawing samples", "saving", "ending", "ended"]
+Phase = Literal["starting", "compiling", "waiting for data", "computing", "drawing samples", "saving", "ending", "ended"]
 
 
 class Beat(BaseModel):
@@ -62,6 +62,7 @@ class Pulse:
         self._who = {"attempt": attempt, "rank": rank, "num_workers": num_workers, "node_id": node_id, "node": node, "pid": os.getpid(), "first": first}
         self.step, self.wanted = first, ""
         self.phase: Phase = "starting"
+        self._lines = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
@@ -69,6 +70,11 @@ class Pulse:
         """Puts a note on the board, if the head answers."""
         with suppress(BoardLostError):
             self._board.put(key, note)
+
+    def tell(self, line: str) -> None:
+        """Has the driver tell a person something."""
+        self._lines += 1
+        self.say(f"{TOLD}{self._who['attempt']:06d}/{self._lines:03d}", line)
 
     def give_up(self, reason: str) -> None:
         """Has the driver end the run with a reason that starting again would not mend, and waits for that."""

@@ -2,17 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 from components.data.batches import Batch, BatchPlan
-from components.data.images import to_model_range, to_pixels
+from components.data.images import to_pixels
 from components.data.order import plan_order
 from components.data.shards import Manifest
-from components.diffusion.objective import simple_loss
 from components.diffusion.recipe import MONITORING
 from components.diffusion.sampling import sample
 from components.diffusion.schedule import Schedule
@@ -25,18 +22,11 @@ from components.model.unet import UNet
 from components.storage import Location
 from components.streams import Purpose, stream
 from pipeline.retraining.attempts import Start
+from pipeline.training.arithmetic import Arithmetic, choose
 from pipeline.training.plan import TrainConfig, TrainPlan, differences
+from pipeline.training.step import Step
 
-Precision = Literal["float32", "bfloat16"]
 GRID_SEEDS = range(16)
-
-
-def resolve_precision(wanted: str, device: torch.device) -> Precision:
-    """Returns the arithmetic that `train.precision` means on this hardware."""
-    if wanted == "auto":
-        has_bfloat16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-        return "bfloat16" if has_bfloat16 else "float32"
-    return "bfloat16" if wanted == "bfloat16" else "float32"
 
 
 @dataclass
@@ -44,29 +34,26 @@ class Trainer:
     """The moving parts of a training run on one worker.
 
     Attributes:
-        network: the denoiser, wrapped for DDP where there are several workers.
         unet: the denoiser itself.
         more_averages: averages of further decays, by the name that checkpoints give them.
+        stepper: what a step does.
         step: optimiser steps done.
         settings: all that `inputs` is the digest of, for messages.
         resumed: where the checkpoint stood that this training goes on from.
-        share: this worker's part of the batch over an equal part; not 1 only where the workers do not divide the lanes.
     """
 
     config: TrainConfig
     spec: DenoiserSpec
     inputs: str
     device: torch.device
-    precision: Precision
+    arithmetic: Arithmetic
     unet: UNet
-    network: nn.Module
     optimizer: torch.optim.AdamW
     ema: Ema
     more_averages: dict[str, Ema]
     schedule: Schedule
+    stepper: Step
     step: int = 0
-    nonfinite_steps: int = 0
-    share: float = 1.0
     settings: Mapping[str, str] = field(default_factory=dict)
     resumed: TrainingRecord | None = None
 
@@ -74,62 +61,46 @@ class Trainer:
         """Returns the learning rate of the next step: linear warm-up, then constant (DDPM appendix B)."""
         return self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
 
-    def update(self, batch: Batch, lanes: range) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes one optimiser step and returns this worker's loss, whose mean over the workers is the batch's, and the gradient's norm before clipping.
 
         Args:
-            lanes: those that the batch holds, one after the other.
+            batch: on the trainer's device.
 
         Raises:
-            FloatingPointError: if too many gradients were not finite.
+            FloatingPointError: if too many gradients were not finite; on a GPU some steps later.
         """
-        loss = self._gradient(batch, lanes)
-        norm = nn.utils.clip_grad_norm_(self.unet.parameters(), self.config.grad_clip)
-        self._apply(norm)
+        decays = [average.decay_at(self.step) for average in (self.ema, *self.more_averages.values())]
+        loss, norm = self.stepper(batch, self.learning_rate(), decays)
+        self._check(self.stepper.count_nonfinite())
         self.step += 1
         return loss, norm
 
-    def _gradient(self, batch: Batch, lanes: range) -> torch.Tensor:
-        """Computes the gradient of this step and returns this worker's loss."""
-        self._key_dropout(lanes)
-        x_0 = to_model_range(batch.pixels.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        eps, t = batch.eps.to(self.device, non_blocking=True), batch.t.to(self.device, non_blocking=True)
-        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            loss = simple_loss(self.network, self.schedule, x_0, eps, t, labels)
-        loss = loss if self.share == 1.0 else loss * self.share
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        return loss.detach()
-
-    def warm_up(self, batch: Batch, lanes: range) -> None:
+    def warm_up(self, batch: Batch) -> None:
         """Computes a gradient and throws it away.
 
         DDP sorts its buckets anew after the first backward pass of a process, and the order of sums over three or more workers follows the
         buckets. So that a step after a restart sums as the same step does without one, the first pass is never a step.
         """
-        self._gradient(batch, lanes)
+        self.stepper.gradient(batch)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _key_dropout(self, lanes: range) -> None:
-        """Makes the masks of this step, the only draws inside the network, a function of (seed, step, lane)."""
-        if self.spec.model.dropout:
-            self.unet.key_dropout([stream(Purpose.DROPOUT, self.config.seed, self.step, lane) for lane in lanes])
+    @property
+    def nonfinite_steps(self) -> int:
+        """Steps whose gradient was not finite, and which were left out; waits for the device.
 
-    def _apply(self, norm: torch.Tensor) -> None:
-        if not torch.isfinite(norm):
-            self.nonfinite_steps += 1
-            if self.nonfinite_steps > self.config.max_nonfinite_steps:
-                raise FloatingPointError(
-                    f"train.max_nonfinite_steps={self.config.max_nonfinite_steps} is exceeded at step {self.step}: gradients are not finite; "
-                    "lower train.lr or train.grad_clip, or use train.precision=float32"
-                )
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.step()
-        for average in (self.ema, *self.more_averages.values()):
-            average.update(self.unet, self.step)
+        Raises:
+            FloatingPointError: if they are too many.
+        """
+        return self._check(self.stepper.count_nonfinite(now=True))
+
+    def _check(self, nonfinite_steps: int) -> int:
+        if nonfinite_steps > self.config.max_nonfinite_steps:
+            raise FloatingPointError(
+                f"train.max_nonfinite_steps={self.config.max_nonfinite_steps} is exceeded at step {self.step}: gradients are not finite; "
+                "lower train.lr or train.grad_clip, or use train.precision=float32"
+            )
+        return nonfinite_steps
 
     def everything(self, open_losses: Sequence[float] = (), open_norms: Sequence[float] = ()) -> Resumable:
         """Returns all that a checkpoint holds: the living tensors, which the next step changes.
@@ -143,7 +114,9 @@ class Trainer:
         record = TrainingRecord(
             step=self.step,
             train_digest=self.inputs,
-            precision=self.precision,
+            precision=self.arithmetic.precision,
+            layout=self.arithmetic.layout,
+            compiled=self.arithmetic.compiled,
             nonfinite_steps=self.nonfinite_steps,
             settings=self.settings,
             open_losses=tuple(open_losses),
@@ -157,18 +130,9 @@ class Trainer:
         now = self.everything()
         write_checkpoint(path, self.spec, now.ema, now.state, more_averages=now.more_averages)
 
-    def resume(self, path: Location) -> None:
-        """Takes over everything from a checkpoint.
-
-        Raises:
-            DataError: if it is not whole, or made of other inputs; names the settings that differ.
-        """
-        resumable = load_training_state(path)
+    def take_over(self, resumable: Resumable) -> None:
+        """Takes over everything from a checkpoint."""
         state = resumable.state
-        if state.record.train_digest != self.inputs:
-            told = differences(state.record.settings, self.settings) or f"digest {state.record.train_digest}, not {self.inputs}"
-            raise DataError(f"{path} was trained with other settings ({told}); move it away, or train with those")
-        self.precision = state.record.precision
         self.unet.load_state_dict(dict(state.weights))
         self.ema.load(resumable.ema)
         for name, average in self.more_averages.items():
@@ -182,11 +146,16 @@ class Trainer:
             moments.setdefault(int(index), {})[name] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.step, self.nonfinite_steps, self.resumed = state.record.step, state.record.nonfinite_steps, state.record
+        self.step, self.resumed = state.record.step, state.record
+        self.stepper.nonfinite.fill_(state.record.nonfinite_steps)
 
 
 def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resume_from: Location | None) -> Trainer:
-    """Builds the network, the optimiser and the averages: fresh from the seed, or from a checkpoint."""
+    """Builds the network, the optimiser and the averages: fresh from the seed, or from a checkpoint.
+
+    Raises:
+        DataError: if the checkpoint is not whole, or made of other inputs; names the settings that differ.
+    """
     spec = DenoiserSpec(
         model=plan.model,
         diffusion=plan.diffusion,
@@ -196,27 +165,40 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
     )
     torch.manual_seed(int(stream(Purpose.WEIGHTS, plan.train.seed).integers(2**32)))
     unet = spec.build()
-    if plan.start is not None and resume_from is None:
+    resumable = None if resume_from is None else _read(plan, resume_from)
+    if plan.start is not None and resumable is None:
         unet.load_state_dict(_start_weights(plan.start))
-    unet = unet.to(device).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=plan.train.lr, weight_decay=plan.train.weight_decay, fused=True)
-    trainer = Trainer(
-        plan.train,
-        spec,
-        plan.inputs,
-        device,
-        resolve_precision(plan.train.precision, device),
-        unet,
-        unet,
-        optimizer,
-        Ema(unet, plan.train.ema_decay),
-        {average_name(decay): Ema(unet, decay) for decay in plan.train.more_ema_decays},
-        Schedule(plan.diffusion).to(device),
-        settings=plan.settings,
-    )
-    if resume_from is not None:
-        trainer.resume(resume_from)
+    arithmetic = _choose(plan, unet, device) if resumable is None else _kept(resumable.state.record)
+    unet = unet.to(device).to(memory_format=arithmetic.memory_format).train()
+    on_gpu = device.type == "cuda"
+    lr = torch.tensor(plan.train.lr, device=device) if on_gpu else plan.train.lr
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, weight_decay=plan.train.weight_decay, fused=True, capturable=on_gpu)
+    ema, more = Ema(unet, plan.train.ema_decay), {average_name(decay): Ema(unet, decay) for decay in plan.train.more_ema_decays}
+    schedule = Schedule(plan.diffusion).to(device)
+    stepper = Step(unet, optimizer, [ema, *more.values()], schedule, arithmetic, plan.train.grad_clip)
+    trainer = Trainer(plan.train, spec, plan.inputs, device, arithmetic, unet, optimizer, ema, more, schedule, stepper, settings=plan.settings)
+    if resumable is not None:
+        trainer.take_over(resumable)
     return trainer
+
+
+def _choose(plan: TrainPlan, unet: UNet, device: torch.device) -> Arithmetic:
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    images = plan.train.steps * plan.train.global_batch_size
+    return choose(plan.train.precision, plan.train.compile, device, parameters, images)
+
+
+def _kept(record: TrainingRecord) -> Arithmetic:
+    return Arithmetic(record.precision, record.layout, record.compiled)
+
+
+def _read(plan: TrainPlan, path: Location) -> Resumable:
+    resumable = load_training_state(path)
+    record = resumable.state.record
+    if record.train_digest != plan.inputs:
+        told = differences(record.settings, plan.settings) or f"digest {record.train_digest}, not {plan.inputs}"
+        raise DataError(f"{path} was trained with other settings ({told}); move it away, or train with those")
+    return resumable
 
 
 def _start_weights(start: Start) -> dict[str, torch.Tensor]:
@@ -241,7 +223,8 @@ def make_batch_plan(plan: TrainPlan, manifest: Manifest) -> BatchPlan:
         lanes=plan.train.lanes,
         seed=plan.train.seed,
     )
-    return BatchPlan(order, plan.diffusion.num_steps, plan.train.flip, len(_label_names(plan, manifest)), plan.train.label_dropout)
+    classes = len(_label_names(plan, manifest))
+    return BatchPlan(order, plan.diffusion.num_steps, plan.train.flip, classes, plan.train.label_dropout, plan.model.num_dropouts)
 
 
 def _label_names(plan: TrainPlan, manifest: Manifest) -> tuple[str, ...]:

@@ -1,9 +1,6 @@
 import json
-from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,13 +11,11 @@ from components.errors import DataError
 from components.model.checkpoint import TrainingRecord, TrainingState, load_denoiser, load_training_state, read_weights, write_checkpoint
 from components.model.config import UNetConfig
 from components.model.ema import Ema
-from components.model.layers import LaneDropout
 from components.model.manifest import average_name, averages_in, sha256_of, verify
 from components.model.retention import checkpoint_name, checkpoint_step, checkpoints, damage_of, damaged_checkpoints, newest_whole_checkpoint, prune
 from components.model.spec import DenoiserSpec
 from components.model.unet import UNet
 from components.storage import Location
-from components.streams import Purpose, stream
 
 SPEC = DenoiserSpec(
     model=UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4),
@@ -203,7 +198,7 @@ def test_the_average_moves_by_one_minus_decay():
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(1)
-    ema.update(module, step=10_000)
+    ema.update(module, torch.tensor(0.1))
     for name, value in ema.weights.items():
         torch.testing.assert_close(value, before[name] + 0.1)
 
@@ -268,115 +263,3 @@ def test_a_storage_that_cannot_be_reached_says_nothing_about_checkpoints(tmp_pat
     monkeypatch.setattr(Location, "read_bytes", fail)
     with pytest.raises(OSError, match="no route"):
         newest_whole_checkpoint(Location.of(tmp_path))
-
-
-HALF = SPEC.model_copy(update={"model": SPEC.model.model_copy(update={"dropout": 0.5})})
-ROWS_PER_LANE = 2
-
-
-def dropped(lanes: Sequence[int], seed: int = 0, step: int = 0, unet: UNet | None = None) -> list[dict[int, torch.Tensor]]:
-    """Returns where the network drops when it trains on these lanes: for each dropout layer, the mask of each lane."""
-    unet = unet or HALF.build()
-    unet.key_dropout([stream(Purpose.DROPOUT, seed, step, lane) for lane in lanes])
-    layers, masks = [module for module in unet.modules() if isinstance(module, LaneDropout)], {}
-    hooks = [layer.register_forward_hook(lambda layer, _, output: masks.__setitem__(layer, output == 0)) for layer in layers]
-    unet.train()(torch.randn(len(lanes) * ROWS_PER_LANE, 1, 8, 8), torch.full((len(lanes) * ROWS_PER_LANE,), 3))
-    for hook in hooks:
-        hook.remove()
-    return [dict(zip(lanes, masks[layer].split(ROWS_PER_LANE), strict=True)) for layer in layers]
-
-
-@pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0], [1, 2, 3]], [[3, 1], [0, 2]]], ids=str)
-def test_a_lane_drops_the_same_wherever_it_lies_and_whoever_carries_it(parts: list[list[int]]):
-    whole, split = dropped(range(4)), [dropped(part) for part in parts]
-    assert whole
-    for number, layer in enumerate(whole):
-        for part in split:
-            assert all(torch.equal(mask, layer[lane]) for lane, mask in part[number].items())
-
-
-def test_a_pass_repeated_drops_the_same():
-    unet = HALF.build()
-    for first, again in zip(dropped(range(4), unet=unet), dropped(range(4), unet=unet), strict=True):
-        assert all(torch.equal(mask, again[lane]) for lane, mask in first.items())
-
-
-def test_another_lane_step_seed_or_layer_drops_independently():
-    masks = [(layer, mask) for seed, step in ((0, 0), (0, 1), (1, 0)) for layer, lanes in enumerate(dropped(range(3), seed, step)) for mask in lanes.values()]
-    pairs = [(one, other) for (_, one), (_, other) in combinations(masks, 2) if one.shape == other.shape]
-    assert len(pairs) > 500
-    for one, other in pairs:
-        differing = float((one != other).float().mean())
-        assert abs(differing - 0.5) < 6 * 0.5 / one.numel() ** 0.5
-
-
-def keyed(p: float, seeds: Sequence[int]) -> LaneDropout:
-    layer = LaneDropout(p).train()
-    layer.seeds = seeds
-    return layer
-
-
-@pytest.mark.parametrize("p", [0.1, 0.2, 0.7])
-def test_the_part_p_is_dropped_the_rest_scaled_so_that_the_mean_stays_and_the_gradient_goes_the_same_way(p: float):
-    x = torch.ones(8, 16, 32, 32).requires_grad_()
-    y = keyed(p, range(8))(x)
-    y.sum().backward()
-    assert x.grad is not None
-    assert torch.equal(x.grad, y)
-    kept = y != 0
-    assert float(kept.float().mean()) == pytest.approx(1 - p, abs=6 * (p * (1 - p) / y.numel()) ** 0.5)
-    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
-
-
-def test_neither_memory_layout_nor_threads_change_what_is_dropped():
-    layer, x, threads = keyed(0.5, [3, 4]), torch.ones(4, 8, 16, 16), torch.get_num_threads()
-    expected = layer(x)
-    assert torch.equal(layer(x.to(memory_format=torch.channels_last)), expected)
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(layer(x), expected)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_under_bfloat16_what_is_kept_is_rounded_once():
-    x = torch.randn(4, 8, 16, 16).bfloat16()
-    y = keyed(0.1, [1, 2])(x)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y[y != 0], (x.float() / 0.9).bfloat16()[y != 0], rtol=0, atol=0)
-
-
-def test_without_seeds_it_is_the_dropout_of_torch_and_with_them_it_leaves_torchs_generator_alone():
-    x, ours, plain = torch.randn(4, 8, 16, 16), LaneDropout(0.3), torch.nn.Dropout(0.3)
-    torch.manual_seed(1)
-    expected = plain(x)
-    torch.manual_seed(1)
-    assert torch.equal(ours(x), expected)
-    before = torch.get_rng_state()
-    keyed(0.3, [1, 2])(x)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_network_without_keys_or_with_them_taken_back_drops_by_torchs_generator():
-    unet, x, t = HALF.build().train(), torch.randn(4, 1, 8, 8), torch.tensor([3, 4, 5, 6])
-    torch.nn.init.normal_(unet.conv_out.weight)
-    plain = HALF.build().train()
-    plain.load_state_dict(unet.state_dict())
-    unet.key_dropout([np.random.default_rng(0)])
-    unet.key_dropout([])
-    torch.manual_seed(1)
-    expected = plain(x, t)
-    torch.manual_seed(1)
-    assert torch.equal(unet(x, t), expected)
-
-
-def test_what_drops_nothing_hands_on_what_it_gets():
-    x = torch.randn(4, 8, 4, 4)
-    assert keyed(0.0, [1, 2])(x) is x
-    assert keyed(0.5, [1, 2]).eval()(x) is x
-
-
-def test_a_batch_that_is_no_whole_number_of_lanes_is_refused():
-    with pytest.raises(RuntimeError, match="unflatten"):
-        keyed(0.5, [1, 2])(torch.randn(3, 8, 4, 4))

@@ -43,7 +43,7 @@ SCRIPT = textwrap.dedent("""
             diffusion=DiffusionConfig(), dataset=str(dataset), folder="", inputs="i", threads=1, group_timeout_s=60,
         )
         trainer = make_trainer(plan, manifest, torch.device("cpu"), resume_from)
-        trainer.network = DistributedDataParallel(trainer.unet, broadcast_buffers=False, gradient_as_bucket_view=True)
+        trainer.stepper.network = DistributedDataParallel(trainer.unet, broadcast_buffers=False, gradient_as_bucket_view=True)
         pulse = Pulse(Board("test"), 1, rank, world, node_id="", node="", first=trainer.step)
         Worker(trainer, make_batch_plan(plan, manifest), RowReader(dataset, manifest), pulse, None, rank, world).follow()
         return trainer
