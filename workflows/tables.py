@@ -126,7 +126,7 @@ def print_version(out: IO[str], facts: VersionFacts, moves: Sequence[Move], uri:
     unit = facts.metric.unit if facts.metric else None
     rows = {
         "metric": f"{facts.metric.name} = {_value(facts.metric)}, lower is better; intervals of 95 %" if facts.metric else "none",
-        "unit": f"{counted(unit.num_samples, 'sample')} from seed {unit.first_seed}, {unit.sampler}, "
+        "unit": f"{counted(unit.num_samples, 'sample')} from seed {unit.first_seed}, {unit.drawn_by}, "
         f"against {counted(unit.reference_count, 'image')} of {unit.reference_digest}"
         if unit
         else "",

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 PICTURE_BATCH = 16
 """Images that an actor draws together to be looked at: few, so that all actors have some."""
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
+_CAME_LATER: dict[str, JsonValue] = {"result": "unless default"}
 
 
 class EvaluateConfig(BaseModel):
@@ -70,6 +71,8 @@ class EvaluateConfig(BaseModel):
     """How far samples of a conditional model are pushed towards their class: 1 is not at all."""
     threshold: Literal["clip", "dynamic", "none"] = "clip"
     """What becomes of estimates outside -1..1: clipped, scaled by their 99.5 % quantile, or left."""
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", json_schema_extra=_CAME_LATER)
+    """Arithmetic of the network while it samples, part of the unit of every number; `auto` is bfloat16 on GPUs that have it, and float32 on CPUs."""
     first_seed: int = Field(0, ge=0, lt=2**62)
     """Seed of the first image; image i has seed first_seed + i."""
     batch_size: int = Field(64, ge=1, json_schema_extra=_NO_RESULT)
@@ -96,7 +99,7 @@ class EvaluateConfig(BaseModel):
 
     @property
     def recipe(self) -> Recipe:
-        """How samples are drawn."""
+        """How samples are drawn; in float32 as long as nobody asked the hardware what `auto` means, as `open_bench` does."""
         return Recipe(
             sampler=self.sampler,
             steps=self.steps,
@@ -105,6 +108,7 @@ class EvaluateConfig(BaseModel):
             variance=self.variance,
             guidance=self.guidance,
             threshold=self.threshold,
+            precision="float32" if self.precision == "auto" else self.precision,
         )
 
     @property
@@ -146,7 +150,11 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Bench:
-    """Samples and real images side by side."""
+    """Samples and real images side by side.
+
+    Attributes:
+        config: its precision is no longer `auto`.
+    """
 
     config: EvaluateConfig
     shards: ShardSet
@@ -295,6 +303,7 @@ class Bench:
             sampler=self.config.recipe.describe(),
             steps=self.config.steps,
             weights=self.policy,
+            precision=self.config.recipe.precision,
         )
 
 
@@ -322,7 +331,8 @@ def open_bench(config: EvaluateConfig, shards: ShardSet, context: StageContext) 
         with context.reporter.part("starting the actors that draw and measure"):
             team = Team(placement, kinds, context.cluster)
         with team:
-            yield Bench(config, shards, manifest, team, context)
+            resolved = config.model_copy(update={"precision": team.first("precision", config.precision)})
+            yield Bench(resolved, shards, manifest, team, context)
 
 
 def _frechet(distance: Distance, unit: MetricUnit) -> Metric:

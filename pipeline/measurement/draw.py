@@ -8,7 +8,7 @@ import io
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from components.data.reader import RowReader
-    from components.diffusion.recipe import Recipe
+    from components.diffusion.recipe import Precision, Recipe
     from components.diffusion.sampling import OnStep
     from components.metrics.features import Extractor
     from components.model.checkpoint import Denoiser
@@ -185,13 +185,19 @@ class Sampler:
         torch.set_num_threads(1)
         self._device = "cuda" if use_gpu else "cpu"
         self._extractors = [kind.build(self._device) for kind in kinds]
-        self._denoisers: OrderedDict[tuple[str, str], tuple[Denoiser, Callable[..., torch.Tensor]]] = OrderedDict()
+        self._denoisers: OrderedDict[tuple[str, str, Precision], tuple[Denoiser, Callable[..., torch.Tensor]]] = OrderedDict()
         self._readers: dict[tuple[str, Split], RowReader] = {}
         self._copies = Copies.of(cache, cache_bytes)
 
     def identities(self) -> list[Identity]:
         """Returns what every extractor is."""
         return [Identity(extractor.name, extractor.digest, extractor.preprocessing) for extractor in self._extractors]
+
+    def precision(self, wanted: Literal["auto", "float32", "bfloat16"]) -> "Precision":
+        """Returns the arithmetic that `evaluate.precision` means on this actor's hardware."""
+        from components.diffusion.precision import resolve_precision
+
+        return resolve_precision(wanted, self._device)
 
     def part(
         self, samples: SampleSet, seeds: range, batch_size: int, gauge: Gauge | None = None, pixels: Location | None = None, need: bool = False
@@ -315,14 +321,14 @@ class Sampler:
         return to_pixels(x_0).cpu().numpy()
 
     def _model(self, samples: SampleSet) -> "tuple[Denoiser, Callable[..., torch.Tensor]]":
-        """Returns a denoiser, and its network as it is called: as CUDA graphs on a GPU."""
-        from components.diffusion.graphs import GraphedNetwork
+        """Returns a denoiser, and its network as samplers call it."""
+        from components.diffusion.precision import prepared
         from components.model.checkpoint import load_denoiser
 
-        key = (samples.checkpoint, samples.weights)
+        key = (samples.checkpoint, samples.weights, samples.recipe.precision)
         if key not in self._denoisers:
             denoiser = load_denoiser(Location.of(samples.checkpoint), self._device, samples.weights)
-            self._denoisers[key] = (denoiser, GraphedNetwork(denoiser.network) if self._device == "cuda" else denoiser.network)
+            self._denoisers[key] = (denoiser, prepared(denoiser.network, samples.recipe.precision, self._device))
             if len(self._denoisers) > DENOISERS_HELD:
                 self._denoisers.popitem(last=False)
         self._denoisers.move_to_end(key)
@@ -370,7 +376,7 @@ def sample_set(storage: Location, checkpoint: Location, weights: str, recipe: "R
     Raises:
         DataError: if the folder is no checkpoint, or lacks the average.
     """
-    decides = [SAMPLES_VERSION, manifest_of(checkpoint)["denoiser.json"][1], checksum_of(checkpoint, weights), asdict(recipe), label_counts]
+    decides = [SAMPLES_VERSION, manifest_of(checkpoint)["denoiser.json"][1], checksum_of(checkpoint, weights), recipe.identity(), label_counts]
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
     return SampleSet(storage / "samples" / key, str(checkpoint), weights, recipe, label_counts)
 

@@ -139,7 +139,7 @@ def write_page(evaluation: Evaluation, model: TrainedModel, shards: ShardSet, pi
     report = Report(
         title=f"{Location.of(evaluation.folder).parent.parent.name}: evaluation",
         subtitle=f"{counted(evaluation.step, 'step', ',')} on {counted(shards.num_train, 'image', ',')} of {shards.source}; "
-        f"{counted(metric.unit.num_samples, 'sample', ',')} by {metric.unit.sampler}",
+        f"{counted(metric.unit.num_samples, 'sample', ',')} by {metric.unit.drawn_by}",
         verdict=_verdict(evaluation),
         warnings=evaluation.warnings,
         numbers=[_deciding(evaluation), *map(as_number, (*evaluation.guards, *evaluation.scores))],
@@ -176,7 +176,7 @@ def unit_of(unit: MetricUnit) -> dict[str, str]:
         "reference": f"{unit.reference_split} of {unit.reference_digest[:16]}",
         "reference images": f"{unit.reference_count:,}" if unit.reference_count else "not said",
         "samples": f"{unit.num_samples:,} from seed {unit.first_seed}",
-        "sampler": unit.sampler,
+        "sampler": unit.drawn_by,
         "weights": unit.weights,
     }
 

@@ -71,6 +71,11 @@ def test_a_file_that_is_no_preset_is_named(tmp_path: Path, content: str, message
         load_config(tmp_path / "mine.yaml")
 
 
+def test_an_arithmetic_that_is_left_to_the_hardware_is_no_part_of_a_digest_and_a_chosen_one_is():
+    digests = [config_digest(load_config(DIGITS, overrides)) for overrides in ([], ["evaluate.precision=auto"], ["evaluate.precision=bfloat16"])]
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_preset_that_does_not_exist_is_told_with_those_that_do():
     with pytest.raises(ConfigError, match="preset digit is neither a file nor one of celeba64, cifar10, cifar10-small, digits"):
         find_preset("digit")
