@@ -75,8 +75,8 @@ class EvaluateConfig(BaseModel):
     """Arithmetic of the network while it samples, part of the unit of every number; `auto` is bfloat16 on GPUs that have it, and float32 on CPUs."""
     first_seed: int = Field(0, ge=0, lt=2**62)
     """Seed of the first image; image i has seed first_seed + i."""
-    batch_size: int = Field(64, ge=1, json_schema_extra=_NO_RESULT)
-    """Images drawn together."""
+    batch_size: int = Field(0, ge=0, json_schema_extra=_NO_RESULT)
+    """Images drawn together; 0 draws 64 on a CPU, and as many as the free memory of a GPU holds, up to 256."""
     extractor: Literal["auto", "inception", "classifier", "dct8", "dinov2"] = "auto"
     """Features that decide; `auto` is Inception where `inception_weights` is set, else the classifier where there are labels, else dct8."""
     inception_weights: str | None = None
@@ -263,12 +263,12 @@ class Bench:
             distance, guards = measure_distance(sampled, reference), self.guards(samples)
             floor = measure_floor(train, holdout, self.config.num_samples)
         with part("kernel distance, precision, recall"):
-            scores = [*measure_scores(sampled, train, self._unit(train.identity, train)), *measure_inception_score(sampled, unit)]
+            scores = [*self._scores(sampled, train), *measure_inception_score(sampled, unit)]
             if holdout is not None:
                 unit_of_holdout = self._unit(holdout.identity, holdout)
-                scores = [_frechet(measure_distance(sampled, holdout.reference), unit_of_holdout), *measure_scores(sampled, holdout, unit_of_holdout), *scores]
+                scores = [_frechet(measure_distance(sampled, holdout.reference), unit_of_holdout), *self._scores(sampled, holdout), *scores]
         with part("looking for copies of training images"):
-            copies = find_copies(sampled, train, holdout)
+            copies = self.team.compute(find_copies, sampled, train, holdout)
         return Numbers(
             frechet=(_frechet(distance, unit), *guards),
             jackknifed=distance.jackknifed,
@@ -277,6 +277,9 @@ class Bench:
             copies=copies,
             warnings=tuple(_warnings(unit, len(reference.mean), copies)),
         )
+
+    def _scores(self, sampled: Sampled, reals: Reals) -> list[Metric]:
+        return self.team.compute(measure_scores, sampled, reals, self._unit(reals.identity, reals))
 
     def holdout(self, which: int) -> Reals | None:
         """Returns the held-out split, measured by one extractor; None where it has too few rows."""

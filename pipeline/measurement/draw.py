@@ -33,7 +33,8 @@ SAMPLES_VERSION = 1
 """Part of every address of samples: raise it when the same model, recipe and seed give other pixels than before."""
 SEEDS_PER_PART = 256
 ROWS_PER_PART = 2048
-EXTRACT_BATCH = 64
+EXTRACT_BATCHES = {"cpu": 64, "cuda": 256}
+"""Images that an extractor sees together, by kind of device."""
 READER_CACHE_BYTES = 128 << 20
 DENOISERS_HELD = 2
 
@@ -70,7 +71,7 @@ class ExtractorChoice:
 
         weights = Location.of(self.address)
         if self.kind == "dct8":
-            return DctExtractor()
+            return DctExtractor(device)
         if self.kind == "classifier":
             with weights.local_copy() as folder:
                 return ClassifierExtractor(folder, device)
@@ -186,6 +187,7 @@ class Sampler:
         self._device = "cuda" if use_gpu else "cpu"
         self._extractors = [kind.build(self._device) for kind in kinds]
         self._denoisers: OrderedDict[tuple[str, str, Precision], tuple[Denoiser, Callable[..., torch.Tensor]]] = OrderedDict()
+        self._batch_sizes: dict[Location, int] = {}
         self._readers: dict[tuple[str, Split], RowReader] = {}
         self._copies = Copies.of(cache, cache_bytes)
 
@@ -199,12 +201,17 @@ class Sampler:
 
         return resolve_precision(wanted, self._device)
 
+    def compute(self, function: Callable[..., object], arguments: Sequence[object]) -> object:
+        """Returns function(*arguments, DEVICE) on this actor's device."""
+        return function(*arguments, self._device)
+
     def part(
         self, samples: SampleSet, seeds: range, batch_size: int, gauge: Gauge | None = None, pixels: Location | None = None, need: bool = False
     ) -> tuple[str, int]:
         """Draws and measures one part of the seeds, as far as that is not done; returns the SHA-256 of its pixels, and how many images it drew.
 
         Args:
+            batch_size: 0 for as many as the device takes.
             gauge: where it says how many images are drawn.
             pixels: folder where those that are drawn stay, by default none do.
             need: all must be there, and are drawn again if they are gone.
@@ -227,7 +234,7 @@ class Sampler:
 
     def _measure(self, which: int, pixels: np.ndarray, samples: SampleSet, seeds: range) -> None:
         extractor, identity = self._extractors[which], self.identities()[which]
-        features, logits = extracted(extractor, pixels)
+        features, logits = extracted(extractor, pixels, EXTRACT_BATCHES[self._device])
         if logits is not None:
             write_array(logits_file(samples.folder, identity, seeds), logits)
         write_array(features_file(samples.folder, identity, seeds), features)
@@ -241,17 +248,23 @@ class Sampler:
         file = real.features_file(self.identities()[which], rows)
         if not is_kept(file):
             reader, extractor = self._reader(real), self._extractors[which]
-            batches = [np.arange(first, min(first + EXTRACT_BATCH, rows.stop)) for first in range(rows.start, rows.stop, EXTRACT_BATCH)]
+            size = EXTRACT_BATCHES[self._device]
+            batches = [np.arange(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size)]
             found, tell = [], (lambda done: None) if gauge is None else gauge.tell()
             for batch in batches:
-                found.append(extracted(extractor, reader.pixels(batch))[0])
+                found.append(extracted(extractor, reader.pixels(batch), size)[0])
                 tell(float(batch[-1] + 1 - rows.start))
             write_array(file, np.concatenate(found))
         return len(rows)
 
     def draw(self, samples: SampleSet, seeds: Sequence[int], batch_size: int, gauge: Gauge | None = None) -> np.ndarray:
-        """Returns the pixels (len(seeds), C, H, W) of some seeds, drawn batch by batch."""
+        """Returns the pixels (len(seeds), C, H, W) of some seeds, drawn batch by batch.
+
+        Args:
+            batch_size: 0 for as many as the device takes.
+        """
         tell = (lambda done: None) if gauge is None else gauge.tell()
+        batch_size = batch_size or self._batch_size(samples)
 
         def batch(first: int) -> np.ndarray:
             drawn = seeds[first : first + batch_size]
@@ -320,6 +333,21 @@ class Sampler:
         )
         return to_pixels(x_0).cpu().numpy()
 
+    def _batch_size(self, samples: SampleSet) -> int:
+        """Returns how many images to draw together, measured once for each model and recipe."""
+        import torch
+
+        from components.diffusion.batch_size import choose_batch_size
+
+        if samples.folder not in self._batch_sizes:
+            denoiser, _ = self._model(samples)
+            places = [torch.zeros(1, dtype=torch.int64, device=self._device)] * (2 if samples.label_counts else 1)
+            inputs = (torch.zeros(1, *denoiser.spec.shape, device=self._device), *places)
+            guided = samples.recipe.guidance != 1
+            # The float32 network needs no less memory than one in bfloat16.
+            self._batch_sizes[samples.folder] = choose_batch_size(denoiser.network, inputs, rows_per_image=2 if guided else 1)
+        return self._batch_sizes[samples.folder]
+
     def _model(self, samples: SampleSet) -> "tuple[Denoiser, Callable[..., torch.Tensor]]":
         """Returns a denoiser, and its network as samplers call it."""
         from components.diffusion.precision import prepared
@@ -345,15 +373,15 @@ class Sampler:
         return self._readers[key]
 
 
-def extracted(extractor: "Extractor", pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+def extracted(extractor: "Extractor", pixels: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the features (N, D) float32 of pixels (N, C, H, W), and the logits of an extractor that has any."""
     import torch
 
     from components.metrics.features import InceptionExtractor
 
     features, logits = [], []
-    for first in range(0, len(pixels), EXTRACT_BATCH):
-        batch = torch.from_numpy(np.ascontiguousarray(pixels[first : first + EXTRACT_BATCH]))
+    for first in range(0, len(pixels), batch_size):
+        batch = torch.from_numpy(np.ascontiguousarray(pixels[first : first + batch_size]))
         if isinstance(extractor, InceptionExtractor):
             found, more = extractor.with_logits(batch)
             logits.append(more)

@@ -58,7 +58,7 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(overrides: Sequence[s
 
 def test_all_wrong_settings_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
-        load_config(DIGITS, ["train.lr=0", "train.stepz=1", "evaluate.batch_size=0"])
+        load_config(DIGITS, ["train.lr=0", "train.stepz=1", "evaluate.batch_size=-1"])
     assert len(str(caught.value).splitlines()) == 3
 
 

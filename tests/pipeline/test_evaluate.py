@@ -1,5 +1,6 @@
 """Drawing, measuring and comparing in this process, on a Ray of its own: who does the work, and what interrupts it, changes nothing."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -136,6 +137,20 @@ def test_bfloat16_has_samples_and_a_unit_of_its_own(bench: Callable[..., Bench],
 def test_auto_is_what_the_actors_hardware_says(bench: Callable[..., Bench]):
     team = bench().team
     assert [team.first("precision", wanted) for wanted in ("auto", "float32", "bfloat16")] == ["float32", "float32", "bfloat16"]
+
+
+@pytest.mark.parametrize(("use_gpu", "device"), [(False, "cpu"), (True, "cuda")])
+def test_pairs_are_compared_here_or_where_the_gpu_is(placement: Placement, cluster: ClusterConfig, use_gpu: bool, device: str):
+    with Team(replace(placement, num_samplers=1, use_gpu=use_gpu), [ExtractorChoice("dct8")], cluster) as team:
+        process, where, given = team.compute(lambda given, device: (os.getpid(), device, given), 7)
+    assert (process == os.getpid(), where, given) == (not use_gpu, device, 7)
+
+
+def test_the_batch_is_no_part_of_a_sample(bench: Callable[..., Bench], models: list[Location]):
+    one = bench()
+    samples = one.samples_of(models[0], "ema")
+    chosen, *others = (one.team.first("draw", samples, list(range(70)), size) for size in (0, 1, 64, 70))
+    assert all(np.array_equal(chosen, other) for other in others)
 
 
 def test_the_distance_is_that_of_all_samples_and_all_rows(bench: Callable[..., Bench], models: list[Location], dataset: Location):
