@@ -85,6 +85,8 @@ class EvaluateConfig(BaseModel):
     """Folder of DINOv2 (config.json and model.safetensors): distances over its features are taken, too."""
     reference: str | None = None
     """File of statistics (.npz with mu and sigma) to compare with in place of the dataset's; of the features that decide."""
+    loss_images: int = Field(256, ge=1, json_schema_extra=_CAME_LATER)
+    """Most images of each split whose loss is taken at 20 noise levels, for a picture; never more than `num_samples`."""
     keep_samples: bool = False
     """Keep all samples as a dataset of parquet shards."""
     election_samples: int = Field(0, ge=0)
