@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from components.data.shards import Manifest
 from components.storage import Location
@@ -134,11 +134,18 @@ class MetricUnit(_Record):
     steps: int
     weights: Literal["ema", "elected"] = "ema"
     """`ema` is the last checkpoint's main average; `elected` the best of several averages and checkpoints."""
+    precision: Literal["float32", "bfloat16"] = Field("float32", exclude_if=lambda precision: precision == "float32")
+    """Arithmetic of the network while it sampled; a unit that is written without it, as all were before there was a choice, is of float32."""
 
     @property
     def features(self) -> str:
         """What the features are called."""
         return "inception" if self.extractor == "fid" else self.extractor.removeprefix("fd_")
+
+    @property
+    def drawn_by(self) -> str:
+        """Sampler and arithmetic, in words: float32 goes without saying."""
+        return self.sampler if self.precision == "float32" else f"{self.sampler}, {self.precision}"
 
 
 MetricKind = Literal["frechet", "kernel", "inception_score", "precision", "recall", "density", "coverage"]

@@ -46,7 +46,7 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
     evaluation = Evaluation(
         inputs=context.inputs,
         folder=str(context.folder),
-        settings=config.model_dump(mode="json"),
+        settings=bench.config.model_dump(mode="json"),
         checkpoint=samples.checkpoint,
         weights=samples.weights,
         weights_sha256=checksum_of(Location.of(samples.checkpoint), samples.weights),

@@ -51,6 +51,7 @@ JobName = Annotated[str, typer.Argument(metavar="NAME", help="The run's name, or
 Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name (digits, cifar10, cifar10-small, celeba64) or the path of a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings laid on the preset, such as train.steps=1000.")]
 Name = Annotated[str | None, typer.Option("--name", help="What to call the run; the preset's name by default.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print the time of every part of the work at the end, not of those of five seconds and more alone.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, the stages' receipts, as the only thing on stdout.")]
 Address = Annotated[str, typer.Option("--address", metavar="URL", help="The cluster's Ray dashboard, such as http://HEAD:8265.")]
 Storage = Annotated[str, typer.Option("--storage", help="Storage root whose MLflow store is used, unless MLFLOW_TRACKING_URI is set.")]
@@ -62,34 +63,35 @@ def run(
     overrides: Overrides = None,
     name: Name = None,
     start_from: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and the later ones even where nothing changed.")] = None,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Preprocess, train, evaluate, register: what already matches is skipped, what was interrupted goes on."""
-    _run(preset, overrides, name, "register", start_from, as_json)
+    _run(preset, overrides, name, "register", start_from, as_json, verbose)
 
 
 @app.command(rich_help_panel="Run")
-def preprocess(preset: Preset, overrides: Overrides = None, name: Name = None, as_json: AsJson = False) -> None:
+def preprocess(preset: Preset, overrides: Overrides = None, name: Name = None, verbose: Verbose = False, as_json: AsJson = False) -> None:
     """Turn a source of images into a dataset of parquet shards."""
-    _run(preset, overrides, name, "preprocess", None, as_json)
+    _run(preset, overrides, name, "preprocess", None, as_json, verbose)
 
 
 @app.command(rich_help_panel="Run")
-def train(preset: Preset, overrides: Overrides = None, name: Name = None, as_json: AsJson = False) -> None:
+def train(preset: Preset, overrides: Overrides = None, name: Name = None, verbose: Verbose = False, as_json: AsJson = False) -> None:
     """Train the denoiser of a run (and preprocess, where that is not done)."""
-    _run(preset, overrides, name, "train", None, as_json)
+    _run(preset, overrides, name, "train", None, as_json, verbose)
 
 
 @app.command(rich_help_panel="Run")
-def evaluate(preset: Preset, overrides: Overrides = None, name: Name = None, as_json: AsJson = False) -> None:
+def evaluate(preset: Preset, overrides: Overrides = None, name: Name = None, verbose: Verbose = False, as_json: AsJson = False) -> None:
     """Draw samples of a run's model and measure them (and do the stages before, where they are not done)."""
-    _run(preset, overrides, name, "evaluate", None, as_json)
+    _run(preset, overrides, name, "evaluate", None, as_json, verbose)
 
 
 @app.command(rich_help_panel="Run")
-def register(preset: Preset, overrides: Overrides = None, name: Name = None, as_json: AsJson = False) -> None:
+def register(preset: Preset, overrides: Overrides = None, name: Name = None, verbose: Verbose = False, as_json: AsJson = False) -> None:
     """Register a run's model and decide about the champion (and do the stages before, where they are not done)."""
-    _run(preset, overrides, name, "register", None, as_json)
+    _run(preset, overrides, name, "register", None, as_json, verbose)
 
 
 @app.command(rich_help_panel="Run")
@@ -127,7 +129,7 @@ def retrain(
     raise typer.Exit(code)
 
 
-def _run(preset: str, overrides: list[str] | None, name: str | None, until: "StageName", start_from: str | None, as_json: bool) -> None:
+def _run(preset: str, overrides: list[str] | None, name: str | None, until: "StageName", start_from: str | None, as_json: bool, verbose: bool) -> None:
     config, run_name = _load(preset, overrides, name)
     from pipeline.artifacts import STAGES
     from pipeline.errors import ConfigError
@@ -144,7 +146,7 @@ def _run(preset: str, overrides: list[str] | None, name: str | None, until: "Sta
             if as_json:
                 stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
             else:
-                print_summary(stdout, reports, run_name, config)
+                print_summary(stdout, reports, run_name, config, all_parts=verbose)
 
 
 @contextlib.contextmanager

@@ -133,9 +133,12 @@ def _dataset(wanted: Wanted, first: "ModelVersion | None") -> str:
 
 def _settings(first: "ModelVersion | None") -> dict[str, object]:
     """Returns the settings that a version was measured by, so that it is measured alike; the defaults where it says nothing."""
+    if first is None:
+        return {}
     try:
-        settings = EvaluateConfig.model_validate_json(first.tags[SETTINGS_TAG] if first is not None else "{}")
-    except (KeyError, ValidationError):
+        # Before there was a choice of arithmetic it was float32, and settings did not say so.
+        settings = EvaluateConfig.model_validate({"precision": "float32"} | json.loads(first.tags[SETTINGS_TAG]))
+    except (KeyError, ValueError, TypeError):
         settings = EvaluateConfig()
     return settings.model_dump(mode="json", exclude_defaults=True, exclude={"keep_samples", "election_samples"})
 

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from components.diffusion.precision import prepared, resolve_precision
 from components.diffusion.recipe import SAMPLERS, Recipe, SamplerName
 from components.figures import grid
 from components.model.checkpoint import Denoiser, load_denoiser
@@ -28,10 +30,12 @@ def draw_grid(
         DataError: if the checkpoint folder is not whole.
         RegistryError: if the registry does not know the model.
     """
-    request = Request(Recipe(_sampler(sampler), steps, guidance=guidance), num, seed, label)
-    denoiser = _load(model, storage)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = resolve_precision("auto", device)
+    request = Request(Recipe(_sampler(sampler), steps, guidance=guidance, precision=precision), num, seed, label)
+    denoiser = _load(model, storage, device)
     try:
-        pixels = draw(denoiser, request)
+        pixels = draw(denoiser, request, prepared(denoiser.network, precision, device))
     except ValueError as error:
         raise ConfigError(f"--{error}") from error
     _save(pixels, out)
@@ -44,9 +48,9 @@ def _sampler(name: str) -> SamplerName:
     raise ConfigError(f"--sampler {name} is unknown; use {', '.join(SAMPLERS[:-1])} or {SAMPLERS[-1]}")
 
 
-def _load(model: str, storage: Location) -> Denoiser:
+def _load(model: str, storage: Location, device: str) -> Denoiser:
     if not model.startswith("models:/"):
-        return load_denoiser(Location.of(model))
+        return load_denoiser(Location.of(model), device)
     tracking = connect(storage, create=False)
     find_model(tracking, model)
     import mlflow
@@ -60,7 +64,7 @@ def _load(model: str, storage: Location) -> Denoiser:
                 reason = " ".join(str(error.message).split())
                 raise RegistryError(f"{model} is not in the registry ({reason}); `ddpm models` lists what is") from error
             raise
-        return load_denoiser(Location.of(fetched))
+        return load_denoiser(Location.of(fetched), device)
 
 
 def _save(pixels: np.ndarray, out: Path) -> None:

@@ -22,13 +22,17 @@ from pipeline.tracking import public_uri, ui_fragment
 LONG_S = 5.0
 
 
-def print_summary(out: IO[str], reports: Mapping[StageName, StageReport], name: str, config: RunConfig) -> None:
-    """Prints stages, their times with those of their longer parts, their results, and where to look."""
+def print_summary(out: IO[str], reports: Mapping[StageName, StageReport], name: str, config: RunConfig, *, all_parts: bool = False) -> None:
+    """Prints stages, their times with those of their longer parts, their results, and where to look.
+
+    Args:
+        all_parts: print the times of the shorter parts, too.
+    """
     console, table = _console(out), _table(f"run {name}", "stage", "time", "result")
     for stage, report in reports.items():
         table.add_row(stage, "skipped" if report.skipped else f"{report.seconds:.1f} s", _result(report))
         for what, seconds in report.parts.items():
-            if seconds >= LONG_S:
+            if all_parts or seconds >= LONG_S:
                 table.add_row("", f"{seconds:.1f} s", f"  {what}", style="dim")
     console.print(table)
     for line in _where_to_look(reports, config):
@@ -126,7 +130,7 @@ def print_version(out: IO[str], facts: VersionFacts, moves: Sequence[Move], uri:
     unit = facts.metric.unit if facts.metric else None
     rows = {
         "metric": f"{facts.metric.name} = {_value(facts.metric)}, lower is better; intervals of 95 %" if facts.metric else "none",
-        "unit": f"{counted(unit.num_samples, 'sample')} from seed {unit.first_seed}, {unit.sampler}, "
+        "unit": f"{counted(unit.num_samples, 'sample')} from seed {unit.first_seed}, {unit.drawn_by}, "
         f"against {counted(unit.reference_count, 'image')} of {unit.reference_digest}"
         if unit
         else "",

@@ -1,13 +1,14 @@
 """All that decides a sample beside the model and the seed."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 SamplerName = Literal["ddim", "ancestral", "dpmpp_2m", "unipc"]
 Spacing = Literal["uniform", "quadratic"]
 Variance = Literal["small", "large"]
 Threshold = Literal["clip", "dynamic", "none"]
+Precision = Literal["float32", "bfloat16"]
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
@@ -24,6 +25,7 @@ class Recipe:
         variance: of an `ancestral` step: `small` is the posterior's, `large` is beta (DDPM section 3.2).
         guidance: weight of the label in classifier-free guidance; 1 is none.
         threshold: what keeps the estimate of x_0 in -1..1: `clip`, `dynamic` (Imagen section 2.3) or `none`.
+        precision: arithmetic of the network; all else is float32.
     """
 
     sampler: SamplerName = "ddim"
@@ -33,6 +35,7 @@ class Recipe:
     variance: Variance = "small"
     guidance: float = 1.0
     threshold: Threshold = "clip"
+    precision: Precision = "float32"
 
     def check(self, num_steps: int) -> None:
         """Checks the recipe against a model of num_steps (T) noise levels.
@@ -55,16 +58,20 @@ class Recipe:
             raise ValueError(f"variance={self.variance} means nothing to sampler={self.sampler}; use variance=small or sampler=ancestral")
 
     def describe(self) -> str:
-        """Returns the recipe in a few words: what differs from the defaults is said, as in `ddim eta 0.5, 50 quadratic steps`."""
+        """Returns the sampler in a few words: what differs from the defaults is said, as in `ddim eta 0.5, 50 quadratic steps`. The precision is not."""
         name = f"ddim eta {self.eta:g}" if self.eta else "ancestral of large variance" if self.variance == "large" else self.sampler
         steps = f"{self.steps}{' quadratic' if self.spacing == 'quadratic' else ''} step{'s' if self.steps != 1 else ''}"
         guidance = [f"guidance {self.guidance:g}"] if self.guidance != 1 else []
         threshold = {"clip": [], "dynamic": ["dynamic thresholding"], "none": ["no clipping"]}[self.threshold]
         return ", ".join([name, steps, *guidance, *threshold])
 
+    def identity(self) -> dict[str, object]:
+        """Returns what an address of samples is made of; the precision came later, and is left out where it is that of before."""
+        return {name: value for name, value in asdict(self).items() if name != "precision" or value != "float32"}
+
     def _check_names(self) -> None:
-        names = {"sampler": SAMPLERS, "spacing": get_args(Spacing), "variance": get_args(Variance), "threshold": get_args(Threshold)}
-        for field, known in names.items():
+        kinds = {"sampler": SamplerName, "spacing": Spacing, "variance": Variance, "threshold": Threshold, "precision": Precision}
+        for field, known in ((field, get_args(kind)) for field, kind in kinds.items()):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)} is unknown; use {', '.join(known[:-1])} or {known[-1]}")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .noise import initial_noise
-from .recipe import Recipe, Threshold
+from .recipe import Precision, Recipe, Threshold
 from .samplers import Level, ancestral, ddim, dpmpp_2m, noise_levels, unipc
 from .schedule import Schedule
 
@@ -34,6 +34,7 @@ def sample(
     Args:
         network: (x_t, t (B,)), or (x_t, t, labels (B,)) where labels are given, -> output of x_t's shape. It may hand out the same memory
             at every call, as one under CUDA graphs does. With guidance it is called once with both halves, the labelled one first.
+            It runs in the recipe's precision, x_t and all else stay float32; `prepared` makes one for which that costs no cast of weights.
         shape: (C, H, W).
         labels: (len(seeds),) int64, the class of each image.
         null_label: the label that means none, which guidance needs.
@@ -45,6 +46,7 @@ def sample(
     """
     levels = noise_levels(recipe, schedule)
     _check_inputs(recipe, seeds, labels, null_label, x_T)
+    network = _in_precision(network, recipe.precision, torch.device(device).type)
     guided = _guided(network, recipe.guidance, None if labels is None else labels.to(device), null_label)
 
     def estimate(x_t: torch.Tensor, level: Level) -> torch.Tensor:
@@ -78,6 +80,19 @@ def thresholded(x_0: torch.Tensor, threshold: Threshold) -> torch.Tensor:
         return x_0.clone()
     limits = x_0.abs().flatten(1).quantile(DYNAMIC_QUANTILE, dim=1).clamp(min=1.0).view(-1, 1, 1, 1)
     return x_0.clamp(-limits, limits) / limits
+
+
+def _in_precision(network: Callable[..., torch.Tensor], precision: Precision, device_type: str) -> Callable[..., torch.Tensor]:
+    """Returns the network in some arithmetic, by autocast.
+
+    No casts are kept: autocast would keep those of weights alone that ask for gradients, and a CUDA graph must not meet any.
+    """
+
+    def network_in_precision(*inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
+            return network(*inputs)
+
+    return network_in_precision
 
 
 def _guided(network: Callable[..., torch.Tensor], guidance: float, labels: torch.Tensor | None, null_label: int | None) -> Guided:

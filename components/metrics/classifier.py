@@ -91,7 +91,9 @@ class ClassifierExtractor:
             return self._network.features(to_model_range(pixels.to(self._device))).cpu().numpy()
 
 
-def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path, tell: Callable[[float], None] = lambda share: None) -> None:
+def train_classifier(
+    pixels: np.ndarray, classes: np.ndarray, folder: Path, tell: Callable[[float], None] = lambda share: None, device: torch.device | str = "cpu"
+) -> None:
     """Trains a classifier and writes it to a folder, the record last.
 
     A tenth of the rows is held out to measure its accuracy. AdamW with one cycle of the learning rate (Smith & Topin 2019), smoothed labels, and images
@@ -101,6 +103,7 @@ def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path, tell
         pixels: (N, C, H, W) uint8.
         classes: (N,) int64, 0..K-1.
         tell: is given the share that is done, 0 to 1, after every step.
+        device: where it is trained; rows, shifts and first weights are the same everywhere.
     """
     from safetensors.torch import save_file
 
@@ -108,7 +111,7 @@ def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path, tell
     held_out, train = np.split(order, [len(order) // 10])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = Classifier(pixels.shape[1], int(classes.max()) + 1)
+        network = Classifier(pixels.shape[1], int(classes.max()) + 1).to(device)
     epochs = int(np.clip(IMAGES_SEEN // max(1, len(train)), MIN_EPOCHS, MAX_EPOCHS))
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = epochs * max(1, len(train) // BATCH_SIZE)
@@ -116,13 +119,14 @@ def train_classifier(pixels: np.ndarray, classes: np.ndarray, folder: Path, tell
     for epoch in range(1, epochs + 1):
         draw = stream(Purpose.CLASSIFIER, 0, epoch)
         for rows in np.array_split(draw.permutation(train), max(1, len(train) // BATCH_SIZE)):
-            _step(network, optimizer, _shifted(to_model_range(torch.from_numpy(pixels[rows])), draw), torch.from_numpy(classes[rows]))
+            x, wanted = torch.from_numpy(pixels[rows]).to(device), torch.from_numpy(classes[rows]).to(device)
+            _step(network, optimizer, _shifted(to_model_range(x), draw), wanted)
             cycle.step()
             tell(cycle.last_epoch / steps)
     network.eval()
-    accuracy = _accuracy(network, pixels, classes, held_out)
+    accuracy = _accuracy(network, pixels, classes, held_out, device)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), folder / WEIGHTS)
+    save_file(network.cpu().state_dict(), folder / WEIGHTS)
     record = {"recipe": RECIPE, "channels": pixels.shape[1], "num_classes": int(classes.max()) + 1, "accuracy": accuracy}
     (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
 
@@ -142,9 +146,9 @@ def _step(network: Classifier, optimizer: torch.optim.Optimizer, x: torch.Tensor
 
 
 @torch.inference_mode()
-def _accuracy(network: Classifier, pixels: np.ndarray, classes: np.ndarray, rows: np.ndarray) -> float:
+def _accuracy(network: Classifier, pixels: np.ndarray, classes: np.ndarray, rows: np.ndarray, device: torch.device | str) -> float:
     hits = [
-        (network(to_model_range(torch.from_numpy(pixels[part]))).argmax(1).numpy() == classes[part]).mean() * len(part)
+        (network(to_model_range(torch.from_numpy(pixels[part]).to(device))).argmax(1).cpu().numpy() == classes[part]).mean() * len(part)
         for part in np.array_split(rows, max(1, len(rows) // 512))
         if len(part)
     ]

@@ -58,13 +58,14 @@ class DctExtractor:
     name = "fd_dct8_v1"
     preprocessing = "uint8 / 255, blocks at half-block stride"
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         self.digest = hashlib.sha256(b"dct8_v1").hexdigest()
+        self._device = device
 
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
-        coefficients = _block_dct(pixels.double() / 255.0, _block(min(pixels.shape[2:])))
+        coefficients = _block_dct(pixels.to(self._device).double() / 255.0, _block(min(pixels.shape[2:])))
         features = torch.cat([coefficients.abs().mean(dim=2), coefficients.std(dim=2, correction=0)], dim=2)
-        return features.flatten(1).float().numpy()
+        return features.flatten(1).float().cpu().numpy()
 
 
 def dct_features(channels: int, image_size: int) -> int:
@@ -82,7 +83,7 @@ def _block_dct(values: torch.Tensor, block: int) -> torch.Tensor:
     pad_y, pad_x = (-values.shape[2] % stride, -values.shape[3] % stride)
     values = torch.nn.functional.pad(values, (0, pad_x, 0, pad_y), mode="reflect")
     blocks = values.unfold(2, block, stride).unfold(3, block, stride)
-    matrix = dct_matrix(block)
+    matrix = dct_matrix(block).to(values.device)
     return (matrix @ blocks @ matrix.T).flatten(2, 3).flatten(3)
 
 

@@ -1,9 +1,12 @@
 """The kernel distance between two sets of features: KID where the features are Inception's."""
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
+Values = TypeVar("Values", np.ndarray, torch.Tensor)
 SEED = 2020  # of the subsets: torch-fidelity's, so that its numbers are ours
 
 
@@ -24,8 +27,13 @@ class KernelDistance:
     subsets: int
 
 
-def kernel_distance(samples: np.ndarray, reference: np.ndarray, subsets: int = 100, subset_size: int = 1000) -> KernelDistance:
+def kernel_distance(
+    samples: np.ndarray, reference: np.ndarray, subsets: int = 100, subset_size: int = 1000, device: torch.device | str = "cpu"
+) -> KernelDistance:
     """Returns the kernel distance of features (N, D) to features (M, D) (Binkowski et al. 2018, "Demystifying MMD GANs").
+
+    Args:
+        device: where the kernels are computed, in float64: by numpy on the CPU, by torch elsewhere.
 
     Raises:
         ValueError: if dimensions differ, or a set has fewer than two features.
@@ -38,19 +46,19 @@ def kernel_distance(samples: np.ndarray, reference: np.ndarray, subsets: int = 1
     rng = np.random.RandomState(SEED)
     values = np.zeros(subsets)
     for index in range(subsets):
-        x = samples[rng.choice(len(samples), size, replace=False)].astype(np.float64)
-        y = reference[rng.choice(len(reference), size, replace=False)].astype(np.float64)
-        values[index] = unbiased_mmd2(x, y)
+        x, y = (features[rng.choice(len(features), size, replace=False)].astype(np.float64) for features in (samples, reference))
+        values[index] = unbiased_mmd2(x, y) if torch.device(device).type == "cpu" else unbiased_mmd2(*(torch.from_numpy(part).to(device) for part in (x, y)))
     return KernelDistance(float(values.mean()), float(values.std()), size, subsets)
 
 
-def unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> float:
+def unbiased_mmd2(x: Values, y: Values) -> float:
     """Returns the unbiased estimate of the squared discrepancy of x (n, D) and y (n, D), float64, under the polynomial kernel."""
     n = len(x)
-    within = sum(float(k.sum() - np.trace(k)) for k in (polynomial_kernel(x, x), polynomial_kernel(y, y)))
+    within = sum(float(k.sum() - k.trace()) for k in (polynomial_kernel(x, x), polynomial_kernel(y, y)))
     return within / (n * (n - 1)) - 2 * float(polynomial_kernel(x, y).mean())
 
 
-def polynomial_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def polynomial_kernel(x: Values, y: Values) -> Values:
     """Returns (n, m), (x.y / D + 1)^3 of x (n, D) and y (m, D)."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    product: Any = x @ y.T
+    return (product / x.shape[1] + 1) ** 3

@@ -1,8 +1,10 @@
 """Images on request: what `ddpm sample` and a served model draw."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..data.images import to_pixels
 from ..diffusion.recipe import Recipe
@@ -46,21 +48,24 @@ class Request:
             raise ValueError(f"guidance={self.recipe.guidance:g} needs a model that is told classes, and this one is told none; use guidance=1")
 
 
-def draw(denoiser: Denoiser, request: Request) -> np.ndarray:
+def draw(denoiser: Denoiser, request: Request, network: Callable[..., torch.Tensor] | None = None) -> np.ndarray:
     """Returns the pixels (num_images, C, H, W), uint8, that are asked for.
+
+    Args:
+        network: the denoiser's, `prepared` for the request's precision; as it is by default.
 
     Raises:
         ValueError: if a value is out of range, or means nothing to this model.
     """
     request.check(denoiser)
-    seeds = range(request.seed, request.seed + request.num_images)
-    return np.concatenate([_draw_batch(denoiser, request, seeds[first : first + BATCH_SIZE]) for first in range(0, len(seeds), BATCH_SIZE)])
+    seeds, network = range(request.seed, request.seed + request.num_images), network or denoiser.network
+    return np.concatenate([_draw_batch(denoiser, network, request, seeds[first : first + BATCH_SIZE]) for first in range(0, len(seeds), BATCH_SIZE)])
 
 
-def _draw_batch(denoiser: Denoiser, request: Request, seeds: range) -> np.ndarray:
+def _draw_batch(denoiser: Denoiser, network: Callable[..., torch.Tensor], request: Request, seeds: range) -> np.ndarray:
     spec, device = denoiser.spec, next(denoiser.network.parameters()).device
     labels = spec.labels_by_turns(seeds)
     if labels is not None and request.label is not None:
         labels = labels.new_full(labels.shape, spec.label_number(request.label))
-    x_0 = sample(denoiser.network, denoiser.schedule, seeds, spec.shape, request.recipe, device=device, labels=labels, null_label=spec.null_label)
+    x_0 = sample(network, denoiser.schedule, seeds, spec.shape, request.recipe, device=device, labels=labels, null_label=spec.null_label)
     return to_pixels(x_0).cpu().numpy()

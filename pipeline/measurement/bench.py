@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 PICTURE_BATCH = 16
 """Images that an actor draws together to be looked at: few, so that all actors have some."""
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
+_CAME_LATER: dict[str, JsonValue] = {"result": "unless default"}
 
 
 class EvaluateConfig(BaseModel):
@@ -70,10 +71,12 @@ class EvaluateConfig(BaseModel):
     """How far samples of a conditional model are pushed towards their class: 1 is not at all."""
     threshold: Literal["clip", "dynamic", "none"] = "clip"
     """What becomes of estimates outside -1..1: clipped, scaled by their 99.5 % quantile, or left."""
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", json_schema_extra=_CAME_LATER)
+    """Arithmetic of the network while it samples, part of the unit of every number; `auto` is bfloat16 on GPUs that have it, and float32 on CPUs."""
     first_seed: int = Field(0, ge=0, lt=2**62)
     """Seed of the first image; image i has seed first_seed + i."""
-    batch_size: int = Field(64, ge=1, json_schema_extra=_NO_RESULT)
-    """Images drawn together."""
+    batch_size: int = Field(0, ge=0, json_schema_extra=_NO_RESULT)
+    """Images drawn together; 0 draws 64 on a CPU, and as many as the free memory of a GPU holds, up to 256."""
     extractor: Literal["auto", "inception", "classifier", "dct8", "dinov2"] = "auto"
     """Features that decide; `auto` is Inception where `inception_weights` is set, else the classifier where there are labels, else dct8."""
     inception_weights: str | None = None
@@ -82,6 +85,8 @@ class EvaluateConfig(BaseModel):
     """Folder of DINOv2 (config.json and model.safetensors): distances over its features are taken, too."""
     reference: str | None = None
     """File of statistics (.npz with mu and sigma) to compare with in place of the dataset's; of the features that decide."""
+    loss_images: int = Field(256, ge=1, json_schema_extra=_CAME_LATER)
+    """Most images of each split whose loss is taken at 20 noise levels, for a picture; never more than `num_samples`."""
     keep_samples: bool = False
     """Keep all samples as a dataset of parquet shards."""
     election_samples: int = Field(0, ge=0)
@@ -96,7 +101,7 @@ class EvaluateConfig(BaseModel):
 
     @property
     def recipe(self) -> Recipe:
-        """How samples are drawn."""
+        """How samples are drawn; in float32 as long as nobody asked the hardware what `auto` means, as `open_bench` does."""
         return Recipe(
             sampler=self.sampler,
             steps=self.steps,
@@ -105,6 +110,7 @@ class EvaluateConfig(BaseModel):
             variance=self.variance,
             guidance=self.guidance,
             threshold=self.threshold,
+            precision="float32" if self.precision == "auto" else self.precision,
         )
 
     @property
@@ -146,7 +152,11 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Bench:
-    """Samples and real images side by side."""
+    """Samples and real images side by side.
+
+    Attributes:
+        config: its precision is no longer `auto`.
+    """
 
     config: EvaluateConfig
     shards: ShardSet
@@ -255,12 +265,12 @@ class Bench:
             distance, guards = measure_distance(sampled, reference), self.guards(samples)
             floor = measure_floor(train, holdout, self.config.num_samples)
         with part("kernel distance, precision, recall"):
-            scores = [*measure_scores(sampled, train, self._unit(train.identity, train)), *measure_inception_score(sampled, unit)]
+            scores = [*self._scores(sampled, train), *measure_inception_score(sampled, unit)]
             if holdout is not None:
                 unit_of_holdout = self._unit(holdout.identity, holdout)
-                scores = [_frechet(measure_distance(sampled, holdout.reference), unit_of_holdout), *measure_scores(sampled, holdout, unit_of_holdout), *scores]
+                scores = [_frechet(measure_distance(sampled, holdout.reference), unit_of_holdout), *self._scores(sampled, holdout), *scores]
         with part("looking for copies of training images"):
-            copies = find_copies(sampled, train, holdout)
+            copies = self.team.compute(find_copies, sampled, train, holdout)
         return Numbers(
             frechet=(_frechet(distance, unit), *guards),
             jackknifed=distance.jackknifed,
@@ -269,6 +279,9 @@ class Bench:
             copies=copies,
             warnings=tuple(_warnings(unit, len(reference.mean), copies)),
         )
+
+    def _scores(self, sampled: Sampled, reals: Reals) -> list[Metric]:
+        return self.team.compute(measure_scores, sampled, reals, self._unit(reals.identity, reals))
 
     def holdout(self, which: int) -> Reals | None:
         """Returns the held-out split, measured by one extractor; None where it has too few rows."""
@@ -295,6 +308,7 @@ class Bench:
             sampler=self.config.recipe.describe(),
             steps=self.config.steps,
             weights=self.policy,
+            precision=self.config.recipe.precision,
         )
 
 
@@ -322,7 +336,8 @@ def open_bench(config: EvaluateConfig, shards: ShardSet, context: StageContext) 
         with context.reporter.part("starting the actors that draw and measure"):
             team = Team(placement, kinds, context.cluster)
         with team:
-            yield Bench(config, shards, manifest, team, context)
+            resolved = config.model_copy(update={"precision": team.first("precision", config.precision)})
+            yield Bench(resolved, shards, manifest, team, context)
 
 
 def _frechet(distance: Distance, unit: MetricUnit) -> Metric:

@@ -1,7 +1,7 @@
 """Several models side by side: drawn from the same seeds by the same recipe, measured in one unit, against one dataset."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -79,6 +79,7 @@ def compare(entrants: Sequence[Entrant], recipes: Sequence[Recipe], config: Eval
     """
     shards = shard_set_of(dataset)
     with open_bench(config, shards, context) as bench:
+        recipes = [replace(recipe, precision=bench.config.recipe.precision) for recipe in recipes]
         bench.reference()
         results = [result for recipe in recipes for result in _by_recipe(bench, entrants, recipe)]
         pixels = tuple(bench.pixels(_samples(bench, entrant, recipes[0]), range(GRID_IMAGES)) for entrant in entrants)
@@ -87,14 +88,14 @@ def compare(entrants: Sequence[Entrant], recipes: Sequence[Recipe], config: Eval
 
 
 def _by_recipe(bench: Bench, entrants: Sequence[Entrant], recipe: Recipe) -> list[Result]:
+    reference, unit = bench.reference()
+    unit = unit.model_copy(update={"sampler": recipe.describe(), "steps": recipe.steps})
     drawn = []
     for entrant in entrants:
-        bench.context.reporter.line(f"  {entrant.name}: {recipe.describe()}")
+        bench.context.reporter.line(f"  {entrant.name}: {unit.drawn_by}")
         samples = _samples(bench, entrant, recipe)
         bench.draw(samples, bench.config.seeds)
         drawn.append(samples)
-    reference, unit = bench.reference()
-    unit = unit.model_copy(update={"sampler": recipe.describe(), "steps": recipe.steps})
     sampled = [Sampled(samples.folder, bench.team.identities[0], bench.config.seeds) for samples in drawn]
     results = []
     for entrant, samples, mine in zip(entrants, drawn, sampled, strict=True):
@@ -102,7 +103,7 @@ def _by_recipe(bench: Bench, entrants: Sequence[Entrant], recipe: Recipe) -> lis
         results.append(
             Result(
                 model=entrant.name,
-                recipe=recipe.describe(),
+                recipe=unit.drawn_by,
                 sampler=recipe.sampler,
                 steps=recipe.steps,
                 metric=Metric(value=distance.value, unit=unit, standard_error=distance.standard_error),

@@ -52,6 +52,7 @@ def contest(
     Raises:
         DataError: if a checkpoint or the reference cannot be read.
     """
+    config = config.model_copy(update={"precision": unit.precision})
     test = _kept_test(config, unit, candidate, champion, context)
     if test is not None and not test.upper < -min_gain:
         return Contest(champion_version=version, test=test, confirmation=None)

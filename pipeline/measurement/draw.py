@@ -8,7 +8,7 @@ import io
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from components.data.reader import RowReader
-    from components.diffusion.recipe import Recipe
+    from components.diffusion.recipe import Precision, Recipe
     from components.diffusion.sampling import OnStep
     from components.metrics.features import Extractor
     from components.model.checkpoint import Denoiser
@@ -33,7 +33,8 @@ SAMPLES_VERSION = 1
 """Part of every address of samples: raise it when the same model, recipe and seed give other pixels than before."""
 SEEDS_PER_PART = 256
 ROWS_PER_PART = 2048
-EXTRACT_BATCH = 64
+EXTRACT_BATCHES = {"cpu": 64, "cuda": 256}
+"""Images that an extractor sees together, by kind of device."""
 READER_CACHE_BYTES = 128 << 20
 DENOISERS_HELD = 2
 
@@ -70,7 +71,7 @@ class ExtractorChoice:
 
         weights = Location.of(self.address)
         if self.kind == "dct8":
-            return DctExtractor()
+            return DctExtractor(device)
         if self.kind == "classifier":
             with weights.local_copy() as folder:
                 return ClassifierExtractor(folder, device)
@@ -185,7 +186,8 @@ class Sampler:
         torch.set_num_threads(1)
         self._device = "cuda" if use_gpu else "cpu"
         self._extractors = [kind.build(self._device) for kind in kinds]
-        self._denoisers: OrderedDict[tuple[str, str], tuple[Denoiser, Callable[..., torch.Tensor]]] = OrderedDict()
+        self._denoisers: OrderedDict[tuple[str, str, Precision], tuple[Denoiser, Callable[..., torch.Tensor]]] = OrderedDict()
+        self._batch_sizes: dict[Location, int] = {}
         self._readers: dict[tuple[str, Split], RowReader] = {}
         self._copies = Copies.of(cache, cache_bytes)
 
@@ -193,12 +195,23 @@ class Sampler:
         """Returns what every extractor is."""
         return [Identity(extractor.name, extractor.digest, extractor.preprocessing) for extractor in self._extractors]
 
+    def precision(self, wanted: Literal["auto", "float32", "bfloat16"]) -> "Precision":
+        """Returns the arithmetic that `evaluate.precision` means on this actor's hardware."""
+        from components.diffusion.precision import resolve_precision
+
+        return resolve_precision(wanted, self._device)
+
+    def compute(self, function: Callable[..., object], arguments: Sequence[object]) -> object:
+        """Returns function(*arguments, DEVICE) on this actor's device."""
+        return function(*arguments, self._device)
+
     def part(
         self, samples: SampleSet, seeds: range, batch_size: int, gauge: Gauge | None = None, pixels: Location | None = None, need: bool = False
     ) -> tuple[str, int]:
         """Draws and measures one part of the seeds, as far as that is not done; returns the SHA-256 of its pixels, and how many images it drew.
 
         Args:
+            batch_size: 0 for as many as the device takes.
             gauge: where it says how many images are drawn.
             pixels: folder where those that are drawn stay, by default none do.
             need: all must be there, and are drawn again if they are gone.
@@ -221,7 +234,7 @@ class Sampler:
 
     def _measure(self, which: int, pixels: np.ndarray, samples: SampleSet, seeds: range) -> None:
         extractor, identity = self._extractors[which], self.identities()[which]
-        features, logits = extracted(extractor, pixels)
+        features, logits = extracted(extractor, pixels, EXTRACT_BATCHES[self._device])
         if logits is not None:
             write_array(logits_file(samples.folder, identity, seeds), logits)
         write_array(features_file(samples.folder, identity, seeds), features)
@@ -235,17 +248,23 @@ class Sampler:
         file = real.features_file(self.identities()[which], rows)
         if not is_kept(file):
             reader, extractor = self._reader(real), self._extractors[which]
-            batches = [np.arange(first, min(first + EXTRACT_BATCH, rows.stop)) for first in range(rows.start, rows.stop, EXTRACT_BATCH)]
+            size = EXTRACT_BATCHES[self._device]
+            batches = [np.arange(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size)]
             found, tell = [], (lambda done: None) if gauge is None else gauge.tell()
             for batch in batches:
-                found.append(extracted(extractor, reader.pixels(batch))[0])
+                found.append(extracted(extractor, reader.pixels(batch), size)[0])
                 tell(float(batch[-1] + 1 - rows.start))
             write_array(file, np.concatenate(found))
         return len(rows)
 
     def draw(self, samples: SampleSet, seeds: Sequence[int], batch_size: int, gauge: Gauge | None = None) -> np.ndarray:
-        """Returns the pixels (len(seeds), C, H, W) of some seeds, drawn batch by batch."""
+        """Returns the pixels (len(seeds), C, H, W) of some seeds, drawn batch by batch.
+
+        Args:
+            batch_size: 0 for as many as the device takes.
+        """
         tell = (lambda done: None) if gauge is None else gauge.tell()
+        batch_size = batch_size or self._batch_size(samples)
 
         def batch(first: int) -> np.ndarray:
             drawn = seeds[first : first + batch_size]
@@ -314,15 +333,30 @@ class Sampler:
         )
         return to_pixels(x_0).cpu().numpy()
 
+    def _batch_size(self, samples: SampleSet) -> int:
+        """Returns how many images to draw together, measured once for each model and recipe."""
+        import torch
+
+        from components.diffusion.batch_size import choose_batch_size
+
+        if samples.folder not in self._batch_sizes:
+            denoiser, _ = self._model(samples)
+            places = [torch.zeros(1, dtype=torch.int64, device=self._device)] * (2 if samples.label_counts else 1)
+            inputs = (torch.zeros(1, *denoiser.spec.shape, device=self._device), *places)
+            guided = samples.recipe.guidance != 1
+            # The float32 network needs no less memory than one in bfloat16.
+            self._batch_sizes[samples.folder] = choose_batch_size(denoiser.network, inputs, rows_per_image=2 if guided else 1)
+        return self._batch_sizes[samples.folder]
+
     def _model(self, samples: SampleSet) -> "tuple[Denoiser, Callable[..., torch.Tensor]]":
-        """Returns a denoiser, and its network as it is called: as CUDA graphs on a GPU."""
-        from components.diffusion.graphs import GraphedNetwork
+        """Returns a denoiser, and its network as samplers call it."""
+        from components.diffusion.precision import prepared
         from components.model.checkpoint import load_denoiser
 
-        key = (samples.checkpoint, samples.weights)
+        key = (samples.checkpoint, samples.weights, samples.recipe.precision)
         if key not in self._denoisers:
             denoiser = load_denoiser(Location.of(samples.checkpoint), self._device, samples.weights)
-            self._denoisers[key] = (denoiser, GraphedNetwork(denoiser.network) if self._device == "cuda" else denoiser.network)
+            self._denoisers[key] = (denoiser, prepared(denoiser.network, samples.recipe.precision, self._device))
             if len(self._denoisers) > DENOISERS_HELD:
                 self._denoisers.popitem(last=False)
         self._denoisers.move_to_end(key)
@@ -339,15 +373,15 @@ class Sampler:
         return self._readers[key]
 
 
-def extracted(extractor: "Extractor", pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+def extracted(extractor: "Extractor", pixels: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the features (N, D) float32 of pixels (N, C, H, W), and the logits of an extractor that has any."""
     import torch
 
     from components.metrics.features import InceptionExtractor
 
     features, logits = [], []
-    for first in range(0, len(pixels), EXTRACT_BATCH):
-        batch = torch.from_numpy(np.ascontiguousarray(pixels[first : first + EXTRACT_BATCH]))
+    for first in range(0, len(pixels), batch_size):
+        batch = torch.from_numpy(np.ascontiguousarray(pixels[first : first + batch_size]))
         if isinstance(extractor, InceptionExtractor):
             found, more = extractor.with_logits(batch)
             logits.append(more)
@@ -370,7 +404,7 @@ def sample_set(storage: Location, checkpoint: Location, weights: str, recipe: "R
     Raises:
         DataError: if the folder is no checkpoint, or lacks the average.
     """
-    decides = [SAMPLES_VERSION, manifest_of(checkpoint)["denoiser.json"][1], checksum_of(checkpoint, weights), asdict(recipe), label_counts]
+    decides = [SAMPLES_VERSION, manifest_of(checkpoint)["denoiser.json"][1], checksum_of(checkpoint, weights), recipe.identity(), label_counts]
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
     return SampleSet(storage / "samples" / key, str(checkpoint), weights, recipe, label_counts)
 

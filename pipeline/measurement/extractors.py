@@ -1,7 +1,7 @@
 """Which features decide, and where their weights come from."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -140,7 +140,9 @@ def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -
     with held(context.storage / "locks" / f"classifier-{name}", wait=True), progress as advance, gauges(advance) as pieces:
         if not (folder / RECORD).is_file():
             try:
-                ray.get(ray.remote(num_cpus=1)(make_classifier).remote(shards.path, str(folder), threads, pieces.gauge(name)))
+                options: dict[str, Any] = {"num_cpus": 1} | dict(placement.per_sampler)
+                task = ray.remote(**options)(make_classifier)
+                ray.get(task.remote(shards.path, str(folder), threads, pieces.gauge(name), "cuda" if placement.use_gpu else "cpu"))
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, DataError):
                     raise error.cause from error
@@ -148,7 +150,7 @@ def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -
     return folder
 
 
-def make_classifier(dataset: str, folder: str, threads: int, gauge: Gauge) -> None:
+def make_classifier(dataset: str, folder: str, threads: int, gauge: Gauge, device: str) -> None:
     """Trains the classifier of a dataset, up to CLASSIFIER_ROWS and CLASSIFIER_BYTES of its labelled rows, and moves it into place.
 
     Args:
@@ -168,5 +170,5 @@ def make_classifier(dataset: str, folder: str, threads: int, gauge: Gauge) -> No
     labelled = labelled[:: -(-len(labelled) // most)]  # spread over all labels, by which rows are sorted
     with scratch("classifier") as staging:
         tell = gauge.tell()
-        train_classifier(reader.pixels(labelled), classes[labelled].astype(np.int64), staging / "made", lambda share: tell(100 * share))
+        train_classifier(reader.pixels(labelled), classes[labelled].astype(np.int64), staging / "made", lambda share: tell(100 * share), device)
         Location.of(folder).upload(staging / "made", last=RECORD)

@@ -116,7 +116,7 @@ def _halves(sampled: Sampled, reference: "Reference") -> "tuple[FeatureStats, Fe
     return even, odd
 
 
-def measure_scores(sampled: Sampled, reals: Reals, unit: MetricUnit) -> list[Metric]:
+def measure_scores(sampled: Sampled, reals: Reals, unit: MetricUnit, device: str = "cpu") -> list[Metric]:
     """Returns what is taken of pairs of features: kernel distance, precision and recall, density and coverage."""
     from components.metrics.kernel import kernel_distance
     from components.metrics.neighbours import neighbourhoods
@@ -124,7 +124,7 @@ def measure_scores(sampled: Sampled, reals: Reals, unit: MetricUnit) -> list[Met
     fake, real = sampled.first(MOST_COMPARED), reals.spread(MOST_COMPARED)
     if min(len(fake), len(real)) < FEWEST_COMPARED:
         return []
-    kernel, found = kernel_distance(fake, real), neighbourhoods(fake, real)
+    kernel, found = kernel_distance(fake, real, device=device), neighbourhoods(fake, real, device=device)
     unit = unit.model_copy(update={"num_samples": len(fake), "reference_count": len(real)})
     return [
         Metric(kind="kernel", value=kernel.mean, spread=kernel.standard_deviation, unit=unit),
@@ -166,7 +166,7 @@ def measure_floor(train: Reals, holdout: Reals | None, num_samples: int) -> Floo
     return Floor(value=value, count=len(measured), reference_count=reference.count or 0, measured=what, extractor=train.identity.name)
 
 
-def find_copies(sampled: Sampled, train: Reals, holdout: Reals | None) -> "tuple[Memorisation, tuple[Pair, ...]] | None":
+def find_copies(sampled: Sampled, train: Reals, holdout: Reals | None, device: str = "cpu") -> "tuple[Memorisation, tuple[Pair, ...]] | None":
     """Returns how many samples are copies of training images, and the closest pairs; None where there are too few images to tell."""
     from components.metrics.memorisation import QUANTILE, Calibration, memorisation
 
@@ -175,7 +175,7 @@ def find_copies(sampled: Sampled, train: Reals, holdout: Reals | None) -> "tuple
     if min(len(fake), len(known)) < FEWEST_COMPARED:
         return None
     calibration = Calibration(known, train.spread_rows(MOST_COMPARED) if holdout is None else None)
-    found = memorisation(fake, train.features(), calibration)
+    found = memorisation(fake, train.features(), calibration, device=device)
     which = "training images, each beside the others" if holdout is None else "held-out images"
     verdict = Memorisation(
         copy_rate=found.copy_rate,

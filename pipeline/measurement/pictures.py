@@ -26,7 +26,7 @@ GRID_SEEDS, GRID_COLUMNS = range(60), 12
 """The same for every model, so that a person sees what changed from one version to the next."""
 ANIMATION_SEEDS, ANIMATION_COLUMNS, ANIMATION_FRAMES = range(16), 8, 40
 PAIRS, PAIR_STEPS = ((0, 1), (2, 3), (4, 5), (6, 7)), 9
-LOSS_ROWS, LOSS_TIMESTEPS, ROWS_AT_ONCE = 256, 20, 64
+LOSS_TIMESTEPS, ROWS_AT_ONCE = 20, 64
 MOST_PAIRS = 16
 SEEDS_AT_ONCE = 4
 FILES = {
@@ -97,7 +97,7 @@ def _draw_between(bench: Bench, samples: SampleSet, pairs: Sequence[tuple[int, i
 
 
 def _draw_timesteps(bench: Bench, samples: SampleSet, path: Path) -> None:
-    """Draws the loss at single noise levels, on training and on held-out images: as many as samples are measured, up to LOSS_ROWS."""
+    """Draws the loss at single noise levels, on training and on held-out images: as many as samples are measured, up to `evaluate.loss_images`."""
     splits: dict[str, Split] = {"training images": "train", "held-out images": "holdout"}
     num_steps = read_spec(Location.of(samples.checkpoint)).diffusion.num_steps
     timesteps = sorted(set(np.linspace(0, num_steps - 1, LOSS_TIMESTEPS).round().astype(int).tolist()))
@@ -108,7 +108,7 @@ def _draw_timesteps(bench: Bench, samples: SampleSet, path: Path) -> None:
 def _losses(bench: Bench, samples: SampleSet, split: Split, timesteps: Sequence[int]) -> list[float]:
     """Returns the loss at some time steps; all actors work on it, and how many they are is no part of the result."""
     count = bench.manifest.splits[split]
-    rows = np.linspace(0, count - 1, min(LOSS_ROWS, bench.config.num_samples, count)).round().astype(int).tolist()
+    rows = np.linspace(0, count - 1, min(bench.config.loss_images, bench.config.num_samples, count)).round().astype(int).tolist()
     real = RealSet(bench.context.storage, bench.shards.path, split)
     pieces = [(index, first) for index in range(len(timesteps)) for first in range(0, len(rows), ROWS_AT_ONCE)]
     work = ((samples, real, rows[first : first + ROWS_AT_ONCE], first, timesteps[index]) for index, first in pieces)
@@ -139,7 +139,7 @@ def write_page(evaluation: Evaluation, model: TrainedModel, shards: ShardSet, pi
     report = Report(
         title=f"{Location.of(evaluation.folder).parent.parent.name}: evaluation",
         subtitle=f"{counted(evaluation.step, 'step', ',')} on {counted(shards.num_train, 'image', ',')} of {shards.source}; "
-        f"{counted(metric.unit.num_samples, 'sample', ',')} by {metric.unit.sampler}",
+        f"{counted(metric.unit.num_samples, 'sample', ',')} by {metric.unit.drawn_by}",
         verdict=_verdict(evaluation),
         warnings=evaluation.warnings,
         numbers=[_deciding(evaluation), *map(as_number, (*evaluation.guards, *evaluation.scores))],
@@ -176,7 +176,7 @@ def unit_of(unit: MetricUnit) -> dict[str, str]:
         "reference": f"{unit.reference_split} of {unit.reference_digest[:16]}",
         "reference images": f"{unit.reference_count:,}" if unit.reference_count else "not said",
         "samples": f"{unit.num_samples:,} from seed {unit.first_seed}",
-        "sampler": unit.sampler,
+        "sampler": unit.drawn_by,
         "weights": unit.weights,
     }
 

@@ -2,15 +2,16 @@
 
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig, ClusterError
 from cluster.placement import Placement
 from components.errors import DataError
 from pipeline.measurement.draw import ExtractorChoice, Identity, Sampler
 
+Result = TypeVar("Result")
 MOST_DEATHS = 5
 """Actors that one piece of work may take with it: a lost node takes one or two, an image that kills its process takes all."""
 
@@ -53,6 +54,14 @@ class Team:
     def first(self, method: str, *arguments: Any) -> Any:
         """Returns the result of one call."""
         return next(self.map(method, iter([arguments])))
+
+    def compute(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Returns function(*arguments, DEVICE): on the GPU of an actor where they have any, else in this process, which has more threads than an actor.
+
+        Args:
+            function: of a module, its arguments such as travel.
+        """
+        return self.first("compute", function, arguments) if self._placement.use_gpu else function(*arguments, "cpu")
 
     def map(self, method: str, work: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
         """Yields the results of `method(*arguments)` in order; as much work is ahead as four calls per actor, so memory stays bounded.

@@ -33,8 +33,8 @@ Ask = Callable[[Champion], Contest | str]
 
 def unlike_parts(one: MetricUnit, other: MetricUnit) -> list[str]:
     """Returns which parts of two units differ, with both values."""
-    first, second = one.model_dump(), other.model_dump()
-    return [f"{part} {first[part]} against {second[part]}" for part in first if first[part] != second[part]]
+    values = ((part, getattr(one, part), getattr(other, part)) for part in MetricUnit.model_fields)
+    return [f"{part} {first} against {second}" for part, first, second in values if first != second]
 
 
 def decide(candidate: Metric, champion: Champion | None, contest: Contest | str | None, min_gain: float, *, copies: bool = False) -> Decision:
@@ -70,5 +70,7 @@ def why_not_compared(candidate: Metric, champion: Champion) -> str:
     """Returns why a candidate's number cannot be held against the champion's, nothing where it can."""
     if champion.metric is None:
         return f"champion v{champion.version} carries no metric to compare with; evaluate it, or move the alias by hand"
-    unlike = unlike_parts(candidate.unit, champion.metric.unit)
-    return f"not comparable with champion v{champion.version}, whose unit differs: {'; '.join(unlike)}" if unlike else ""
+    theirs = champion.metric.unit
+    unlike = unlike_parts(candidate.unit, theirs)
+    advice = f"; evaluate.precision={theirs.precision} measures as the champion was measured" if candidate.unit.precision != theirs.precision else ""
+    return f"not comparable with champion v{champion.version}, whose unit differs: {'; '.join(unlike)}{advice}" if unlike else ""

@@ -68,7 +68,7 @@ def _headline(metric: Metric, move: Move | None) -> str:
     unit = metric.unit
     before = f" (champion v{move.contest.champion_version}: {move.contest.test.champion:.4g})" if move and move.contest else ""
     became = {"promoted": ": became champion", "kept": ": champion kept"}.get(move.kind, "") if move else ""
-    return f"{metric.name} {metric.value:.4g}{_error(metric)}{before}{became} - {counted(unit.num_samples, 'sample')}, {unit.sampler}"
+    return f"{metric.name} {metric.value:.4g}{_error(metric)}{before}{became} - {counted(unit.num_samples, 'sample')}, {unit.drawn_by}"
 
 
 def _error(metric: Metric) -> str:
@@ -82,7 +82,7 @@ def _numbers(made: Made, move: Move | None) -> list[tuple[str, str]]:
         (metric.name, f"{metric.value:.4g}{_error(metric)} (95 %), a squared Frechet distance; lower is better"),
         (
             "unit",
-            f"{unit.extractor} ({unit.extractor_digest[:12]}), {counted(unit.num_samples, 'sample')} from seed {unit.first_seed}, {unit.sampler}, "
+            f"{unit.extractor} ({unit.extractor_digest[:12]}), {counted(unit.num_samples, 'sample')} from seed {unit.first_seed}, {unit.drawn_by}, "
             f"against {counted(unit.reference_count, 'image')} ({unit.reference_split}) of {unit.reference_digest[:16]}",
         ),
     ]

@@ -144,7 +144,7 @@ def _result(summary: AttemptSummary) -> Facts:
         (metric.name, f"{metric.value:.4g}{error}; lower is better"),
         (
             "unit",
-            f"{unit.extractor} ({unit.extractor_digest[:12]}), {counted(unit.num_samples, 'sample', ',')} from seed {unit.first_seed}, {unit.sampler}, "
+            f"{unit.extractor} ({unit.extractor_digest[:12]}), {counted(unit.num_samples, 'sample', ',')} from seed {unit.first_seed}, {unit.drawn_by}, "
             f"against {counted(unit.reference_count, 'image', ',')} ({unit.reference_split}) of `{unit.reference_digest[:16]}`",
         ),
     ]

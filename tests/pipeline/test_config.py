@@ -58,7 +58,7 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(overrides: Sequence[s
 
 def test_all_wrong_settings_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
-        load_config(DIGITS, ["train.lr=0", "train.stepz=1", "evaluate.batch_size=0"])
+        load_config(DIGITS, ["train.lr=0", "train.stepz=1", "evaluate.batch_size=-1"])
     assert len(str(caught.value).splitlines()) == 3
 
 
@@ -69,6 +69,11 @@ def test_a_file_that_is_no_preset_is_named(tmp_path: Path, content: str, message
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(ConfigError, match=rf"mine\.yaml {message}"):
         load_config(tmp_path / "mine.yaml")
+
+
+def test_an_arithmetic_that_is_left_to_the_hardware_is_no_part_of_a_digest_and_a_chosen_one_is():
+    digests = [config_digest(load_config(DIGITS, overrides)) for overrides in ([], ["evaluate.precision=auto"], ["evaluate.precision=bfloat16"])]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_preset_that_does_not_exist_is_told_with_those_that_do():

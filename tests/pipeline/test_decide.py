@@ -3,7 +3,7 @@ import math
 import pytest
 from support import UNIT
 
-from pipeline.artifacts import Contest, Metric, PairedTest
+from pipeline.artifacts import Contest, Metric, MetricUnit, PairedTest
 from pipeline.registry.decide import Champion, Decision, decide, unlike_parts
 
 
@@ -94,6 +94,7 @@ def test_an_unknown_error_promotes_nobody(standard_error: float):
         {"first_seed": 9},
         {"sampler": "ancestral"},
         {"steps": 9},
+        {"precision": "bfloat16"},
     ],
     ids=lambda part: next(iter(part)),
 )
@@ -102,6 +103,25 @@ def test_numbers_of_unlike_units_are_never_compared_and_the_part_is_named(part: 
     assert not decision.promote
     assert next(iter(part)) in decision.reason
     assert unlike_parts(UNIT, UNIT) == []
+
+
+def test_a_champion_of_other_arithmetic_is_told_with_what_measures_alike():
+    decision = decide(metric(4, precision="bfloat16"), Champion(3, metric(5)), None, 0.0)
+    assert decision.reason == (
+        "kept: not comparable with champion v3, whose unit differs: precision bfloat16 against float32; "
+        "evaluate.precision=float32 measures as the champion was measured"
+    )
+    assert decide(metric(4), Champion(3, metric(5, precision="bfloat16")), None, 0.0).reason.endswith(
+        "; evaluate.precision=bfloat16 measures as the champion was measured"
+    )
+
+
+def test_a_unit_of_float32_is_written_as_it_was_before_there_was_a_choice():
+    assert "precision" not in UNIT.model_dump_json()
+    assert MetricUnit.model_validate_json(UNIT.model_dump_json()).precision == "float32"
+    other = UNIT.model_copy(update={"precision": "bfloat16"})
+    assert MetricUnit.model_validate_json(other.model_dump_json()) == other != UNIT
+    assert (UNIT.drawn_by, other.drawn_by) == ("ddim", "ddim, bfloat16")
 
 
 def test_a_champion_without_a_number_is_kept():

@@ -1,5 +1,6 @@
 """Drawing, measuring and comparing in this process, on a Ray of its own: who does the work, and what interrupts it, changes nothing."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ from pipeline.measurement.keep import keep_samples
 from pipeline.measurement.measure import Sampled, find_copies, paired_test
 from pipeline.measurement.reals import Reals
 from pipeline.measurement.team import Team
+from pipeline.registry.decide import unlike_parts
 
 SPEC = DenoiserSpec(
     model=UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), num_groups=4, dropout=0.0),
@@ -118,6 +120,37 @@ def evaluated(bench: Bench, model: Location) -> tuple[str, float]:
 def test_one_two_and_three_actors_draw_the_same_samples_and_measure_the_same_distance(bench: Callable[..., Bench], models: list[Location]):
     found = [evaluated(bench(actors, f"storage-{actors}"), models[0]) for actors in (1, 2, 3)]
     assert found[0] == found[1] == found[2]
+
+
+def test_bfloat16_has_samples_and_a_unit_of_its_own(bench: Callable[..., Bench], models: list[Location]):
+    config = CONFIG.model_copy(update={"num_samples": 64, "threshold": "dynamic"})
+    one = bench(config=config)
+    other = replace(one, config=config.model_copy(update={"precision": "bfloat16"}))
+    samples, others = one.samples_of(models[0], "ema"), other.samples_of(models[0], "ema")
+    assert samples.folder != others.folder
+    assert one.draw(samples, config.seeds).sha256 != other.draw(others, config.seeds).sha256
+    pixels, rounded = (one.pixels(which, range(64)).astype(float) for which in (samples, others))
+    assert np.abs(pixels - rounded).mean() < 4
+    assert unlike_parts(other.reference()[1], one.reference()[1]) == ["precision bfloat16 against float32"]
+
+
+def test_auto_is_what_the_actors_hardware_says(bench: Callable[..., Bench]):
+    team = bench().team
+    assert [team.first("precision", wanted) for wanted in ("auto", "float32", "bfloat16")] == ["float32", "float32", "bfloat16"]
+
+
+@pytest.mark.parametrize(("use_gpu", "device"), [(False, "cpu"), (True, "cuda")])
+def test_pairs_are_compared_here_or_where_the_gpu_is(placement: Placement, cluster: ClusterConfig, use_gpu: bool, device: str):
+    with Team(replace(placement, num_samplers=1, use_gpu=use_gpu), [ExtractorChoice("dct8")], cluster) as team:
+        process, where, given = team.compute(lambda given, device: (os.getpid(), device, given), 7)
+    assert (process == os.getpid(), where, given) == (not use_gpu, device, 7)
+
+
+def test_the_batch_is_no_part_of_a_sample(bench: Callable[..., Bench], models: list[Location]):
+    one = bench()
+    samples = one.samples_of(models[0], "ema")
+    chosen, *others = (one.team.first("draw", samples, list(range(70)), size) for size in (0, 1, 64, 70))
+    assert all(np.array_equal(chosen, other) for other in others)
 
 
 def test_the_distance_is_that_of_all_samples_and_all_rows(bench: Callable[..., Bench], models: list[Location], dataset: Location):
