@@ -238,7 +238,7 @@ def grid_pixels(trainer: Trainer) -> np.ndarray:
     trainer.unet.load_state_dict(trainer.ema.weights)
     trainer.unet.eval()
     try:
-        recipe = replace(MONITORING, steps=min(MONITORING.steps, trainer.schedule.num_steps), precision=trainer.precision)
+        recipe = replace(MONITORING, steps=min(MONITORING.steps, trainer.schedule.num_steps), precision=trainer.arithmetic.precision)
         labels = trainer.spec.labels_by_turns(GRID_SEEDS)
         x_0 = sample(trainer.unet, trainer.schedule, GRID_SEEDS, trainer.spec.shape, recipe, device=trainer.device, labels=labels)
     finally:
