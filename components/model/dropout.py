@@ -5,7 +5,7 @@ import torch
 IN_CACHE = 1 << 16
 """Elements that a CPU hashes at a time, so that they stay in its cache."""
 STEP, MIX_1, MIX_2 = 0x3C6EF35F, 0x21F0AAAD, 0x735A2D97
-"""An odd step between neighbouring elements, and the multipliers of the 32-bit hash `lowbias32` (Wellons 2018, hash-prospector), which is keyed in the middle, too."""
+"""An odd step between elements, and the multipliers of the 32-bit hash `lowbias32` (Wellons 2018, hash-prospector), here keyed in the middle, too."""
 
 
 def keep_mask(keys: torch.Tensor, p: float, elements: int) -> torch.Tensor:
