@@ -27,7 +27,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from components.data.images import to_pixels
-from components.diffusion.recipe import Recipe
+from components.diffusion.batch_size import MOST_ON_GPU, ON_CPU
+from components.diffusion.precision import prepared
+from components.diffusion.recipe import Precision, Recipe
 from components.diffusion.sampling import sample
 from components.diffusion.schedule import Schedule
 from components.metrics.features import InceptionExtractor
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--preset", default="cifar10-small")
     for name, default in (("--images", 64), ("--steps", 20), ("--measured", 256), ("--rounds", 5), ("--threads", os.cpu_count() or 1)):
         parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--only-sampling", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,6 +61,8 @@ def main() -> None:
     config = load_config(find_preset(options.preset))
     print(f"| {options.images} images, DDIM {options.steps} steps, {options.preset} | images/s | of diffusers |\n|---|---|---|")
     report(interleaved(samplers(config, options.images, options.steps, device), options.rounds), "diffusers", options.images)
+    if options.only_sampling:
+        return
     print(f"\n| {options.measured} against {options.measured} images of 32x32, Inception | images/s | of torch-fidelity |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         report(interleaved(metrics(Path(folder), options.measured, device), options.rounds), "torch-fidelity", 2 * options.measured)
@@ -101,20 +106,26 @@ def samplers(config: RunConfig, images: int, steps: int, device: torch.device) -
     scheduler = DDIMScheduler(trained_betas=Schedule(config.diffusion).betas.numpy(), prediction_type=prediction, timestep_spacing="linspace")
     pipeline: Any = DDIMPipeline(theirs.to(device).eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    network, schedule = ours.to(device).to(memory_format=torch.channels_last).eval(), Schedule(config.diffusion).to(device)
-    recipe = Recipe(steps=steps)
+    ours, schedule = ours.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False), Schedule(config.diffusion).to(device)
+    batch = MOST_ON_GPU if device.type == "cuda" else ON_CPU
 
-    def draw_ours() -> None:
-        for first in range(0, images, BATCH):
-            seeds = range(first, min(first + BATCH, images))
-            to_pixels(sample(network, schedule, seeds, (channels, size, size), recipe, device=device)).cpu()
+    def ours_in(precision: Precision, evaluations: int = 0) -> Callable[[], None]:
+        network, recipe = prepared(ours, precision, device, evaluations), Recipe(steps=steps, precision=precision)
+
+        def draw() -> None:
+            for first in range(0, images, batch):
+                seeds = range(first, min(first + batch, images))
+                to_pixels(sample(network, schedule, seeds, (channels, size, size), recipe, device=device)).cpu()
+
+        return draw
 
     def draw_theirs() -> None:
-        for first in range(0, images, BATCH):
+        for first in range(0, images, batch):
             generator = torch.Generator().manual_seed(first)
-            pipeline(batch_size=min(BATCH, images - first), generator=generator, num_inference_steps=steps, output_type="np")
+            pipeline(batch_size=min(batch, images - first), generator=generator, num_inference_steps=steps, output_type="np")
 
-    return {"ours": draw_ours, "diffusers": draw_theirs}
+    found: dict[str, Callable[[], object]] = {"ours, float32": ours_in("float32"), "ours, bfloat16": ours_in("bfloat16"), "diffusers": draw_theirs}
+    return found | ({"ours, bfloat16, compiled": ours_in("bfloat16", 10**12)} if device.type == "cuda" else {})
 
 
 def metrics(folder: Path, count: int, device: torch.device) -> dict[str, Callable[[], object]]:

@@ -34,6 +34,7 @@ from components.data.images import PixelRecipe
 from components.model.diffusers_names import diffusers_config, to_diffusers
 from components.model.unet import UNet
 from pipeline.config import RunConfig, load_config
+from pipeline.training.arithmetic import prepare
 from pipeline.training.plan import TrainPlan
 from pipeline.training.trainer import Trainer, make_trainer
 from workflows.cli import find_preset
@@ -52,6 +53,7 @@ def main() -> None:
     """Runs the rounds and prints a table for each preset and batch size."""
     options = _options()
     torch.set_num_threads(options.threads)
+    prepare(deterministic=options.deterministic)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceiling = matmul_flops(device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{options.threads} threads of {platform.machine()} ({_kind_of_cpu()})"
@@ -69,6 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[16])
     parser.add_argument("--only", default="ours,ours eager,diffusers float32,diffusers bf16", help=", ".join([*CHANGES, *THEIRS]))
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--deterministic", action="store_true", help="use only operations that give the same bits each time, as train.deterministic does")
     return parser.parse_args()
 
 

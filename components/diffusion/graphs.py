@@ -30,15 +30,20 @@ class GraphedNetwork:
             nothing on the CPU depends on values.
     """
 
-    def __init__(self, network: Callable[..., torch.Tensor]) -> None:
-        self._network = network
+    def __init__(self, network: Callable[..., torch.Tensor], round_to: int = 0) -> None:
+        """Prepares it.
+
+        Args:
+            round_to: rows to whose multiples every batch is padded; by default few sizes are used.
+        """
+        self._network, self._round_to = network, round_to
         self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
         self._pool: Any = None
 
     @torch.inference_mode()
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         rows = len(inputs[0])
-        captured = self._captured(inputs, padded(rows))
+        captured = self._captured(inputs, -(-rows // self._round_to) * self._round_to if self._round_to else padded(rows))
         for held, given in zip(captured.inputs, inputs, strict=True):
             held[:rows].copy_(given)
         captured.graph.replay()

@@ -334,7 +334,7 @@ def open_bench(config: EvaluateConfig, shards: ShardSet, context: StageContext) 
     kinds = choose_extractors(config, shards, context, placement)
     with waiting_aloud(context.cluster, context.reporter.line):
         with context.reporter.part("starting the actors that draw and measure"):
-            team = Team(placement, kinds, context.cluster)
+            team = Team(placement, kinds, context.cluster, config.num_samples * config.steps)
         with team:
             resolved = config.model_copy(update={"precision": team.first("precision", config.precision)})
             yield Bench(resolved, shards, manifest, team, context)

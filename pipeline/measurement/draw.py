@@ -180,10 +180,14 @@ def write_array(file: Location, values: np.ndarray) -> None:
 class Sampler:
     """An actor: the extractors, and the denoisers that it was last asked for."""
 
-    def __init__(self, kinds: Sequence[ExtractorChoice], use_gpu: bool, cache: str | None = None, cache_bytes: int = 20 << 30) -> None:
+    def __init__(self, kinds: Sequence[ExtractorChoice], use_gpu: bool, evaluations: int, cache: str | None = None, cache_bytes: int = 20 << 30) -> None:
         import torch
 
+        from pipeline.training.arithmetic import prepare
+
         torch.set_num_threads(1)
+        prepare(deterministic=False)
+        self._evaluations = evaluations
         self._device = "cuda" if use_gpu else "cpu"
         self._extractors = [kind.build(self._device) for kind in kinds]
         self._denoisers: OrderedDict[tuple[str, str, Precision], tuple[Denoiser, Callable[..., torch.Tensor]]] = OrderedDict()
@@ -356,7 +360,8 @@ class Sampler:
         key = (samples.checkpoint, samples.weights, samples.recipe.precision)
         if key not in self._denoisers:
             denoiser = load_denoiser(Location.of(samples.checkpoint), self._device, samples.weights)
-            self._denoisers[key] = (denoiser, prepared(denoiser.network, samples.recipe.precision, self._device))
+            network = prepared(denoiser.network, samples.recipe.precision, self._device, self._evaluations)
+            self._denoisers[key] = (denoiser, network)
             if len(self._denoisers) > DENOISERS_HELD:
                 self._denoisers.popitem(last=False)
         self._denoisers.move_to_end(key)

@@ -32,8 +32,13 @@ class Team:
     An actor that dies, with its node or alone, is replaced, and its work is dealt again; no actor is waited for while others are there.
     """
 
-    def __init__(self, placement: Placement, kinds: Sequence[ExtractorChoice], cluster: ClusterConfig) -> None:
-        self._placement, self._arguments = placement, (list(kinds), placement.use_gpu, cluster.cache, cluster.cache_bytes)
+    def __init__(self, placement: Placement, kinds: Sequence[ExtractorChoice], cluster: ClusterConfig, evaluations: int = 0) -> None:
+        """Starts the actors.
+
+        Args:
+            evaluations: of the network that are ahead.
+        """
+        self._placement, self._arguments = placement, (list(kinds), placement.use_gpu, evaluations, cluster.cache, cluster.cache_bytes)
         self._joining: dict[Any, Any] = {}
         self._free: deque[Any] = deque()
         self._running: dict[Any, tuple[_Call, Any]] = {}
