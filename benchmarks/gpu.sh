@@ -64,7 +64,7 @@ part_more() {
 
 part_run() {
   limited 200 "ddpm run digits" env -C "$work" "${ddpm[@]}" run digits --verbose
-  grep -a "workers\|worker with\|images in one pass\|compiled" "$work/errors"
+  grep -a "workers\|worker with\|of a worker in\|compiled" "$work/errors"
 }
 
 part_resume() {

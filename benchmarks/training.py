@@ -94,6 +94,8 @@ def table(title: str, config: RunConfig, options: argparse.Namespace, device: to
         for name, step in steps.items():
             taken = seconds(step, options.steps, device)
             times[name] += [taken] if number else []
+    if not options.rounds:
+        return
     flops, batch = flops_per_image(config), config.train.global_batch_size
     ours = statistics.median(times["ours"]) if "ours" in times else None
     for name, taken in times.items():

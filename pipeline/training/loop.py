@@ -13,6 +13,7 @@ import torch
 
 from cluster.board import Board
 from cluster.machine import cpu_model
+from components.counts import counted
 from components.data.batches import Batch, BatchPlan, on_device
 from components.data.copies import Copies
 from components.data.reader import RowReader
@@ -253,15 +254,13 @@ class Worker:
         trainer.stepper.share = len(lanes) * self.world / self.plan.order.lanes
         if trainer.resumed is not None:
             stretch.go_on(trainer.resumed, trainer.device)
-        self.pulse.phase, is_first = "waiting for data", True
+        self.pulse.phase = "waiting for data"
         if trainer.step < trainer.config.steps:
             self._begin(lanes)
         batches = self.plan.batches(self.reader, range(trainer.step, trainer.config.steps), lanes)
         for batch, waited in _timed(on_device(batches, trainer.device)):
-            with self._compiling() if is_first and trainer.arithmetic.compiled else contextlib.nullcontext():
-                self.pulse.phase = "compiling" if is_first and trainer.arithmetic.compiled else "computing"
-                loss, norm = trainer.update(batch)
-            is_first = False
+            self.pulse.phase = "computing"
+            loss, norm = trainer.update(batch)
             stretch.add(loss, norm, waited)
             self.pulse.step = trainer.step
             if self.watch and self._is_point():
@@ -275,19 +274,22 @@ class Worker:
         trainer, order = self.trainer, self.plan.order
         first = self.plan.batch(self.reader, trainer.step, lanes).map(lambda tensor: tensor.to(trainer.device))
         trainer.stepper.cut(trainer.config.micro_batch_size, first, order.rows_per_lane)
-        if self.world > 1:
-            trainer.warm_up(first)
         if self.rank == 0:
-            images, part = len(first.pixels), trainer.stepper.part
-            self.pulse.tell(f"{_name_of(trainer.device)}: {trainer.arithmetic}, {f'micro-batches of {part} of' if part else 'all'} {images} images in one pass")
+            images, part = counted(len(first.pixels), "image"), trainer.stepper.part
+            passes = f"{images} of a worker in passes of {part}" if part else f"{images} of a worker in one pass"
+            self.pulse.tell(f"{_name_of(trainer.device)}: {trainer.arithmetic}, {passes}")
+        with self._compiling() if trainer.arithmetic.compiled else contextlib.nullcontext():
+            if self.world > 1 or trainer.arithmetic.compiled:
+                trainer.warm_up(first)
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:
-        """Says how long the first step took, which compiles."""
-        started = time.perf_counter()
+        """Says how long a pass takes that compiles."""
+        started, self.pulse.phase = time.perf_counter(), "compiling"
         yield
         if self.trainer.device.type == "cuda":
             torch.cuda.synchronize()
+        self.pulse.phase = "waiting for data"
         if self.rank == 0:
             self.pulse.tell(f"compiled the step in {time.perf_counter() - started:.0f} s; kept in {compilations()} for the next start")
 
