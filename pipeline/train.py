@@ -95,6 +95,7 @@ def train(
         inputs=context.inputs,
         settings=dict(settings),
         threads=placement.threads,
+        threads_asked_for=bool(context.cluster.cpus_per_worker),
         group_timeout_s=context.cluster.group_timeout_s,
         cache=context.cluster.cache,
         cache_bytes=context.cluster.cache_bytes,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.measurement.bench import EvaluateConfig
 
 MIN_CLASSES = 2
-CLASSIFIER_ROWS, CLASSIFIER_BYTES = 100_000, 2 << 30
+CLASSIFIER_ROWS, CLASSIFIER_BYTES, PIXELS_PER_THREAD = 100_000, 2 << 30, 4096
 
 
 def check_files(config: "EvaluateConfig") -> None:
@@ -158,11 +158,12 @@ def make_classifier(dataset: str, folder: str, threads: int, gauge: Gauge, devic
     """
     import torch
 
-    from components.metrics.classifier import RECORD, train_classifier
+    from components.metrics.classifier import BATCH_SIZE, RECORD, train_classifier
 
-    torch.set_num_threads(threads)
     source = Location.of(dataset)
     manifest = read_manifest(source)
+    # Many threads that have little to do slow one another down.
+    torch.set_num_threads(max(1, min(threads, BATCH_SIZE * manifest.image_size**2 // PIXELS_PER_THREAD)))
     reader = RowReader(source, manifest)
     classes = reader.labels(np.arange(len(reader)))
     labelled = np.flatnonzero(classes != NO_LABEL)

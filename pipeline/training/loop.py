@@ -24,7 +24,7 @@ from components.model.checkpoint import TrainingRecord
 from components.model.manifest import manifest_of
 from components.model.retention import newest_whole_checkpoint
 from components.storage import Location
-from pipeline.training.arithmetic import compilations, prepare
+from pipeline.training.arithmetic import compilations, prepare, threads_that_pay
 from pipeline.training.checkpoint_writer import CheckpointWriter, UnwritableError
 from pipeline.training.follow import samples_folder
 from pipeline.training.notebook import Attempt, MetricsLine, NotebookWriter, SupersededError, Ticket
@@ -132,7 +132,7 @@ def train_loop(config: dict[str, Any]) -> str:
     node = {"node_id": ray.get_runtime_context().get_node_id(), "node": platform.node()}
     try:
         with Pulse(board, attempt.number, rank, world, **node, first=trainer.step) as pulse, _watch(attempt, context) as watch:
-            worker = Worker(trainer, batch_plan, reader, pulse, watch, rank, world)
+            worker = Worker(trainer, batch_plan, reader, pulse, watch, rank, world, plan.threads_asked_for)
             newest = (worker.lead(attempt) if rank == 0 else worker.follow()) or resumed
     except torch.OutOfMemoryError as error:
         return TrainFailure(failure=_no_room(plan, manifest, device, error)).model_dump_json()
@@ -189,6 +189,7 @@ class Worker:
     """One worker at its steps.
 
     Attributes:
+        threads_asked_for: whether somebody said how many threads a worker has.
         pictures: sample grids that are still to be written, by step.
     """
 
@@ -199,6 +200,7 @@ class Worker:
     watch: SystemWatch | None
     rank: int
     world: int
+    threads_asked_for: bool = False
     pictures: dict[int, np.ndarray] = field(default_factory=dict)
 
     def follow(self) -> None:
@@ -274,10 +276,13 @@ class Worker:
         trainer, order = self.trainer, self.plan.order
         first = self.plan.batch(self.reader, trainer.step, lanes).map(lambda tensor: tensor.to(trainer.device))
         trainer.stepper.cut(trainer.config.micro_batch_size, first, order.rows_per_lane)
+        if trainer.device.type == "cpu" and not self.threads_asked_for:
+            torch.set_num_threads(threads_that_pay(torch.get_num_threads(), trainer.pass_flops(trainer.stepper.part or len(first.pixels))))
         if self.rank == 0:
             images, part = counted(len(first.pixels), "image"), trainer.stepper.part
             passes = f"{images} of a worker in passes of {part}" if part else f"{images} of a worker in one pass"
-            self.pulse.tell(f"{_name_of(trainer.device)}: {trainer.arithmetic}, {passes}")
+            threads = f", {counted(torch.get_num_threads(), 'thread')}" if trainer.device.type == "cpu" else ""
+            self.pulse.tell(f"{_name_of(trainer.device)}{threads}: {trainer.arithmetic}, {passes}")
         with self._compiling() if trainer.arithmetic.compiled else contextlib.nullcontext():
             if self.world > 1 or trainer.arithmetic.compiled:
                 trainer.warm_up(first)

@@ -105,6 +105,7 @@ class TrainPlan(BaseModel):
     inputs: str
     settings: dict[str, str] = Field(default_factory=dict)
     threads: int
+    threads_asked_for: bool = False
     group_timeout_s: int
     cache: str | None = None
     cache_bytes: int = 20 << 30

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from components.data.batches import Batch, BatchPlan
 from components.data.images import to_pixels
@@ -101,6 +102,12 @@ class Trainer:
                 "lower train.lr or train.grad_clip, or use train.precision=float32"
             )
         return nonfinite_steps
+
+    def pass_flops(self, images: int) -> float:
+        """Returns the operations of a forward and a backward pass of so many images; the backward pass has twice those of the forward one."""
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.unet(torch.zeros(1, *self.spec.shape, device=self.device), torch.zeros(1, dtype=torch.int64, device=self.device))
+        return 3.0 * counter.get_total_flops() * images
 
     def everything(self, open_losses: Sequence[float] = (), open_norms: Sequence[float] = ()) -> Resumable:
         """Returns all that a checkpoint holds: the living tensors, which the next step changes.

@@ -7,13 +7,14 @@ import pytest
 import torch
 from support import a_manifest
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from components.data.batches import Batch, BatchPlan
 from components.data.images import PixelRecipe
 from components.data.order import RowOrder
 from components.diffusion.config import DiffusionConfig
 from components.model.config import UNetConfig
-from pipeline.training.arithmetic import Arithmetic, choose
+from pipeline.training.arithmetic import Arithmetic, choose, threads_that_pay
 from pipeline.training.plan import TrainConfig, TrainPlan
 from pipeline.training.trainer import Trainer, make_trainer
 
@@ -114,6 +115,18 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted_without_waitin
         trainer.stepper(batch(2), 1e-2, decays)
     assert trainer.nonfinite_steps == 1
     assert not any(torch.equal(value, before[name]) for name, value in state_of(trainer).items())
+
+
+@pytest.mark.parametrize(("most", "flops", "expected"), [(16, 3.1e9, 2), (2, 24e9, 2), (1, 24e9, 1), (16, 24e9, 16), (16, 1e6, 1), (64, 5e11, 64)])
+def test_a_network_with_little_to_do_works_with_few_threads(most: int, flops: float, expected: int):
+    assert threads_that_pay(most, flops) == expected
+
+
+def test_the_operations_of_a_pass_are_those_that_torch_counts():
+    trainer = fresh(plan(dropout=0.0))
+    with FlopCounterMode(display=False) as counter:
+        trainer.stepper.gradient(batch(0))
+    assert trainer.pass_flops(LANES * ROWS) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 @pytest.mark.slow
