@@ -19,7 +19,7 @@ limited() { # SECONDS TITLE COMMAND ...: its time, or that it took too long
   local seconds=$1 title=$2 started=$SECONDS
   shift 2
   printf '\n## %s\n\n' "$title"
-  timeout -k 20 "$seconds" "$@" 2>"$work/errors" || { printf '\nended with code %s (124: longer than %s s)\n' "$?" "$seconds" && tail -n 12 "$work/errors"; }
+  timeout -k 20 "$seconds" "$@" 2>"$work/errors" || { printf '\nended with code %s (124: longer than %s s)\n' "$?" "$seconds" && tail -n 30 "$work/errors"; }
   printf '\n(%s s)\n' $((SECONDS - started))
 }
 
