@@ -37,9 +37,8 @@ from components.metrics.frechet import FeatureStats, frechet_distance
 from components.metrics.inception_score import inception_score
 from components.metrics.kernel import kernel_distance
 from components.metrics.reference import Reference
-from components.model.diffusers_names import diffusers_config, to_diffusers
 from components.model.manifest import sha256_of
-from components.model.unet import UNet
+from components.networks.unet.diffusers import diffusers_config, to_diffusers
 from pipeline.config import RunConfig, load_config
 from workflows.cli import find_preset
 
@@ -98,9 +97,8 @@ def samplers(config: RunConfig, images: int, steps: int, device: torch.device) -
     """Returns our sampler and diffusers' pipeline over the same network."""
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-    size, channels = config.data.image_size, 1 if config.data.mode == "L" else 3
-    ours = UNet(config.model, image_size=size, channels=channels)
-    theirs: Any = UNet2DModel(**diffusers_config(ours, image_size=size, channels=channels))  # pyrefly: ignore[bad-argument-type]
+    ours: Any = config.model.build(config.data.shape)
+    theirs: Any = UNet2DModel(**diffusers_config(ours, config.data.shape))  # pyrefly: ignore[bad-argument-type]
     theirs.load_state_dict(to_diffusers(ours))
     prediction = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}[config.diffusion.prediction]
     scheduler = DDIMScheduler(trained_betas=Schedule(config.diffusion).betas.numpy(), prediction_type=prediction, timestep_spacing="linspace")
@@ -115,7 +113,7 @@ def samplers(config: RunConfig, images: int, steps: int, device: torch.device) -
         def draw() -> None:
             for first in range(0, images, batch):
                 seeds = range(first, min(first + batch, images))
-                to_pixels(sample(network, schedule, seeds, (channels, size, size), recipe, device=device)).cpu()
+                to_pixels(sample(network, schedule, seeds, config.data.shape, recipe, device=device)).cpu()
 
         return draw
 

@@ -101,7 +101,7 @@ def work(options: argparse.Namespace) -> None:
     trainer, batches = make_trainer(plan, manifest, device, None), make_batch_plan(plan, manifest)
     lanes = batches.lanes_of(rank, world)
     if world > 1:
-        trainer.stepper.network = DistributedDataParallel(trainer.unet, broadcast_buffers=False, gradient_as_bucket_view=True)
+        trainer.stepper.network = DistributedDataParallel(trainer.network, broadcast_buffers=False, gradient_as_bucket_view=True)
     if not on_gpu:
         torch.set_num_threads(threads_that_pay(torch.get_num_threads(), trainer.pass_flops(len(lanes) * batches.order.rows_per_lane)))
     rates, started = [], time.perf_counter()

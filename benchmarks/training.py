@@ -31,8 +31,8 @@ from support import a_manifest
 
 from components.data.batches import Batch, on_device
 from components.data.images import PixelRecipe
-from components.model.diffusers_names import diffusers_config, to_diffusers
-from components.model.unet import UNet
+from components.networks.unet.diffusers import diffusers_config, to_diffusers
+from components.networks.unet.network import UNet
 from pipeline.config import RunConfig, load_config
 from pipeline.training.arithmetic import prepare
 from pipeline.training.plan import TrainPlan
@@ -126,18 +126,16 @@ def matmul_flops(device: torch.device) -> float:
 
 def flops_per_image(config: RunConfig) -> float:
     """Returns the operations of one forward and backward pass of one image."""
-    unet, shape = _unet(config), _shape(config)
+    unet, shape = _unet(config), config.data.shape
     with FlopCounterMode(display=False) as counter:
         unet(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64)).sum().backward()
     return float(counter.get_total_flops())
 
 
-def _shape(config: RunConfig) -> tuple[int, int, int]:
-    return (1 if config.data.mode == "L" else 3, config.data.image_size, config.data.image_size)
-
-
 def _unet(config: RunConfig) -> UNet:
-    return UNet(config.model, image_size=config.data.image_size, channels=_shape(config)[0])
+    unet = config.model.build(config.data.shape)
+    assert isinstance(unet, UNet)
+    return unet
 
 
 def make_step(name: str, config: RunConfig, device: torch.device) -> Step:
@@ -158,11 +156,11 @@ def _trainer(config: RunConfig, device: torch.device) -> Trainer:
 
 def batches_of(config: RunConfig) -> Iterator[Batch]:
     """Yields batches of noise without end, four different ones."""
-    draw, count, shape = np.random.default_rng(0), config.train.global_batch_size, _shape(config)
+    draw, count, shape = np.random.default_rng(0), config.train.global_batch_size, config.data.shape
     made: list[Batch] = []
     for step in range(4):
         pixels, eps = draw.integers(0, 256, (count, *shape), dtype=np.uint8), draw.standard_normal((count, *shape), dtype=np.float32)
-        keys = draw.integers(-(2**31), 2**31, (count, config.model.num_dropouts, 2), dtype=np.int32) if config.model.dropout else None
+        keys = draw.integers(-(2**31), 2**31, (count, config.model.num_dropouts, 2), dtype=np.int32) if config.model.num_dropouts else None
         t = torch.from_numpy(draw.integers(0, config.diffusion.num_steps, count))
         parts = (torch.arange(count), torch.from_numpy(pixels), t, torch.from_numpy(eps))
         made.append(Batch(step, *parts, keys=None if keys is None else torch.from_numpy(keys)))
@@ -175,8 +173,8 @@ def theirs(config: RunConfig, device: torch.device, *, bf16: bool, compiled: boo
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
-    ours, shape = _unet(config), _shape(config)
-    made: Any = UNet2DModel(**diffusers_config(ours, image_size=shape[1], channels=shape[0]))
+    ours, shape = _unet(config), config.data.shape
+    made: Any = UNet2DModel(**diffusers_config(ours, shape))
     made.load_state_dict(to_diffusers(ours))
     made = made.to(device).train()
     network = torch.compile(made) if compiled else made

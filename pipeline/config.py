@@ -17,7 +17,8 @@ from cluster.config import ClusterConfig
 from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.ingest.sources import DataConfig, address_of
-from components.model.config import UNetConfig
+from components.networks.kinds import KINDS, AnyNetworkConfig
+from components.networks.unet.config import UNetConfig
 from pipeline.errors import ConfigError
 from pipeline.measurement.bench import EvaluateConfig
 from pipeline.names import check_paths
@@ -36,8 +37,8 @@ class RunConfig(BaseModel):
 
     data: DataConfig = Field(default_factory=DataConfig)
     """Which images, and what becomes of them."""
-    model: UNetConfig = Field(default_factory=UNetConfig)
-    """The denoiser's architecture."""
+    model: AnyNetworkConfig = Field(default_factory=UNetConfig)
+    """The denoiser's architecture: settings of the network that `model.kind` names."""
     diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
     """The diffusion process."""
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -53,10 +54,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
-        try:
-            self.model.check_image_size(self.data.image_size)
-        except ValueError as error:
-            raise ValueError(f"data.{error}") from error
+        self.model.check_shape(self.data.shape)
         train, workers = self.train, self.cluster.max_workers
         if train.global_batch_size % train.lanes:
             raise ValueError(f"train.global_batch_size={train.global_batch_size} is no multiple of train.lanes={train.lanes}; use a multiple")
@@ -192,17 +190,23 @@ def _parse(section: str, key: str, text: str) -> Any:
 
 
 def section_fields(section: str) -> Mapping[str, Any]:
-    """Returns the fields of a section by name, none for an unknown section."""
+    """Returns the fields of a section by name, none for an unknown section; those of all kinds where there are several."""
+    if section == "model":
+        return {name: field for config in KINDS.values() for name, field in config.model_fields.items()}
     field = RunConfig.model_fields.get(section)
     return getattr(field.annotation, "model_fields", {}) if field is not None else {}
 
 
 def _explain(detail: dict[str, Any]) -> str:
     location = [str(part) for part in detail["loc"]]
+    if location[:1] == ["model"] and len(location) > 2:
+        del location[1]  # the kind, which is a setting of its own
     address = ".".join(location)
     if detail["type"] == "extra_forbidden":
         return f"{address} is not a setting; {_suggest(location)}"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "unknown_kind":
+        return f"{address}.kind={detail['input'].get('kind')!r} is unknown; use {' or '.join(sorted(KINDS))}"
     if detail["type"] == "value_error":
         return f"{address}: {message}" if address else message
     return f"{address}={detail['input']!r} is wrong: {message[0].lower()}{message[1:]}"

@@ -21,9 +21,9 @@ from components.counts import counted
 from components.data.shards import read_manifest
 from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
-from components.model.config import UNetConfig
 from components.model.manifest import is_complete, manifest_of, verify
 from components.model.retention import checkpoints, prune
+from components.networks.config import NetworkConfig
 from components.scratch import scratch
 from components.storage import TEMPORARY, Location
 from pipeline.artifacts import ShardSet, TrainedModel
@@ -43,7 +43,7 @@ IMPORTED = ("ray.train.torch", "torch._dynamo")
 """What takes training workers longest to import; the latter comes with the first optimiser."""
 
 
-def check_labels(model: UNetConfig, shards: ShardSet) -> None:
+def check_labels(model: NetworkConfig, shards: ShardSet) -> None:
     """Checks that a dataset has the classes that a conditional model is told, before anything is trained.
 
     Raises:
@@ -58,7 +58,7 @@ def check_labels(model: UNetConfig, shards: ShardSet) -> None:
 
 def train(
     config: TrainConfig,
-    model: UNetConfig,
+    model: NetworkConfig,
     diffusion: DiffusionConfig,
     shards: ShardSet,
     *,

@@ -79,6 +79,11 @@ class PixelRecipe(BaseModel):
         return CHANNELS[self.mode]
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every row."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one image's pixels."""
         return self.channels * self.image_size**2

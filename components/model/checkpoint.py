@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 
 from ..diffusion.schedule import Schedule
 from ..errors import DataError
@@ -27,7 +28,6 @@ from ..scratch import scratch
 from ..storage import Location
 from .manifest import MAIN_AVERAGE, MANIFEST, STAGING, averages_in, copied, sha256_of, verify
 from .spec import DenoiserSpec
-from .unet import UNet
 
 TRAINING_FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -39,7 +39,7 @@ class Denoiser:
     """A network in evaluation mode, ready to sample from."""
 
     spec: DenoiserSpec
-    network: UNet
+    network: nn.Module
     schedule: Schedule
 
 

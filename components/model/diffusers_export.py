@@ -14,7 +14,6 @@ import torch
 
 from ..diffusion.schedule import Schedule
 from .checkpoint import write_weights
-from .diffusers_names import diffusers_config, to_diffusers
 from .spec import DenoiserSpec
 
 _PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
@@ -23,21 +22,27 @@ _PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 def write_diffusers(folder: Path, spec: DenoiserSpec, weights: Mapping[str, torch.Tensor]) -> None:
     """Writes a diffusers pipeline, or a README alone where diffusers has no such network."""
     folder.mkdir(parents=True)
-    if why_not := _inexpressible(spec):
+    network = spec.build()
+    network.load_state_dict(weights)
+    theirs = _why_none(spec) or spec.model.to_diffusers(network, spec.shape)
+    if isinstance(theirs, str):
         (folder / "README.md").write_text(
-            f"No pipeline of diffusers is here, for {why_not}. The checkpoint beside this folder holds the model.\n", encoding="utf-8"
+            f"No pipeline of diffusers is here, for {theirs}. The checkpoint beside this folder holds the model.\n", encoding="utf-8"
         )
         return
-    unet = spec.build()
-    unet.load_state_dict(weights)
     (folder / "unet").mkdir()
     (folder / "scheduler").mkdir()
-    _write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]})
-    config = diffusers_config(unet, image_size=spec.image_size, channels=spec.channels)
-    _write_json(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **config})
+    parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", theirs.class_name]}
+    _write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
+    _write_json(folder / "unet" / "config.json", {"_class_name": theirs.class_name, **theirs.config})
     _write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDPMScheduler", **scheduler_config(spec)})
-    write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", to_diffusers(unet), {"format": "pt"})
+    write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", theirs.weights, {"format": "pt"})
     (folder / "README.md").write_text(_readme(spec), encoding="utf-8")
+
+
+def _why_none(spec: DenoiserSpec) -> str:
+    """Returns why diffusers cannot draw from the denoiser whatever its network is; nothing where it can."""
+    return "" if spec.diffusion.prediction in _PREDICTIONS else f"diffusers' schedulers know no prediction {spec.diffusion.prediction}"
 
 
 def scheduler_config(spec: DenoiserSpec) -> dict[str, object]:
@@ -53,16 +58,6 @@ def scheduler_config(spec: DenoiserSpec) -> dict[str, object]:
         "clip_sample_range": 1.0,
         "timestep_spacing": "linspace",
     }
-
-
-def _inexpressible(spec: DenoiserSpec) -> str:
-    """Returns why diffusers has no such network, nothing where it has one: there heads have one width, here a number."""
-    config = spec.model
-    levels = [level for level in range(len(config.channel_mults)) if spec.image_size >> level in config.attention_resolutions]
-    unlike = [level for level in levels if config.channel_mults[level] != config.channel_mults[-1]]
-    if config.num_heads == 1 or not unlike:
-        return ""
-    return f"a UNet2DModel cannot have num_heads={config.num_heads} at levels of different width (channel_mults={list(config.channel_mults)})"
 
 
 def _readme(spec: DenoiserSpec) -> str:

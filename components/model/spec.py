@@ -7,14 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..diffusion.config import DiffusionConfig
 from ..errors import DataError
+from ..networks.kinds import AnyNetworkConfig
 from ..storage import Location
-from .config import UNetConfig
 from .manifest import manifest_of
 
 if TYPE_CHECKING:
     import torch
-
-    from .unet import UNet
+    from torch import nn
 
 
 class DenoiserSpec(BaseModel):
@@ -22,7 +21,7 @@ class DenoiserSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    model: UNetConfig
+    model: AnyNetworkConfig
     diffusion: DiffusionConfig
     image_size: int = Field(ge=1)
     """Height and width, pixels."""
@@ -38,11 +37,9 @@ class DenoiserSpec(BaseModel):
             raise ValueError(f"label_names={self.label_names} does not fit model.conditional={self.model.conditional}; {right}")
         return self
 
-    def build(self) -> "UNet":
+    def build(self) -> "nn.Module":
         """Returns the network with fresh weights."""
-        from .unet import UNet
-
-        return UNet(self.model, image_size=self.image_size, channels=self.channels, num_classes=len(self.label_names))
+        return self.model.build(self.shape, len(self.label_names))
 
     @property
     def null_label(self) -> int | None:

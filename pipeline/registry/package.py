@@ -83,9 +83,12 @@ def copy_code(folder: Path) -> Path:
 
 
 def needed_files(package: Path) -> set[Path]:
-    """Returns the files of a package that the served model imports, directly or by others of them, wherever in the file it does."""
+    """Returns the files of a package that the served model imports, directly or by others of them, wherever in the file it does.
+
+    All kinds of networks are among them: they are found by their place in the folder, which no import names.
+    """
     found: set[Path] = set()
-    waiting = set(_imported(SERVED_MODEL, package))
+    waiting = {*_imported(SERVED_MODEL, package), *(package / "networks").rglob("*.py")}
     while waiting:
         file = waiting.pop()
         found.add(file)

@@ -3,9 +3,9 @@
 from components.data.shards import read_manifest
 from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
-from components.model.config import UNetConfig
 from components.model.manifest import manifest_of
 from components.model.spec import read_spec
+from components.networks.config import NetworkConfig
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.errors import ConfigError, RegistryError
@@ -18,7 +18,7 @@ CHECKPOINT_TAG = "weights.checkpoint"
 
 
 def find_start(
-    policy: Policy, model_name: str, model: UNetConfig, diffusion: DiffusionConfig, shards: ShardSet, *, tracking: Tracking, storage: Location
+    policy: Policy, model_name: str, model: NetworkConfig, diffusion: DiffusionConfig, shards: ShardSet, *, tracking: Tracking, storage: Location
 ) -> Start | None:
     """Returns the weights that the policy means, None for fresh ones: by policy, or because there is no champion.
 
@@ -65,7 +65,7 @@ def _weights(policy: Policy, address: str, tracking: Tracking, storage: Location
     return checkpoint, "weights"
 
 
-def _check_same(checkpoint: Location, address: str, model: UNetConfig, diffusion: DiffusionConfig, shards: ShardSet) -> None:
+def _check_same(checkpoint: Location, address: str, model: NetworkConfig, diffusion: DiffusionConfig, shards: ShardSet) -> None:
     spec = read_spec(checkpoint)
     unlike = [
         f"{section}.{key} {value} here, {theirs[key]} there"

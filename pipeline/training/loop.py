@@ -126,7 +126,7 @@ def train_loop(config: dict[str, Any]) -> str:
     if rank == 0:
         note_restart(folder, board, attempt.number, trainer.step, world)
     if world > 1:
-        trainer.stepper.network = prepare_model(trainer.unet, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
+        trainer.stepper.network = prepare_model(trainer.network, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
     batch_plan = make_batch_plan(plan, manifest)
     reader = RowReader(dataset, manifest, copies=Copies.of(plan.cache, plan.cache_bytes))
     node = {"node_id": ray.get_runtime_context().get_node_id(), "node": platform.node()}
@@ -143,7 +143,7 @@ def train_loop(config: dict[str, Any]) -> str:
 
 def _no_room(plan: TrainPlan, manifest: Manifest, device: torch.device, error: Exception) -> str:
     right = ["train.micro_batch_size=auto"] if plan.train.micro_batch_size != "auto" else ["more train.lanes, so that a lane has fewer images"]
-    right += [] if plan.model.checkpointing else ["model.checkpointing=true"]
+    right += [] if getattr(plan.model, "checkpointing", True) else ["model.checkpointing=true"]
     told = f"train.micro_batch_size={plan.train.micro_batch_size} needs more memory than {_name_of(device)} has at {manifest.image_size} pixels"
     return f"{told} ({' '.join(str(error).split())[:200]}); use {' or '.join(right)}"
 
@@ -156,7 +156,7 @@ def _outcome(trainer: Trainer, checkpoint: Location, world: int, device: torch.d
     return TrainOutcome(
         checkpoint=str(checkpoint),
         weights_sha256=manifest_of(checkpoint)["ema.safetensors"][1],
-        parameters=sum(parameter.numel() for parameter in trainer.unet.parameters()),
+        parameters=sum(parameter.numel() for parameter in trainer.network.parameters()),
         steps=trainer.step,
         precision=trainer.arithmetic.precision,
         layout=trainer.arithmetic.layout,

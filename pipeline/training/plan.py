@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from components.diffusion.config import DiffusionConfig
-from components.model.config import UNetConfig
+from components.networks.kinds import AnyNetworkConfig
 from pipeline.retraining.attempts import Start
 
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
@@ -98,7 +98,7 @@ class TrainPlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     train: TrainConfig
-    model: UNetConfig
+    model: AnyNetworkConfig
     diffusion: DiffusionConfig
     dataset: str
     folder: str

@@ -35,13 +35,13 @@ class Step:
     """
 
     def __init__(
-        self, unet: nn.Module, optimizer: torch.optim.AdamW, averages: Sequence[Ema], schedule: Schedule, arithmetic: Arithmetic, grad_clip: float
+        self, network: nn.Module, optimizer: torch.optim.AdamW, averages: Sequence[Ema], schedule: Schedule, arithmetic: Arithmetic, grad_clip: float
     ) -> None:
-        self._unet, self._optimizer, self._averages, self._schedule, self._grad_clip = unet, optimizer, averages, schedule, grad_clip
+        self._module, self._optimizer, self._averages, self._schedule, self._grad_clip = network, optimizer, averages, schedule, grad_clip
         self._arithmetic = arithmetic
-        self.network: nn.Module = unet
+        self.network: nn.Module = network
         self.share, self.part = 1.0, 0
-        self._device = next(unet.parameters()).device
+        self._device = next(network.parameters()).device
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=self._device)
         self._skip = torch.zeros((), device=self._device)
         self._weights = [torch.zeros((), device=self._device) for _ in averages]
@@ -60,7 +60,7 @@ class Step:
             decays: of the averages.
         """
         self._set_rates(lr, decays)
-        if self._device.type == "cuda" and self.network is self._unet:
+        if self._device.type == "cuda" and self.network is self._module:
             return self._replay(batch)
         loss = self.gradient(batch)
         return loss, self._apply()
@@ -103,7 +103,7 @@ class Step:
         """Tells whether a pass leaves some memory of the GPU free; it is done eagerly, which takes more than it does compiled."""
         torch.cuda.reset_peak_memory_stats()
         try:
-            _loss(self._unet, self._schedule, self._arithmetic, *part.tensors()).backward()
+            _loss(self._module, self._schedule, self._arithmetic, *part.tensors()).backward()
             return torch.cuda.max_memory_allocated() < MOST_MEMORY * torch.cuda.get_device_properties(self._device).total_memory
         except torch.OutOfMemoryError:
             return False
@@ -130,7 +130,7 @@ class Step:
 
     def _loss_of(self, part: Batch) -> torch.Tensor:
         if self._loss is None:
-            alone = self.network is self._unet
+            alone = self.network is self._module
             network = torch.compile(self.network) if self._arithmetic.compiled and not alone else self.network
             loss = partial(_loss, network, self._schedule, self._arithmetic)
             self._loss = torch.compile(loss, fullgraph=True, dynamic=False) if self._arithmetic.compiled and alone else loss
@@ -138,14 +138,14 @@ class Step:
 
     def _apply(self) -> torch.Tensor:
         """Clips the gradient and takes the step, unless the gradient is not finite; returns its norm."""
-        norm = nn.utils.clip_grad_norm_(self._unet.parameters(), self._grad_clip)
+        norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._grad_clip)
         skipped = torch.maximum((~torch.isfinite(norm)).float(), self._skip)
         # What a gradient scaler says to the fused kernels: with 1 they leave parameters, moments and their number of steps alone.
         self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self._optimizer.grad_scale = None  # type: ignore[attr-defined]
         self._optimizer.step()
         for average, weight in zip(self._averages, self._weights, strict=True):
-            average.update(self._unet, weight * (1.0 - skipped))
+            average.update(self._module, weight * (1.0 - skipped))
         self.nonfinite.add_(skipped.to(torch.int64))
         return norm
 

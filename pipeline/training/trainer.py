@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.data.batches import Batch, BatchPlan
@@ -19,7 +20,6 @@ from components.model.checkpoint import Resumable, TrainingRecord, TrainingState
 from components.model.ema import Ema
 from components.model.manifest import average_name, verify
 from components.model.spec import DenoiserSpec
-from components.model.unet import UNet
 from components.storage import Location
 from components.streams import Purpose, stream
 from pipeline.retraining.attempts import Start
@@ -35,7 +35,7 @@ class Trainer:
     """The moving parts of a training run on one worker.
 
     Attributes:
-        unet: the denoiser itself.
+        network: the denoiser itself.
         more_averages: averages of further decays, by the name that checkpoints give them.
         stepper: what a step does.
         step: optimiser steps done.
@@ -48,7 +48,7 @@ class Trainer:
     inputs: str
     device: torch.device
     arithmetic: Arithmetic
-    unet: UNet
+    network: nn.Module
     optimizer: torch.optim.AdamW
     ema: Ema
     more_averages: dict[str, Ema]
@@ -106,7 +106,7 @@ class Trainer:
     def pass_flops(self, images: int) -> float:
         """Returns the operations of a forward and a backward pass of so many images; the backward pass has twice those of the forward one."""
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.unet(torch.zeros(1, *self.spec.shape, device=self.device), torch.zeros(1, dtype=torch.int64, device=self.device))
+            self.network(torch.zeros(1, *self.spec.shape, device=self.device), torch.zeros(1, dtype=torch.int64, device=self.device))
         return 3.0 * counter.get_total_flops() * images
 
     def everything(self, open_losses: Sequence[float] = (), open_norms: Sequence[float] = ()) -> Resumable:
@@ -130,7 +130,7 @@ class Trainer:
             open_norms=tuple(open_norms),
         )
         more = {name: average.weights for name, average in self.more_averages.items()}
-        return Resumable(self.ema.weights, TrainingState(self.unet.state_dict(), flat, record), more)
+        return Resumable(self.ema.weights, TrainingState(self.network.state_dict(), flat, record), more)
 
     def save(self, path: Location) -> None:
         """Writes everything as a checkpoint."""
@@ -140,11 +140,11 @@ class Trainer:
     def take_over(self, resumable: Resumable) -> None:
         """Takes over everything from a checkpoint."""
         state = resumable.state
-        self.unet.load_state_dict(dict(state.weights))
+        self.network.load_state_dict(dict(state.weights))
         self.ema.load(resumable.ema)
         for name, average in self.more_averages.items():
             average.load(resumable.more_averages[name])
-        parameters = list(self.unet.parameters())
+        parameters = list(self.network.parameters())
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for address, value in state.optimizer.items():
             index, _, name = address.partition(".")
@@ -171,26 +171,26 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
         label_names=_label_names(plan, manifest),
     )
     torch.manual_seed(int(stream(Purpose.WEIGHTS, plan.train.seed).integers(2**32)))
-    unet = spec.build()
+    network = spec.build()
     resumable = None if resume_from is None else _read(plan, resume_from)
     if plan.start is not None and resumable is None:
-        unet.load_state_dict(_start_weights(plan.start))
-    arithmetic = _choose(plan, unet, device) if resumable is None else _kept(resumable.state.record)
-    unet = unet.to(device).to(memory_format=arithmetic.memory_format).train()
+        network.load_state_dict(_start_weights(plan.start))
+    arithmetic = _choose(plan, network, device) if resumable is None else _kept(resumable.state.record)
+    network = network.to(device).to(memory_format=arithmetic.memory_format).train()
     on_gpu = device.type == "cuda"
     lr = torch.tensor(plan.train.lr, device=device) if on_gpu else plan.train.lr
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, weight_decay=plan.train.weight_decay, fused=True, capturable=on_gpu)
-    ema, more = Ema(unet, plan.train.ema_decay), {average_name(decay): Ema(unet, decay) for decay in plan.train.more_ema_decays}
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=plan.train.weight_decay, fused=True, capturable=on_gpu)
+    ema, more = Ema(network, plan.train.ema_decay), {average_name(decay): Ema(network, decay) for decay in plan.train.more_ema_decays}
     schedule = Schedule(plan.diffusion).to(device)
-    stepper = Step(unet, optimizer, [ema, *more.values()], schedule, arithmetic, plan.train.grad_clip)
-    trainer = Trainer(plan.train, spec, plan.inputs, device, arithmetic, unet, optimizer, ema, more, schedule, stepper, settings=plan.settings)
+    stepper = Step(network, optimizer, [ema, *more.values()], schedule, arithmetic, plan.train.grad_clip)
+    trainer = Trainer(plan.train, spec, plan.inputs, device, arithmetic, network, optimizer, ema, more, schedule, stepper, settings=plan.settings)
     if resumable is not None:
         trainer.take_over(resumable)
     return trainer
 
 
-def _choose(plan: TrainPlan, unet: UNet, device: torch.device) -> Arithmetic:
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
+def _choose(plan: TrainPlan, network: nn.Module, device: torch.device) -> Arithmetic:
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     images = plan.train.steps * plan.train.global_batch_size
     return choose(plan.train.precision, plan.train.compile, device, parameters, images)
 
@@ -241,14 +241,14 @@ def _label_names(plan: TrainPlan, manifest: Manifest) -> tuple[str, ...]:
 
 def grid_pixels(trainer: Trainer) -> np.ndarray:
     """Returns samples of the averaged weights (16, C, H, W) uint8: the same seeds each time, of the classes by turns where the network is told any."""
-    training = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
-    trainer.unet.load_state_dict(trainer.ema.weights)
-    trainer.unet.eval()
+    training = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    trainer.network.load_state_dict(trainer.ema.weights)
+    trainer.network.eval()
     try:
         recipe = replace(MONITORING, steps=min(MONITORING.steps, trainer.schedule.num_steps), precision=trainer.arithmetic.precision)
         labels = trainer.spec.labels_by_turns(GRID_SEEDS)
-        x_0 = sample(trainer.unet, trainer.schedule, GRID_SEEDS, trainer.spec.shape, recipe, device=trainer.device, labels=labels)
+        x_0 = sample(trainer.network, trainer.schedule, GRID_SEEDS, trainer.spec.shape, recipe, device=trainer.device, labels=labels)
     finally:
-        trainer.unet.load_state_dict(training)
-        trainer.unet.train()
+        trainer.network.load_state_dict(training)
+        trainer.network.train()
     return to_pixels(x_0).cpu().numpy()

@@ -6,10 +6,10 @@ import torch
 
 from components.data.batches import BatchPlan
 from components.data.order import RowOrder
-from components.model.config import UNetConfig
-from components.model.dropout import MIX_1, MIX_2, STEP, dropped, keep_mask
-from components.model.layers import ResidualBlock
-from components.model.unet import UNet
+from components.networks.unet.config import UNetConfig
+from components.networks.unet.dropout import MIX_1, MIX_2, STEP, dropped, keep_mask
+from components.networks.unet.layers import ResidualBlock
+from components.networks.unet.network import UNet
 
 CONFIG = UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4, dropout=0.5)
 ROWS_PER_LANE = 2
@@ -103,7 +103,7 @@ def test_under_bfloat16_what_is_kept_is_rounded_once():
 
 
 def test_a_network_takes_a_pair_of_keys_for_each_block_and_leaves_torchs_generator_alone():
-    unet = UNet(CONFIG, image_size=8, channels=1).train()
+    unet = UNet(CONFIG, shape=(1, 8, 8)).train()
     torch.nn.init.normal_(unet.conv_out.weight)
     for module in unet.modules():
         if isinstance(module, ResidualBlock):
@@ -123,7 +123,7 @@ def test_a_network_takes_a_pair_of_keys_for_each_block_and_leaves_torchs_generat
 
 
 def test_without_keys_a_network_drops_by_torchs_generator_and_in_evaluation_not_at_all():
-    unet, x, t = UNet(CONFIG, image_size=8, channels=1).train(), torch.randn(4, 1, 8, 8), torch.tensor([3, 4, 5, 6])
+    unet, x, t = UNet(CONFIG, shape=(1, 8, 8)).train(), torch.randn(4, 1, 8, 8), torch.tensor([3, 4, 5, 6])
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     outputs = []

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from servers import S3Server
 from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.model.checkpoint import TrainingRecord, TrainingState, load_denoiser, load_training_state, read_weights, write_checkpoint
-from components.model.config import UNetConfig
 from components.model.ema import Ema
 from components.model.manifest import average_name, averages_in, sha256_of, verify
 from components.model.retention import checkpoint_name, checkpoint_step, checkpoints, damage_of, damaged_checkpoints, newest_whole_checkpoint, prune
 from components.model.spec import DenoiserSpec
-from components.model.unet import UNet
+from components.networks.unet.config import UNetConfig
+from components.networks.unet.network import UNet
 from components.storage import Location
 
 SPEC = DenoiserSpec(
@@ -28,7 +29,7 @@ SPEC = DenoiserSpec(
 CONDITIONAL = SPEC.model_copy(update={"model": SPEC.model.model_copy(update={"conditional": True}), "label_names": ("cat", "dog", "eel")})
 
 
-def write(path: Path, step: int = 4) -> UNet:
+def write(path: Path, step: int = 4) -> Any:
     torch.manual_seed(step)
     unet = SPEC.build()
     record = TrainingRecord(step=step, train_digest="abc", precision="float32")
@@ -47,7 +48,7 @@ def test_a_checkpoint_rebuilds_its_denoiser_by_itself(tmp_path: Path):
 
 def test_a_checkpoint_of_a_conditional_denoiser_knows_its_classes(tmp_path: Path):
     unet = CONDITIONAL.build().eval()
-    torch.nn.init.normal_(unet.conv_out.weight)
+    torch.nn.init.normal_(unet.get_parameter("conv_out.weight"))
     write_checkpoint(Location.of(tmp_path / "made"), CONDITIONAL, unet.state_dict())
     loaded = load_denoiser(Location.of(tmp_path / "made"))
     x, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([3, 700, 3, 20]), torch.tensor([0, 1, 2, 3])
@@ -85,7 +86,7 @@ def test_classes_leave_all_other_weights_and_a_network_without_them_as_they_were
 
 def test_a_network_that_is_told_no_class_computes_what_the_null_label_does():
     unet = CONDITIONAL.build().eval()
-    torch.nn.init.normal_(unet.conv_out.weight)
+    torch.nn.init.normal_(unet.get_parameter("conv_out.weight"))
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
     assert torch.equal(unet(x, t), unet(x, t, torch.tensor([3, 3])))
     assert not torch.allclose(unet(x, t), unet(x, t, torch.tensor([0, 1])))
@@ -213,7 +214,7 @@ def test_the_average_warms_up():
 @pytest.mark.parametrize(("size", "named"), [(30, "image_size=30 cannot be halved 3 times; use a multiple of 8 such as 32"), (4, "image_size=4")])
 def test_a_size_that_cannot_be_halved_is_refused(size: int, named: str):
     with pytest.raises(ValueError, match=named):
-        UNet(UNetConfig(), image_size=size, channels=3)
+        UNet(UNetConfig(), shape=(3, size, size))
 
 
 def test_pruning_counts_whole_checkpoints_only_and_never_takes_the_one_just_written(tmp_path: Path):

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from components.model.config import UNetConfig
-from components.model.layers import doubled
-from components.model.norm import EPS, Norm, norm_by_channel
-from components.model.unet import UNet
+from components.networks.unet.config import UNetConfig
+from components.networks.unet.layers import doubled
+from components.networks.unet.network import UNet
+from components.networks.unet.norm import EPS, Norm, norm_by_channel
 
 
 @pytest.mark.parametrize("channels", [32, 48])  # groups of 4, and of 6 as where skips come in
@@ -46,10 +46,10 @@ def test_a_pixel_doubled_is_torchs_nearest_neighbour_and_its_gradient_the_sum_of
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputed_activations_change_neither_output_nor_gradient(dropout: float):
     config = UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4, dropout=dropout)
-    plain = UNet(config, image_size=8, channels=1).train()
+    plain = UNet(config, shape=(1, 8, 8)).train()
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    thrifty = UNet(config.model_copy(update={"checkpointing": True}), image_size=8, channels=1).train()
+    thrifty = UNet(config.model_copy(update={"checkpointing": True}), shape=(1, 8, 8)).train()
     thrifty.load_state_dict(plain.state_dict())
     x, t, keys = torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.randint(-(2**31), 2**31, (2, config.num_dropouts, 2)).int() if dropout else None
     for unet in (plain, thrifty):

@@ -11,8 +11,8 @@ from components.diffusion.precision import prepared, resolve_precision
 from components.diffusion.recipe import SAMPLERS, Recipe
 from components.diffusion.sampling import sample
 from components.diffusion.schedule import Schedule
-from components.model.config import UNetConfig
-from components.model.unet import UNet
+from components.networks.unet.config import UNetConfig
+from components.networks.unet.network import UNet
 
 SHAPE, LABELS = (3, 8, 8), torch.tensor([0, 1, 2])
 RECIPES = [
@@ -28,7 +28,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def make_network(device: str = "cpu") -> UNet:
     torch.manual_seed(0)
     config = UNetConfig(base_channels=16, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4, dropout=0.0, conditional=True)
-    network = UNet(config, image_size=8, channels=3, num_classes=3)
+    network = UNet(config, shape=(3, 8, 8), num_classes=3)
     for parameter in network.parameters():
         parameter.data += 0.03 * torch.randn_like(parameter)
     return network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)

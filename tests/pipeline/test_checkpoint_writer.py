@@ -11,9 +11,9 @@ import torch
 from components.diffusion.config import DiffusionConfig
 from components.model import checkpoint as checkpoint_module
 from components.model.checkpoint import Resumable, TrainingRecord, TrainingState, load_training_state
-from components.model.config import UNetConfig
 from components.model.retention import checkpoints
 from components.model.spec import DenoiserSpec
+from components.networks.unet.config import UNetConfig
 from components.storage import Location
 from pipeline.training import checkpoint_writer
 from pipeline.training.checkpoint_writer import CheckpointWriter, UnwritableError

@@ -24,7 +24,7 @@ def test_every_preset_is_valid_and_states_only_what_differs_from_the_defaults(pa
 def test_the_cifar10_preset_is_the_run_of_the_paper():
     config = load_config(PRESETS / "cifar10.yaml")
     assert (config.train.steps, config.train.lr, config.train.global_batch_size, config.train.warmup_steps) == (800_000, 2e-4, 128, 5000)
-    assert (config.train.ema_decay, config.train.grad_clip, config.train.flip, config.model.dropout) == (0.9999, 1.0, True, 0.1)
+    assert (config.train.ema_decay, config.train.grad_clip, config.train.flip, config.model.model_dump()["dropout"]) == (0.9999, 1.0, True, 0.1)
     assert (config.diffusion.num_steps, config.diffusion.betas, config.diffusion.prediction) == (1000, "linear", "eps")
 
 

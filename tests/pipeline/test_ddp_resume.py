@@ -20,7 +20,7 @@ SCRIPT = textwrap.dedent("""
     from components.data.reader import RowReader
     from components.data.shards import read_manifest
     from components.diffusion.config import DiffusionConfig
-    from components.model.config import UNetConfig
+    from components.networks.unet.config import UNetConfig
     from components.storage import Location
     from pipeline.training.loop import Worker
     from pipeline.training.plan import TrainConfig, TrainPlan
@@ -43,13 +43,13 @@ SCRIPT = textwrap.dedent("""
             diffusion=DiffusionConfig(), dataset=str(dataset), folder="", inputs="i", threads=1, group_timeout_s=60,
         )
         trainer = make_trainer(plan, manifest, torch.device("cpu"), resume_from)
-        trainer.stepper.network = DistributedDataParallel(trainer.unet, broadcast_buffers=False, gradient_as_bucket_view=True)
+        trainer.stepper.network = DistributedDataParallel(trainer.network, broadcast_buffers=False, gradient_as_bucket_view=True)
         pulse = Pulse(Board("test"), 1, rank, world, node_id="", node="", first=trainer.step)
         Worker(trainer, make_batch_plan(plan, manifest), RowReader(dataset, manifest), pulse, None, rank, world).follow()
         return trainer
 
     def digest(trainer):
-        values = [*trainer.unet.state_dict().values(), *trainer.ema.weights.values()]
+        values = [*trainer.network.state_dict().values(), *trainer.ema.weights.values()]
         return hashlib.sha256(b"".join(value.contiguous().numpy().tobytes() for value in values)).hexdigest()
 
     straight = digest(train(6))

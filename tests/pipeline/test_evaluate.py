@@ -23,8 +23,8 @@ from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.metrics.frechet import FeatureStats, Reference, frechet_distance
 from components.model.checkpoint import write_checkpoint
-from components.model.config import UNetConfig
 from components.model.spec import DenoiserSpec
+from components.networks.unet.config import UNetConfig
 from components.storage import Location
 from pipeline.context import Reporter, StageContext
 from pipeline.measurement.bench import Bench, EvaluateConfig

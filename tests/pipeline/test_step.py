@@ -13,7 +13,7 @@ from components.data.batches import Batch, BatchPlan
 from components.data.images import PixelRecipe
 from components.data.order import RowOrder
 from components.diffusion.config import DiffusionConfig
-from components.model.config import UNetConfig
+from components.networks.unet.config import UNetConfig
 from pipeline.training.arithmetic import Arithmetic, choose, threads_that_pay
 from pipeline.training.plan import TrainConfig, TrainPlan
 from pipeline.training.trainer import Trainer, make_trainer
@@ -42,7 +42,7 @@ def fresh(settings: TrainPlan) -> Trainer:
     """Returns a trainer whose weights let everything through; fresh ones have convolutions of zeros."""
     trainer, draw = make_trainer(settings, MANIFEST, CPU, None), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in trainer.unet.parameters():
+        for parameter in trainer.network.parameters():
             parameter.normal_(std=0.1, generator=draw)
     return trainer
 
@@ -52,12 +52,12 @@ def test_the_gradient_is_that_of_the_whole_batch_however_it_is_cut(part: int):
     whole, cut = fresh(plan(grad_clip=1e9)), fresh(plan(grad_clip=1e9, micro_batch_size=part))
     cut.stepper.cut(part, batch(0), ROWS)
     passes = []
-    cut.unet.register_forward_pre_hook(lambda module, given: passes.append(len(given[0])))
+    cut.network.register_forward_pre_hook(lambda module, given: passes.append(len(given[0])))
     (loss, norm), (of_parts, norm_of_parts) = whole.update(batch(0)), cut.update(batch(0))
     assert passes == {16: [16, 16], 8: [8] * 4, 4: [4] * 8, 12: [12, 12, 8]}[part]
     torch.testing.assert_close(of_parts, loss)
     torch.testing.assert_close(norm_of_parts, norm)
-    for one, other in zip(whole.unet.parameters(), cut.unet.parameters(), strict=True):
+    for one, other in zip(whole.network.parameters(), cut.network.parameters(), strict=True):
         assert one.grad is not None
         assert other.grad is not None
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6)
@@ -71,8 +71,8 @@ def test_two_workers_with_micro_batches_have_the_gradient_of_one_without():
         worker = fresh(plan(grad_clip=1e9))
         worker.stepper.part = 8
         worker.update(batch(0).map(lambda tensor, rows=rows: tensor[rows]))
-        found.append([parameter.grad for parameter in worker.unet.parameters() if parameter.grad is not None])
-    for parameter, one, other in zip(whole.unet.parameters(), *found, strict=True):
+        found.append([parameter.grad for parameter in worker.network.parameters() if parameter.grad is not None])
+    for parameter, one, other in zip(whole.network.parameters(), *found, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close((one + other) / 2, parameter.grad, rtol=1e-4, atol=1e-6)
 

@@ -17,8 +17,8 @@ from components.data.shards import Manifest
 from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.model.checkpoint import TrainingRecord
-from components.model.config import UNetConfig
 from components.model.ema import Ema
+from components.networks.unet.config import UNetConfig
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import Reporter, StageContext
@@ -78,8 +78,8 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(tmp_path: Path, settin
     resumed = make_trainer(settings, manifest, CPU, Location.of(tmp_path / "step_000000004"))
     assert resumed.step == 4
     assert losses + train(resumed, 9) == expected
-    for name, value in undisturbed.unet.state_dict().items():
-        assert torch.equal(value, resumed.unet.state_dict()[name]), name
+    for name, value in undisturbed.network.state_dict().items():
+        assert torch.equal(value, resumed.network.state_dict()[name]), name
     assert list(resumed.more_averages) == [f"ema-{decay}" for decay in settings.train.more_ema_decays]
     for ours, average in zip([undisturbed.ema, *undisturbed.more_averages.values()], [resumed.ema, *resumed.more_averages.values()], strict=True):
         for name, value in ours.weights.items():
@@ -133,14 +133,14 @@ def test_a_point_of_the_curve_is_the_same_where_a_checkpoint_lay_between_its_ste
 
 def test_one_step_is_adams_of_a_plain_optimizer():
     ours, plain = make_trainer(plan(warmup_steps=0), MANIFEST, CPU, None), make_trainer(plan(warmup_steps=0), MANIFEST, CPU, None)
-    reference = torch.optim.Adam([parameter.detach().clone().requires_grad_() for parameter in plain.unet.parameters()], lr=1e-2, foreach=False)
+    reference = torch.optim.Adam([parameter.detach().clone().requires_grad_() for parameter in plain.network.parameters()], lr=1e-2, foreach=False)
     for step in range(3):
         ours.update(batch(step))
-        for mine, theirs in zip(ours.unet.parameters(), reference.param_groups[0]["params"], strict=True):
+        for mine, theirs in zip(ours.network.parameters(), reference.param_groups[0]["params"], strict=True):
             assert mine.grad is not None
             theirs.grad = mine.grad.clone()
         reference.step()
-    for mine, theirs in zip(ours.unet.parameters(), reference.param_groups[0]["params"], strict=True):
+    for mine, theirs in zip(ours.network.parameters(), reference.param_groups[0]["params"], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -155,11 +155,11 @@ def test_the_learning_rate_warms_up_from_the_first_step():
 
 def test_a_gradient_that_is_not_finite_is_left_out_and_counted_and_stops_past_the_limit():
     trainer = make_trainer(plan(max_nonfinite_steps=1), MANIFEST, CPU, None)
-    before = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
     broken = Batch(0, torch.arange(4), batch(0).pixels, batch(0).t, torch.full((4, 1, 8, 8), float("nan")))
     trainer.update(broken)
     assert trainer.nonfinite_steps == 1
-    assert all(torch.equal(value, before[name]) for name, value in trainer.unet.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
     with pytest.raises(FloatingPointError, match=r"train\.max_nonfinite_steps=1 is exceeded at step 1"):
         trainer.update(broken)
 
@@ -168,7 +168,7 @@ def test_bfloat16_trains_with_float32_weights_and_loss():
     trainer = make_trainer(plan(precision="bfloat16"), MANIFEST, CPU, None)
     exact = make_trainer(plan(precision="float32"), MANIFEST, CPU, None)
     loss, norm = trainer.update(batch(0))
-    assert (loss.dtype, norm.dtype, next(trainer.unet.parameters()).dtype) == (torch.float32,) * 3
+    assert (loss.dtype, norm.dtype, next(trainer.network.parameters()).dtype) == (torch.float32,) * 3
     assert float(loss) == pytest.approx(float(exact.update(batch(0))[0]), rel=0.02)
 
 
@@ -192,22 +192,22 @@ def gradient(lanes: range, share: float = 1.0, *, step: int = 0, seed: int = 0) 
     trainer, whole, rows = make_trainer(plan(grad_clip=1e9, seed=seed), MANIFEST, CPU, None), batch(0), slice(lanes.start, lanes.stop)
     # Fresh weights leave out what follows dropout: its convolutions start at 0.
     weights = torch.Generator().manual_seed(0)
-    for parameter in trainer.unet.parameters():
+    for parameter in trainer.network.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=weights)
     trainer.step, trainer.stepper.share = step, share
     part = whole.map(lambda tensor: tensor[rows])
     loss, _ = trainer.update(replace(part, keys=keys(lanes, seed, step)))
-    return loss, [parameter.grad for parameter in trainer.unet.parameters() if parameter.grad is not None]
+    return loss, [parameter.grad for parameter in trainer.network.parameters() if parameter.grad is not None]
 
 
 def test_each_average_is_the_one_that_its_decay_alone_would_give():
     trainer, alone = make_trainer(plan(more_ema_decays=[0.15, 0.3]), MANIFEST, CPU, None), make_trainer(plan(), MANIFEST, CPU, None)
-    emas = [Ema(alone.unet, decay) for decay in (0.9999, 0.15, 0.3)]
+    emas = [Ema(alone.network, decay) for decay in (0.9999, 0.15, 0.3)]
     for step in range(6):
         trainer.update(batch(step))
         alone.update(batch(step))
         for ema in emas:
-            ema.update(alone.unet, torch.tensor(1 - ema.decay_at(step)))
+            ema.update(alone.network, torch.tensor(1 - ema.decay_at(step)))
     averages = [trainer.ema, trainer.more_averages["ema-0.15"], trainer.more_averages["ema-0.3"]]
     for ours, expected in zip(averages, emas, strict=True):
         for name, value in expected.weights.items():

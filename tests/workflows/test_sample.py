@@ -14,10 +14,10 @@ from PIL import Image
 from components.diffusion.config import DiffusionConfig
 from components.diffusion.recipe import SAMPLERS, Recipe
 from components.model.checkpoint import load_denoiser, write_checkpoint
-from components.model.config import UNetConfig
 from components.model.request import BATCH_SIZE, Request
 from components.model.request import draw as draw_pixels
 from components.model.spec import DenoiserSpec
+from components.networks.unet.config import UNetConfig
 from components.storage import Location
 from components.streams import MAX_SEED
 from pipeline.errors import ConfigError

@@ -33,18 +33,20 @@ class UNet(nn.Module):
     not told, and so does None.
 
     Args:
+        shape: (C, H, W).
         num_classes: K; 0 for a network that is told no class.
 
     Raises:
         ValueError: if the image size cannot be halved as often as the config has levels, or labels are given to a network without classes.
     """
 
-    def __init__(self, config: UNetConfig, *, image_size: int, channels: int, num_classes: int = 0) -> None:
+    def __init__(self, config: UNetConfig, *, shape: tuple[int, ...], num_classes: int = 0) -> None:
         super().__init__()
-        config.check_image_size(image_size)
+        config.check_shape(shape)
+        channels, height, _ = shape
         self.config = config
         widths = [config.base_channels * mult for mult in config.channel_mults]
-        sizes = [image_size >> level for level in range(len(widths))]
+        sizes = [height >> level for level in range(len(widths))]
         self.conv_in = conv3x3(channels, widths[0])
         down, skips = self._make_down(widths, sizes)
         up = self._make_up(widths, sizes, skips)

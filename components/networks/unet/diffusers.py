@@ -2,18 +2,19 @@
 
 import torch
 
-from .unet import UNet
+from .network import UNet
 
 Weights = dict[str, torch.Tensor]
 
 
-def diffusers_config(unet: UNet, *, image_size: int, channels: int) -> dict[str, object]:
+def diffusers_config(unet: UNet, shape: tuple[int, ...]) -> dict[str, object]:
     """Returns the keyword arguments of the `diffusers.UNet2DModel` that is this network."""
     config = unet.config
-    attends = [image_size >> level in config.attention_resolutions for level in range(len(config.channel_mults))]
+    channels, height, width = shape
+    attends = [height >> level in config.attention_resolutions for level in range(len(config.channel_mults))]
     widths = [config.base_channels * mult for mult in config.channel_mults]
     return {
-        "sample_size": image_size,
+        "sample_size": height if height == width else [height, width],
         "in_channels": channels,
         "out_channels": channels,
         "layers_per_block": config.num_res_blocks,
