@@ -26,8 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from support import a_manifest
 
 from components.data.batches import Batch
-from components.data.images import PixelRecipe
 from components.model.retention import checkpoints
+from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from pipeline.config import RunConfig, load_config
 from pipeline.training.checkpoint_writer import CheckpointWriter
@@ -75,7 +75,7 @@ def measure(config: RunConfig, folder: Location, options: argparse.Namespace, de
         train=config.train, model=config.model, diffusion=config.diffusion, dataset="", folder=str(folder), inputs="", threads=options.threads,
         group_timeout_s=60,
     )  # fmt: skip
-    recipe = PixelRecipe(image_size=config.data.image_size, mode=config.data.mode)
+    recipe = PixelSpace(image_size=config.data.image_size, mode=config.data.mode)
     manifest = a_manifest(recipe, 0, rows_file="", rows_sha256="", shards=())
     trainer = make_trainer(plan, manifest, device, None)
     attempt = Attempt(folder)

@@ -26,7 +26,6 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from components.data.images import to_pixels
 from components.diffusion.batch_size import MOST_ON_GPU, ON_CPU
 from components.diffusion.precision import prepared
 from components.diffusion.recipe import Precision, Recipe
@@ -39,6 +38,7 @@ from components.metrics.kernel import kernel_distance
 from components.metrics.reference import Reference
 from components.model.manifest import sha256_of
 from components.networks.unet.diffusers import diffusers_config, to_diffusers
+from components.spaces.pixels import to_pixels
 from pipeline.config import RunConfig, load_config
 from workflows.cli import find_preset
 
@@ -97,8 +97,8 @@ def samplers(config: RunConfig, images: int, steps: int, device: torch.device) -
     """Returns our sampler and diffusers' pipeline over the same network."""
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-    ours: Any = config.model.build(config.data.shape)
-    theirs: Any = UNet2DModel(**diffusers_config(ours, config.data.shape))  # pyrefly: ignore[bad-argument-type]
+    ours: Any = config.model.build(config.data.space.shape)
+    theirs: Any = UNet2DModel(**diffusers_config(ours, config.data.space.shape))  # pyrefly: ignore[bad-argument-type]
     theirs.load_state_dict(to_diffusers(ours))
     prediction = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}[config.diffusion.prediction]
     scheduler = DDIMScheduler(trained_betas=Schedule(config.diffusion).betas.numpy(), prediction_type=prediction, timestep_spacing="linspace")
@@ -113,7 +113,7 @@ def samplers(config: RunConfig, images: int, steps: int, device: torch.device) -
         def draw() -> None:
             for first in range(0, images, batch):
                 seeds = range(first, min(first + batch, images))
-                to_pixels(sample(network, schedule, seeds, config.data.shape, recipe, device=device)).cpu()
+                to_pixels(sample(network, schedule, seeds, config.data.space.shape, recipe, device=device)).cpu()
 
         return draw
 

@@ -20,13 +20,13 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from components.data.images import PixelRecipe
 from components.data.shards import parquet_bytes
 from components.ingest.chunks import cut, packings
 from components.ingest.ledger import NOTHING_KNOWN, OUTCOME_SCHEMA, placed, recall, rows_digest, settle, splits_of, to_pack
 from components.ingest.listing import Item, Listing, ListingBuilder
+from components.spaces.pixels import PixelSpace
 
-RECIPE = PixelRecipe(image_size=64)
+RECIPE = PixelSpace(image_size=64)
 ROWS_PER_SHARD = (16 << 20) // RECIPE.row_bytes
 
 

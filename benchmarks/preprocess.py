@@ -44,7 +44,8 @@ from PIL import Image, ImageDraw, ImageOps, features
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from components.data.images import PixelRecipe, decode, prepare_process
+from components.data.images import decode, prepare_process
+from components.spaces.pixels import PixelSpace
 
 POOL_PARTS, POOL_FILES = 16, 128
 DATASETS_BATCH, DATASETS_WRITER_BATCH = 256, 1000
@@ -142,13 +143,13 @@ def _grey_of_shards(folder: str) -> float:
 
     location = Location.of(folder)
     manifest = read_manifest(location)
-    return sum(float(pixels.sum()) for pixels in RowReader(location, manifest).batches(1024)) / (manifest.num_train * manifest.row_bytes)
+    return sum(float(pixels.sum()) for pixels in RowReader(location, manifest).batches(1024)) / (manifest.num_train * manifest.space.row_bytes)
 
 
 def run_pool(folder: Path, size: int, workers: int, scratch: Path) -> Measurement:
     """Decodes and resizes in a pool of processes, and keeps the pixels there."""
     del scratch
-    files, recipe = files_below(folder), PixelRecipe(image_size=size)
+    files, recipe = files_below(folder), PixelSpace(image_size=size)
     length = max(1, min(POOL_FILES, len(files) // (POOL_PARTS * workers)))
     parts = [files[first : first + length] for first in range(0, len(files), length)]
     with Stopwatch() as work, Pool(workers, prepare_process) as pool:
@@ -158,8 +159,8 @@ def run_pool(folder: Path, size: int, workers: int, scratch: Path) -> Measuremen
     return Measurement(len(files), sum(sums) / (len(files) * recipe.row_bytes), 0.0, work.wall, work.cpu)
 
 
-def _decode_part(files: list[str], recipe: PixelRecipe) -> int:
-    pixels = np.empty((len(files), recipe.channels, recipe.image_size, recipe.image_size), np.uint8)
+def _decode_part(files: list[str], recipe: PixelSpace) -> int:
+    pixels = np.empty((len(files), *recipe.shape), np.uint8)
     for place, file in enumerate(files):
         pixels[place] = decode(Path(file).read_bytes(), recipe)
     return int(pixels.sum())

@@ -96,7 +96,7 @@ def main() -> None:
 
 def measure(config: RunConfig, folder: Path, options: argparse.Namespace) -> None:
     """Measures all rounds below a folder."""
-    shape = (512, 1 if config.data.mode == "L" else 3, config.data.image_size, config.data.image_size)
+    shape = (512, *config.data.space.shape)
     dataset = Location.of(folder / "dataset" / "noise")
     write_dataset(dataset, [np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)], ["noise"])
     meter, processes = Meter(), 0.0

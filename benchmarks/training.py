@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support import a_manifest
 
 from components.data.batches import Batch, on_device
-from components.data.images import PixelRecipe
 from components.networks.unet.diffusers import diffusers_config, to_diffusers
 from components.networks.unet.network import UNet
+from components.spaces.pixels import PixelSpace
 from pipeline.config import RunConfig, load_config
 from pipeline.training.arithmetic import prepare
 from pipeline.training.plan import TrainPlan
@@ -126,14 +126,14 @@ def matmul_flops(device: torch.device) -> float:
 
 def flops_per_image(config: RunConfig) -> float:
     """Returns the operations of one forward and backward pass of one image."""
-    unet, shape = _unet(config), config.data.shape
+    unet, shape = _unet(config), config.data.space.shape
     with FlopCounterMode(display=False) as counter:
         unet(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64)).sum().backward()
     return float(counter.get_total_flops())
 
 
 def _unet(config: RunConfig) -> UNet:
-    unet = config.model.build(config.data.shape)
+    unet = config.model.build(config.data.space.shape)
     assert isinstance(unet, UNet)
     return unet
 
@@ -150,13 +150,13 @@ def make_step(name: str, config: RunConfig, device: torch.device) -> Step:
 
 def _trainer(config: RunConfig, device: torch.device) -> Trainer:
     plan = TrainPlan(train=config.train, model=config.model, diffusion=config.diffusion, dataset="", folder="", inputs="", threads=1, group_timeout_s=60)
-    recipe = PixelRecipe(image_size=config.data.image_size, mode=config.data.mode)
+    recipe = PixelSpace(image_size=config.data.image_size, mode=config.data.mode)
     return make_trainer(plan, a_manifest(recipe, 0, rows_file="", rows_sha256="", shards=()), device, None)
 
 
 def batches_of(config: RunConfig) -> Iterator[Batch]:
     """Yields batches of noise without end, four different ones."""
-    draw, count, shape = np.random.default_rng(0), config.train.global_batch_size, config.data.shape
+    draw, count, shape = np.random.default_rng(0), config.train.global_batch_size, config.data.space.shape
     made: list[Batch] = []
     for step in range(4):
         pixels, eps = draw.integers(0, 256, (count, *shape), dtype=np.uint8), draw.standard_normal((count, *shape), dtype=np.float32)
@@ -173,7 +173,7 @@ def theirs(config: RunConfig, device: torch.device, *, bf16: bool, compiled: boo
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
-    ours, shape = _unet(config), config.data.shape
+    ours, shape = _unet(config), config.data.space.shape
     made: Any = UNet2DModel(**diffusers_config(ours, shape))
     made.load_state_dict(to_diffusers(ours))
     made = made.to(device).train()
@@ -186,7 +186,7 @@ def theirs(config: RunConfig, device: torch.device, *, bf16: bool, compiled: boo
 
     def step() -> torch.Tensor:
         batch = next(batches)
-        images, eps, t = batch.pixels.to(device).float() / 127.5 - 1, batch.eps.to(device), batch.t.to(device)
+        images, eps, t = batch.data.to(device).float() / 127.5 - 1, batch.eps.to(device), batch.t.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = network(scheduler.add_noise(images, eps, t), t).sample
         loss = mse_loss(output.float(), eps)

@@ -27,10 +27,11 @@ def grid(pixels: np.ndarray, columns: int, width: int = 800) -> Image.Image:
     """Returns images side by side on white, scaled up by the largest whole factor that keeps the picture within a width.
 
     Args:
-        pixels: (N, C, H, W) uint8, C of 1 or 3.
+        pixels: (N, C, H, W) uint8, C of 1 or 3: tiles of a space.
         width: of the picture, pixels; one that is wider without scaling stays as it is.
     """
     count, channels, tall, wide = pixels.shape
+    columns = min(columns, count)
     rows = -(-count // columns)
     canvas = np.full((channels, rows * (tall + GRID_GAP) + GRID_GAP, columns * (wide + GRID_GAP) + GRID_GAP), 255, np.uint8)
     for index, image in enumerate(pixels):
@@ -48,7 +49,7 @@ class Strip:
 
     Attributes:
         name: stands before the images, `note` below it in a paler ink.
-        pixels: (N, C, H, W) uint8, C of 1 or 3.
+        pixels: (N, C, H, W) uint8, C of 1 or 3: tiles of a space.
     """
 
     name: str
@@ -65,24 +66,24 @@ def contact_sheet(strips: Sequence[Strip], title: str, caption: str, headings: S
         strips: of images of one size.
         headings: over the columns, or none.
     """
-    cell = _cell_size(strips[0].pixels.shape[-1])
+    tall, wide = _cell_size(*strips[0].pixels.shape[-2:])
     header = _header_width(strips)
     columns = max(len(strip.pixels) for strip in strips)
     top = MARGIN + TITLE_SIZE + TEXT_SIZE + 3 * CELL_GAP + (TEXT_SIZE + CELL_GAP if headings else 0)
-    width = max(LEAST_WIDTH, 2 * MARGIN + header + columns * (cell + CELL_GAP) - CELL_GAP)
-    sheet = Image.new("RGB", (width, top + len(strips) * (cell + CELL_GAP) - CELL_GAP + MARGIN), "white")
+    width = max(LEAST_WIDTH, 2 * MARGIN + header + columns * (wide + CELL_GAP) - CELL_GAP)
+    sheet = Image.new("RGB", (width, top + len(strips) * (tall + CELL_GAP) - CELL_GAP + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    _write_title(draw, title, caption, width)
+    write_title(draw, title, caption, width)
     for column, heading in enumerate(headings):
-        _write_centred(draw, (MARGIN + header + column * (cell + CELL_GAP) + cell // 2, top - TEXT_SIZE - CELL_GAP), heading, PALE_INK, cell)
+        _write_centred(draw, (MARGIN + header + column * (wide + CELL_GAP) + wide // 2, top - TEXT_SIZE - CELL_GAP), heading, PALE_INK, wide)
     for line, strip in enumerate(strips):
-        y = top + line * (cell + CELL_GAP)
-        _write(draw, (MARGIN, y + cell // 2 - TEXT_SIZE - 3), strip.name, TEXT_SIZE, INK, NAME_WIDTH)
-        _write(draw, (MARGIN, y + cell // 2 + 3), strip.note, TEXT_SIZE - 2, PALE_INK, NAME_WIDTH)
+        y = top + line * (tall + CELL_GAP)
+        write(draw, (MARGIN, y + tall // 2 - TEXT_SIZE - 3), strip.name, TEXT_SIZE, INK, NAME_WIDTH)
+        write(draw, (MARGIN, y + tall // 2 + 3), strip.note, TEXT_SIZE - 2, PALE_INK, NAME_WIDTH)
         for column, image in enumerate(strip.pixels):
-            x = MARGIN + header + column * (cell + CELL_GAP)
-            draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline=OUTLINE)
-            sheet.paste(_scaled(to_image(image), cell), (x, y))
+            x = MARGIN + header + column * (wide + CELL_GAP)
+            draw.rectangle((x - 1, y - 1, x + wide, y + tall), outline=OUTLINE)
+            sheet.paste(_scaled(to_image(image), (wide, tall)), (x, y))
     return sheet
 
 
@@ -107,37 +108,42 @@ def closest_pairs(samples: np.ndarray, nearest: np.ndarray, distances: Sequence[
         threshold: distance below which a sample counts as a copy.
     """
     shown = min(len(samples), MOST_PAIRS)
-    cell, columns = _cell_size(samples.shape[-1]), min(shown, PAIR_COLUMNS)
+    (tall, wide), columns = _cell_size(*samples.shape[-2:]), min(shown, PAIR_COLUMNS)
     strips = [Strip("sample", "", samples), Strip("training image", "nearest to it", nearest)]
-    header, pitch = _header_width(strips), (cell + 2 * CELL_GAP, 2 * cell + TEXT_SIZE + 4 * CELL_GAP)
+    header, pitch = _header_width(strips), (wide + 2 * CELL_GAP, 2 * tall + TEXT_SIZE + 4 * CELL_GAP)
     top, lines = MARGIN + TITLE_SIZE + TEXT_SIZE + 4 * CELL_GAP, -(-shown // PAIR_COLUMNS)
     width = max(LEAST_WIDTH, 2 * MARGIN + header + columns * pitch[0] - CELL_GAP)
     sheet = Image.new("RGB", (width, top + lines * pitch[1] - 2 * CELL_GAP + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     copies = sum(distance < threshold for distance in distances[:shown])
     caption = f"{copies} of {counted(shown, 'pair')} {'is' if copies == 1 else 'are'} nearer than the threshold {threshold:.4g}"
-    _write_title(draw, "Closest pairs of sample and training image", caption + (", framed in red" if copies else ""), width)
+    write_title(draw, "Closest pairs of sample and training image", caption + (", framed in red" if copies else ""), width)
     for line, (row, strip) in itertools.product(range(lines), enumerate(strips)):
-        y = top + line * pitch[1] + row * cell + cell // 2
-        _write(draw, (MARGIN, y - (TEXT_SIZE if strip.note else TEXT_SIZE // 2) - 3), strip.name, TEXT_SIZE, INK, NAME_WIDTH)
-        _write(draw, (MARGIN, y + 3), strip.note, TEXT_SIZE - 2, PALE_INK, NAME_WIDTH)
+        y = top + line * pitch[1] + row * tall + tall // 2
+        write(draw, (MARGIN, y - (TEXT_SIZE if strip.note else TEXT_SIZE // 2) - 3), strip.name, TEXT_SIZE, INK, NAME_WIDTH)
+        write(draw, (MARGIN, y + 3), strip.note, TEXT_SIZE - 2, PALE_INK, NAME_WIDTH)
     for index in range(shown):
         place = MARGIN + header + index % PAIR_COLUMNS * pitch[0], top + index // PAIR_COLUMNS * pitch[1]
-        _paste_pair(sheet, place, cell, (samples[index], nearest[index]), distances[index], distances[index] < threshold)
+        _paste_pair(sheet, place, (wide, tall), (samples[index], nearest[index]), distances[index], distances[index] < threshold)
     return sheet
 
 
-def _paste_pair(sheet: Image.Image, place: tuple[int, int], cell: int, pair: tuple[np.ndarray, np.ndarray], distance: float, is_copy: bool) -> None:
-    (x, y), draw = place, ImageDraw.Draw(sheet)
+def _paste_pair(sheet: Image.Image, place: tuple[int, int], cell: tuple[int, int], pair: tuple[np.ndarray, np.ndarray], distance: float, is_copy: bool) -> None:
+    (x, y), (wide, tall), draw = place, cell, ImageDraw.Draw(sheet)
     border = 4 if is_copy else 1
-    draw.rectangle((x - border, y - border, x + cell + border - 1, y + 2 * cell + border - 1), outline=ALARM if is_copy else OUTLINE, width=border)
+    draw.rectangle((x - border, y - border, x + wide + border - 1, y + 2 * tall + border - 1), outline=ALARM if is_copy else OUTLINE, width=border)
     for row, image in enumerate(pair):
-        sheet.paste(_scaled(to_image(image), cell), (x, y + row * cell))
-    _write_centred(draw, (x + cell // 2, y + 2 * cell + CELL_GAP), f"{distance:.4g}", ALARM if is_copy else INK, cell + CELL_GAP)
+        sheet.paste(_scaled(to_image(image), cell), (x, y + row * tall))
+    _write_centred(draw, (x + wide // 2, y + 2 * tall + CELL_GAP), f"{distance:.4g}", ALARM if is_copy else INK, wide + CELL_GAP)
 
 
-def _cell_size(size: int) -> int:
-    return size * min(MOST_ENLARGED, CELL // size) if size <= CELL else CELL
+def _cell_size(height: int, width: int) -> tuple[int, int]:
+    """Returns height and width of a cell for images of a size."""
+    longest = max(height, width)
+    if longest <= CELL:
+        factor = min(MOST_ENLARGED, CELL // longest)
+        return height * factor, width * factor
+    return max(1, round(height * CELL / longest)), max(1, round(width * CELL / longest))
 
 
 def _header_width(strips: Sequence[Strip]) -> int:
@@ -145,22 +151,23 @@ def _header_width(strips: Sequence[Strip]) -> int:
     return min(NAME_WIDTH, round(widest)) + 3 * CELL_GAP if widest else 0
 
 
-def _scaled(image: Image.Image, cell: int) -> Image.Image:
-    return image.resize((cell, cell), Image.Resampling.NEAREST if image.width <= cell else Image.Resampling.LANCZOS)
+def _scaled(image: Image.Image, cell: tuple[int, int]) -> Image.Image:
+    return image.resize(cell, Image.Resampling.NEAREST if image.width <= cell[0] else Image.Resampling.LANCZOS)
 
 
-def _write_title(draw: ImageDraw.ImageDraw, title: str, caption: str, width: int) -> None:
-    _write(draw, (MARGIN, MARGIN - 4), title, TITLE_SIZE, INK, width - 2 * MARGIN)
-    _write(draw, (MARGIN, MARGIN + TITLE_SIZE + CELL_GAP - 2), caption, TEXT_SIZE, PALE_INK, width - 2 * MARGIN)
+def write_title(draw: ImageDraw.ImageDraw, title: str, caption: str, width: int) -> None:
+    """Writes a title and a caption at the top of a sheet of a width."""
+    write(draw, (MARGIN, MARGIN - 4), title, TITLE_SIZE, INK, width - 2 * MARGIN)
+    write(draw, (MARGIN, MARGIN + TITLE_SIZE + CELL_GAP - 2), caption, TEXT_SIZE, PALE_INK, width - 2 * MARGIN)
 
 
 def _write_centred(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, ink: tuple[int, int, int], width: int) -> None:
     """Writes one small line of text around a place at its upper edge."""
     written = min(width, round(_font(TEXT_SIZE - 2).getlength(text)))
-    _write(draw, (place[0] - written // 2, place[1]), text, TEXT_SIZE - 2, ink, width)
+    write(draw, (place[0] - written // 2, place[1]), text, TEXT_SIZE - 2, ink, width)
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, ink: tuple[int, int, int], width: int) -> None:
+def write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, ink: tuple[int, int, int], width: int) -> None:
     """Writes one line of text, its middle left out where it is too wide."""
     font, keep, short = _font(size), min(len(text), width), text
     while keep and font.getlength(short) > width:

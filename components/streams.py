@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     TIMESTEP_LOSS = 6
     SAMPLE_LABEL = 7
     DROPOUT = 8
+    POINTS = 9
 
 
 def stream(purpose: Purpose, seed: int, *counters: int) -> np.random.Generator:

@@ -5,6 +5,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from components.data.shards import Manifest
+from components.spaces.kinds import AnySpace
 from components.storage import Location
 
 StageName = Literal["preprocess", "train", "evaluate", "register"]
@@ -50,8 +51,8 @@ class ShardSet(Receipt):
     """Which of these is held out; the others are left out."""
     num_labels: int
     num_shards: int
-    image_size: int
-    channels: int
+    space: AnySpace
+    """What rows are."""
 
     @property
     def name(self) -> str:
@@ -79,8 +80,7 @@ class ShardSet(Receipt):
             holdout_split=manifest.holdout_split,
             num_labels=len(manifest.labels),
             num_shards=len(manifest.shards),
-            image_size=manifest.image_size,
-            channels=manifest.channels,
+            space=manifest.space,
         )
 
 
@@ -118,7 +118,7 @@ class MetricUnit(_Record):
     """All that must be equal before two numbers may be compared."""
 
     extractor: str
-    """Name of the Frechet distance over these features, which names the features."""
+    """Name of the distance over these features, which names the features."""
     extractor_digest: str
     preprocessing: str
     reference_digest: str
@@ -140,7 +140,7 @@ class MetricUnit(_Record):
     @property
     def features(self) -> str:
         """What the features are called."""
-        return "inception" if self.extractor == "fid" else self.extractor.removeprefix("fd_")
+        return "inception" if self.extractor == "fid" else self.extractor.removeprefix("fd_").removeprefix("ed_")
 
     @property
     def drawn_by(self) -> str:
@@ -148,7 +148,7 @@ class MetricUnit(_Record):
         return self.sampler if self.precision == "float32" else f"{self.sampler}, {self.precision}"
 
 
-MetricKind = Literal["frechet", "kernel", "inception_score", "precision", "recall", "density", "coverage"]
+MetricKind = Literal["frechet", "energy", "kernel", "inception_score", "precision", "recall", "density", "coverage"]
 
 
 class Metric(_Record):
@@ -158,14 +158,14 @@ class Metric(_Record):
     value: float
     unit: MetricUnit
     standard_error: float | None = None
-    """Of a Frechet distance over the draw of samples, by its influence function."""
+    """Of a Frechet or energy distance over the draw of samples, by its influence function."""
     spread: float | None = None
     """Standard deviation over subsets of a kernel distance, over splits of an Inception score."""
 
     @property
     def name(self) -> str:
         """How logs and tags call it: features, sample count, and the reference where it is not the training split."""
-        inception, other = {"frechet": ("fid", self.unit.extractor), "kernel": ("kid", f"kd_{self.unit.features}")}.get(
+        inception, other = {"frechet": ("fid", self.unit.extractor), "energy": ("", self.unit.extractor), "kernel": ("kid", f"kd_{self.unit.features}")}.get(
             self.kind, (self.kind, f"{self.kind}_{self.unit.features}")
         )
         name = f"{inception if self.unit.extractor == 'fid' else other}_{self.unit.num_samples}"
@@ -176,8 +176,10 @@ class Floor(_Record):
     """What real images score against real images: no generator can be told from the data below it."""
 
     value: float
+    spread: float | None = None
+    """Standard deviation over draws of real points; None for images, which are compared once."""
     count: int
-    """Images on the measured side."""
+    """Rows on the measured side."""
     reference_count: int
     measured: str
     """Which images stand in for samples, and against which."""

@@ -54,7 +54,9 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
-        self.model.check_shape(self.data.shape)
+        self.model.check_shape(self.data.space.shape)
+        if self.train.flip and not self.data.space.can_mirror:
+            raise ValueError(f"train.flip=true means nothing to {self.data.space.noun}s; use train.flip=false")
         train, workers = self.train, self.cluster.max_workers
         if train.global_batch_size % train.lanes:
             raise ValueError(f"train.global_batch_size={train.global_batch_size} is no multiple of train.lanes={train.lanes}; use a multiple")
@@ -199,7 +201,7 @@ def section_fields(section: str) -> Mapping[str, Any]:
 
 def _explain(detail: dict[str, Any]) -> str:
     location = [str(part) for part in detail["loc"]]
-    if location[:1] == ["model"] and len(location) > 2:
+    if location[:1] == ["model"] and location[1:2] and location[1] in KINDS:
         del location[1]  # the kind, which is a setting of its own
     address = ".".join(location)
     if detail["type"] == "extra_forbidden":

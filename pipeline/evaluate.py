@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
 
 def _keep(bench: Bench, samples: SampleSet, pixels: Location) -> str:
     names = read_spec(Location.of(samples.checkpoint)).label_names
-    return str(keep_samples(bench.context.storage, samples, pixels, bench.config.seeds, bench.manifest.recipe, list(names)))
+    return str(keep_samples(bench.context.storage, samples, pixels, bench.config.seeds, bench.manifest.space, list(names)))
 
 
 def decided_by(config: EvaluateConfig, model: TrainedModel) -> list[str]:

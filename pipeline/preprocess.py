@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from components.counts import counted
-from components.data.images import PIXELS_VERSION, PixelRecipe
+from components.data.reader import RowReader
 from components.data.shards import (
     DIGEST_LENGTH,
     QUARANTINE,
@@ -39,7 +39,7 @@ from components.ingest.chunks import RESULT_SCHEMA, TODO, Packing, Task, cut, de
 from components.ingest.folders import Found
 from components.ingest.ledger import DUPLICATE, LEDGER_SCHEMA, NOTHING_KNOWN, Recalled, placed, recall, rows_digest, settle, splits_of, to_pack
 from components.ingest.listing import Listing, printable_column
-from components.ingest.sources import DataConfig, Source, address_of, source_to_json
+from components.ingest.sources import POINTS, DataConfig, Source, address_of, source_to_json
 from components.ingest.sources import list_source as look_at
 from components.storage import Location
 from pipeline.artifacts import ShardSet
@@ -50,6 +50,7 @@ from pipeline.spread import Row, Work, spread
 MIN_ROWS = 2
 STATE, WORK = "state.json", "work"
 MOST_CHUNKS = 16
+ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def list_source(config: DataConfig, storage: Location, found: Found | None = Non
     downloads = str(storage / "downloads") if storage.is_local else str(Path(tempfile.gettempdir()) / "ddpm-downloads")
     source, listing = look_at(config, downloads, found)
     address = address_of(config.source)
-    identity = source_to_json(source) if "/" in address else address  # where a built-in dataset was downloaded to is no part of it
+    # Where a built-in dataset was downloaded to is no part of it; how points are drawn is.
+    identity = source_to_json(source) if "/" in address or address.startswith(POINTS) else address
     splits = _told(listing)
     plan = _digest(identity, _definition(config), listing.digest(), listing.ignored, config.holdout_fraction, config.duplicates, config.shard_bytes, *splits)
     return Listed(address, identity, source, listing, plan)
@@ -139,12 +141,8 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode("utf-8", "surrogateescape")).hexdigest()[:DIGEST_LENGTH]
 
 
-def _recipe(config: DataConfig) -> PixelRecipe:
-    return PixelRecipe.model_validate(config.model_dump(include=set(PixelRecipe.model_fields)))
-
-
 def _definition(config: DataConfig) -> str:
-    return json.dumps([PIXELS_VERSION, _recipe(config).model_dump(mode="json")])
+    return json.dumps(config.space.definition())
 
 
 def _state(folder: Location) -> State:
@@ -195,7 +193,7 @@ class _Making:
         there = (folder / SHARDS).files()
         self.shards = {shard.name: shard for shard in self.state.shards if there.get(shard.name) == shard.bytes}
         self.ledger = self._read_ledger()
-        self.recipe = _recipe(config)
+        self.space = config.space
         self.work = folder / WORK / "nothing to open"
 
     def run(self) -> tuple[str, _Counts]:
@@ -229,7 +227,7 @@ class _Making:
             return RESULT_SCHEMA.empty_table()
         if todo < len(self.listing):
             self.context.reporter.line(f"  {len(self.listing) - todo} of {counted(len(self.listing), 'file')} are as they were; {todo} to open")
-        chunks = cut(self.listing["size"].to_numpy()[recalled.todo], self.recipe)
+        chunks = cut(self.listing["size"].to_numpy()[recalled.todo], self.space)
         content = to_do(self.listing, self.ledger, recalled, chunks)
         # Chunks that are there already are of use only for the very same work.
         self.work = self.folder / WORK / hashlib.sha256(content).hexdigest()[:DIGEST_LENGTH]
@@ -247,7 +245,7 @@ class _Making:
 
     def _pack(self, settled: pa.Table, held_out: np.ndarray) -> pa.Table:
         """Writes the shards that are not there yet; returns the ledger with every row's place in a shard."""
-        rows_per_shard = max(1, self.config.shard_bytes // self.recipe.row_bytes)
+        rows_per_shard = max(1, self.config.shard_bytes // self.space.row_bytes)
         groups = to_pack(settled, held_out, {shard.name: shard.rows for shard in self.shards.values()}, rows_per_shard)
         if not groups:
             return settled
@@ -263,7 +261,7 @@ class _Making:
         return placed(settled, groups, names)
 
     def _task(self) -> Task:
-        return Task(self.listed.source, self.recipe, str(self.folder), str(self.work))
+        return Task(self.listed.source, self.space, str(self.folder), str(self.work))
 
     def _spread(self, rows: Sequence[Row], work: Work) -> "contextlib.closing[Generator[Row]]":
         return contextlib.closing(spread(rows, work, self.context.cluster))
@@ -307,8 +305,8 @@ class _Making:
         manifest = Manifest(
             digest=digest,
             source=self.listed.address,
-            definition=PIXELS_VERSION,
-            recipe=self.recipe,
+            definition=str(self.space.definition()[0]),
+            space=self.space,
             num_listed=len(self.listing),
             num_rows=len(rows),
             num_quarantined=len(bad),
@@ -325,7 +323,8 @@ class _Making:
             rows_sha256=rows_sha256,
             shards=shards,
         )
-        write_manifest(folder, manifest, self.work)
+        space = self.space.fitted(lambda: RowReader(folder, manifest).batches(ROWS_AT_ONCE))
+        write_manifest(folder, manifest.model_copy(update={"space": space}), self.work)
 
     def _remember(self, settled: pa.Table, version: str) -> None:
         content = parquet_bytes(settled)

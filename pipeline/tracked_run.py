@@ -40,9 +40,9 @@ def _profile(shards: ShardSet, manifest: Manifest) -> dict[str, object]:
         "labels": shards.num_labels,
         "quarantined": shards.quarantined or 0,
         "ignored_files": shards.num_ignored,
-        "image": f"{shards.channels}x{shards.image_size}x{shards.image_size} uint8",
+        shards.space.noun: f"{'x'.join(map(str, shards.space.shape))} {shards.space.dtype}",
         "source": shards.source,
-        "pixels": f"{_shard_bytes(manifest) / 1e6:.1f} MB in {SHARDS if _goes_along(manifest) else Location.of(shards.path).parent / SHARDS}",
+        shards.space.column: f"{_shard_bytes(manifest) / 1e6:.1f} MB in {SHARDS if _goes_along(manifest) else Location.of(shards.path).parent / SHARDS}",
     }
 
 

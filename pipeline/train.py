@@ -102,7 +102,7 @@ def train(
         start=start,
     )
     before = attempts_so_far(context.folder)
-    context.reporter.line(_derived(config, placement, None if before else start))
+    context.reporter.line(_derived(config, placement, None if before else start, shards.space.noun))
     tell_unfinished(context, settings)
     _sweep(context.folder)
     with Follower(context, tracking, run_id, config.steps):
@@ -114,13 +114,13 @@ def train(
     return receipt if start is None else receipt.model_copy(update={"start": f"{start.weights} of {start.model}"})
 
 
-def _derived(config: TrainConfig, placement: Placement, start: Start | None) -> str:
+def _derived(config: TrainConfig, placement: Placement, start: Start | None, noun: str) -> str:
     """Returns the values that follow from the settings and the machines, for a person to see at the start."""
     each = "" if placement.num_workers == 1 else " each"
     where = f"one GPU{each}" if placement.use_gpu else f"{count(placement.threads, 'CPU thread')}{each}"
-    images = count(config.global_batch_size // placement.num_workers, "image")
+    rows = count(config.global_batch_size // placement.num_workers, noun)
     begin = f", starting from {start.weights} of {start.model}" if start else ""
-    return f"  {count(placement.num_workers, 'worker')} with {where}, {images} per worker and step{begin}"
+    return f"  {count(placement.num_workers, 'worker')} with {where}, {rows} per worker and step{begin}"
 
 
 def _sweep(folder: Location) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from components.data.images import PixelRecipe
+from components.spaces.pixels import PixelSpace
 
-RECIPE = PixelRecipe(image_size=16, min_side=4)
+RECIPE = PixelSpace(image_size=16, min_side=4)
 """The outcomes hold for this recipe."""
 STAGE_REASONS = frozenset(["unreadable", "duplicate"])
 """Reasons that lie in the folder, not in the bytes."""

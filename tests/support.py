@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from components.data.images import PixelRecipe
 from components.data.shards import (
     QUARANTINE_SCHEMA,
     ROWS_SCHEMA,
@@ -28,6 +27,7 @@ from components.data.shards import (
     write_rows,
     write_shard,
 )
+from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from pipeline.artifacts import MetricUnit
 
@@ -97,7 +97,7 @@ def ddpm(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None, timeo
 def write_dataset(folder: Location, pieces: Sequence[np.ndarray], labels: Sequence[str | None]) -> Manifest:
     """Writes pixels (N, C, H, W) as a dataset, one shard and one label for each piece, and returns its manifest."""
     channels, size = pieces[0].shape[1:3]
-    recipe = PixelRecipe(image_size=size, mode="RGB" if channels == 3 else "L")
+    recipe = PixelSpace(image_size=size, mode="RGB" if channels == 3 else "L")
     shards, rows = [], []
     for number, (piece, label) in enumerate(zip(pieces, labels, strict=True)):
         names = [f"{number}/{row}" for row in range(len(piece))]
@@ -128,19 +128,18 @@ class ListedFile:
     def sha256(self) -> bytes:
         return hashlib.sha256((self.content or self.path).encode()).digest()
 
-    def pixels(self, recipe: PixelRecipe) -> np.ndarray:
+    def pixels(self, recipe: PixelSpace) -> np.ndarray:
         """Returns (C, H, W) values that depend on the content alone."""
-        shape = (recipe.channels, recipe.image_size, recipe.image_size)
-        return np.random.default_rng(list(self.sha256)).integers(0, 256, shape, dtype=np.uint8)
+        return np.random.default_rng(list(self.sha256)).integers(0, 256, recipe.shape, dtype=np.uint8)
 
 
-def write_listed(folder: Location, files: Sequence[ListedFile], recipe: PixelRecipe | None = None, **fields: Any) -> Manifest:
+def write_listed(folder: Location, files: Sequence[ListedFile], recipe: PixelSpace | None = None, **fields: Any) -> Manifest:
     """Writes a dataset of files, whose images are noise, and returns its manifest.
 
     Args:
         fields: of the manifest, such as `source`.
     """
-    recipe = recipe or PixelRecipe(image_size=8, mode="L")
+    recipe = recipe or PixelSpace(image_size=8, mode="L")
     rows, bad = [file for file in files if not file.reason], [file for file in files if file.reason]
     splits: tuple[Split, ...] = ("train", "holdout")
     parts = [(split, [file for file in rows if file.split == split]) for split in splits]
@@ -163,18 +162,18 @@ def write_listed(folder: Location, files: Sequence[ListedFile], recipe: PixelRec
     return manifest
 
 
-def _shard_table(files: Sequence[ListedFile], recipe: PixelRecipe) -> pa.Table:
+def _shard_table(files: Sequence[ListedFile], recipe: PixelSpace) -> pa.Table:
     labels, paths = pa.array([file.label for file in files], pa.string()), pa.array([file.path for file in files])
     return shard_table(recipe, np.stack([file.pixels(recipe) for file in files]), labels, paths)
 
 
-def a_manifest(recipe: PixelRecipe, num_rows: int, *, rows_file: str, rows_sha256: str, shards: tuple[Shard, ...]) -> Manifest:
+def a_manifest(recipe: PixelSpace, num_rows: int, *, rows_file: str, rows_sha256: str, shards: tuple[Shard, ...]) -> Manifest:
     """Returns the manifest of a dataset of which only the shards matter."""
     return Manifest(
         digest=hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16],
         source="test",
         definition="test",
-        recipe=recipe,
+        space=recipe,
         num_listed=num_rows,
         num_rows=num_rows,
         num_quarantined=0,

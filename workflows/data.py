@@ -119,8 +119,7 @@ def _line(dataset: "Dataset") -> dict[str, object]:
         "rows": manifest.num_rows,
         "splits": manifest.splits,
         "quarantined": manifest.num_quarantined,
-        "image_size": manifest.image_size,
-        "channels": manifest.channels,
+        "space": manifest.space.model_dump(mode="json"),
         "shard_bytes": dataset.shard_bytes,
         "written": _written(dataset),
         "folder": str(dataset.folder),
@@ -135,7 +134,6 @@ def _facts(dataset: "Dataset", reasons: "Mapping[str, Reason]", out: Path) -> di
     manifest = dataset.manifest
     return _line(dataset) | {
         "definition": manifest.definition,
-        "recipe": manifest.recipe.model_dump(mode="json"),
         "listed": manifest.num_listed,
         "ignored": manifest.ignored,
         "source_bytes": manifest.source_bytes,
@@ -161,7 +159,7 @@ def _quarantine_file(dataset: "Dataset") -> str:
 def _print_list(datasets: "Sequence[Dataset]") -> None:
     from rich.filesize import decimal
 
-    table = _table("name", "source", "train", "held out", "quarantined", "image", "shards", "written", right=(2, 3, 4, 6))
+    table = _table("name", "source", "train", "held out", "quarantined", "rows are", "shards", "written", right=(2, 3, 4, 6))
     for dataset in datasets:
         manifest = dataset.manifest
         held_out = manifest.num_rows - manifest.num_train
@@ -171,7 +169,7 @@ def _print_list(datasets: "Sequence[Dataset]") -> None:
 
 
 def _image(manifest: "Manifest") -> str:
-    return f"{manifest.image_size}x{manifest.image_size} {'RGB' if manifest.channels == 3 else 'grey'}"
+    return manifest.space.description
 
 
 def _source_splits(manifest: "Manifest") -> str:
@@ -190,7 +188,7 @@ def _print_facts(dataset: "Dataset", reasons: "Mapping[str, Reason]", out: Path)
         "digest": manifest.digest,
         "folder": str(dataset.folder),
         "definition": manifest.definition,
-        "recipe": ", ".join(f"{key}={json.dumps(value)}" for key, value in manifest.recipe.model_dump(mode="json").items()),
+        "space": ", ".join(f"{key}={json.dumps(value)}" for key, value in manifest.space.model_dump(mode="json").items()),
         "listed": f"{manifest.num_listed:,} = {counted(manifest.num_rows, 'row', ',')} + {manifest.num_quarantined:,} quarantined",
         "ignored": f"{manifest.num_ignored:,} that are no images by their name{_in_brackets(manifest.ignored)}",
         "splits": ", ".join(f"{name} {rows:,}" for name, rows in manifest.splits.items()),
@@ -266,7 +264,7 @@ def _print_changes(before: "Dataset", after: "Dataset", changes: "Changes") -> N
     if changes.settings or changes.ignored:
         console.print(_settings_table(changes))
     if changes.other_pixels:
-        console.print("the pixels of every row are made in another way")
+        console.print("every row is made in another way")
     happened = {name: change for name, change in (changes.rows | changes.quarantine).items() if change.count}
     if happened:
         console.print(_happened_table(happened))

@@ -20,7 +20,7 @@ from pipeline.tracking import connect, translated
 def draw_grid(
     model: str, *, num: int, steps: int, seed: int, sampler: str, out: Path, storage: Location, label: str | None = None, guidance: float = 1.0
 ) -> None:
-    """Draws images with seeds seed, seed + 1, ... and writes them side by side as a PNG.
+    """Draws samples with seeds seed, seed + 1, ... and writes a picture of them as a PNG: images side by side, points together.
 
     Args:
         label: class name or number, for a conditional model; by default its classes by turns.
@@ -35,10 +35,10 @@ def draw_grid(
     request = Request(Recipe(_sampler(sampler), steps, guidance=guidance, precision=precision), num, seed, label)
     denoiser = _load(model, storage, device)
     try:
-        pixels = draw(denoiser, request, prepared(denoiser.network, precision, device))
+        rows = draw(denoiser, request, prepared(denoiser.network, precision, device))
     except ValueError as error:
         raise ConfigError(f"--{error}") from error
-    _save(pixels, out)
+    _save(denoiser.spec.space.tiles(rows), out)
 
 
 def _sampler(name: str) -> SamplerName:
@@ -67,9 +67,9 @@ def _load(model: str, storage: Location, device: str) -> Denoiser:
         return load_denoiser(Location.of(fetched), device)
 
 
-def _save(pixels: np.ndarray, out: Path) -> None:
-    columns = max(1, min(16, round(len(pixels) ** 0.5 * 1.5)))
+def _save(tiles: np.ndarray, out: Path) -> None:
+    columns = max(1, min(16, round(len(tiles) ** 0.5 * 1.5)))
     try:
-        grid(pixels, columns).save(out)
+        grid(tiles, columns).save(out)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror}); name a file in a folder with write permission") from error

@@ -29,8 +29,10 @@ def print_summary(out: IO[str], reports: Mapping[StageName, StageReport], name: 
         all_parts: print the times of the shorter parts, too.
     """
     console, table = _console(out), _table(f"run {name}", "stage", "time", "result")
+    shards = reports["preprocess"].receipt if "preprocess" in reports else None
+    noun = shards.space.noun if isinstance(shards, ShardSet) else "row"
     for stage, report in reports.items():
-        table.add_row(stage, "skipped" if report.skipped else f"{report.seconds:.1f} s", _result(report))
+        table.add_row(stage, "skipped" if report.skipped else f"{report.seconds:.1f} s", _result(report, noun))
         for what, seconds in report.parts.items():
             if all_parts or seconds >= LONG_S:
                 table.add_row("", f"{seconds:.1f} s", f"  {what}", style="dim")
@@ -39,13 +41,13 @@ def print_summary(out: IO[str], reports: Mapping[StageName, StageReport], name: 
         console.print(line, soft_wrap=True, markup=False)
 
 
-def _result(report: StageReport) -> str:
+def _result(report: StageReport, noun: str) -> str:
     receipt = report.receipt
     if isinstance(receipt, ShardSet):
         return _dataset(receipt)
     if isinstance(receipt, TrainedModel):
         how = f"{count(receipt.num_workers, 'worker')}, {receipt.precision}"
-        return f"{counted(receipt.steps, 'step')}, loss {receipt.loss:.4g}, {receipt.images_per_second:.0f} images/s, {how}"
+        return f"{counted(receipt.steps, 'step')}, loss {receipt.loss:.4g}, {receipt.images_per_second:.0f} {noun}s/s, {how}"
     if isinstance(receipt, Evaluation):
         return ", ".join(f"{metric.name} = {metric.value:.4g}{_error(metric)}" for metric in (receipt.metric, *receipt.guards))
     assert isinstance(receipt, Registration)
@@ -61,9 +63,9 @@ def _dataset(receipt: ShardSet) -> str:
 def _images(receipt: ShardSet) -> str:
     held_out = receipt.num_rows - receipt.num_train
     if receipt.holdout_split is not None:
-        return f"{counted(receipt.num_train, 'image')} of split {receipt.source_split}, {held_out} of {receipt.holdout_split} held out"
+        return f"{counted(receipt.num_train, receipt.space.noun)} of split {receipt.source_split}, {held_out} of {receipt.holdout_split} held out"
     split = "" if receipt.source_split is None else f" of split {receipt.source_split}"
-    return f"{counted(receipt.num_rows, 'image')}{split}{f', {held_out} of them held out' if held_out else ''}"
+    return f"{counted(receipt.num_rows, receipt.space.noun)}{split}{f', {held_out} of them held out' if held_out else ''}"
 
 
 def _error(metric: Metric) -> str:

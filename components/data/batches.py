@@ -1,4 +1,4 @@
-"""What one worker trains on at each step: pixels, time steps, noise and labels of its lanes, each a pure function of (seed, step, lane)."""
+"""What one worker trains on at each step: data, time steps, noise and labels of its lanes, each a pure function of (seed, step, lane)."""
 
 import queue
 import threading
@@ -23,33 +23,33 @@ class Batch:
 
     Attributes:
         rows: (B,) int64, row numbers in the dataset.
-        pixels: (B, C, H, W) uint8, flipped where the draw says so.
+        data: (B, *shape) rows of the dataset's space, mirrored where the draw says so.
         t: (B,) int64, 0..T-1.
-        eps: (B, C, H, W) float32.
+        eps: (B, *shape) float32.
         labels: (B,) int64, what the network is told of each image's class; None where it is told no class.
         keys: (B, L, 2) int32, uniformly random, which decide each image's dropout masks at L layers; None for a network without dropout.
     """
 
     step: int
     rows: torch.Tensor
-    pixels: torch.Tensor
+    data: torch.Tensor
     t: torch.Tensor
     eps: torch.Tensor
     labels: torch.Tensor | None = None
     keys: torch.Tensor | None = None
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Returns what a training step needs of it, in the order (pixels, eps, t, labels, keys)."""
-        return self.pixels, self.eps, self.t, self.labels, self.keys
+        """Returns what a training step needs of it, in the order (data, eps, t, labels, keys)."""
+        return self.data, self.eps, self.t, self.labels, self.keys
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """Returns the batch with each of these tensors changed."""
         labels, keys = (None if tensor is None else change(tensor) for tensor in (self.labels, self.keys))
-        return replace(self, pixels=change(self.pixels), eps=change(self.eps), t=change(self.t), labels=labels, keys=keys)
+        return replace(self, data=change(self.data), eps=change(self.eps), t=change(self.t), labels=labels, keys=keys)
 
     def split(self, rows: int) -> "list[Batch]":
-        """Returns the batch cut into parts of so many images."""
-        return [self.map(lambda tensor, first=first: tensor[first : first + rows]) for first in range(0, len(self.pixels), rows)]
+        """Returns the batch cut into parts of so many rows."""
+        return [self.map(lambda tensor, first=first: tensor[first : first + rows]) for first in range(0, len(self.data), rows)]
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ class BatchPlan:
 
     Attributes:
         num_steps: T, noise levels.
-        flip: mirror each image left to right with probability one half.
+        mirrored: mirrors rows left to right; each is with probability one half. None where none is.
         num_classes: K, the classes that the network is told; label K says that the class is not told. 0 for a network that is told no class.
-        label_dropout: probability that an image's class is not told (p_uncond of Classifier-Free Guidance, algorithm 1).
+        label_dropout: probability that a row's class is not told (p_uncond of Classifier-Free Guidance, algorithm 1).
         num_dropouts: L, dropout layers of the network.
     """
 
     order: RowOrder
     num_steps: int
-    flip: bool
+    mirrored: Callable[[np.ndarray], np.ndarray] | None
     num_classes: int = 0
     label_dropout: float = 0.0
     num_dropouts: int = 0
@@ -82,22 +82,22 @@ class BatchPlan:
         return range(rank * self.order.lanes // num_workers, (rank + 1) * self.order.lanes // num_workers)
 
     def batch(self, reader: RowReader, step: int, lanes: range) -> Batch:
-        """Returns the rows, pixels, time steps, noise and labels of the given lanes at a step."""
+        """Returns the row numbers, data, time steps, noise and labels of the given lanes at a step."""
         rows = np.concatenate([self.order.rows(step, lane) for lane in lanes])
-        pixels = reader.pixels(rows)
+        data = reader.rows(rows)
         times, noises, told = [], [], []
         for index, lane in enumerate(lanes):
             draw = stream(Purpose.TRAINING, self.order.seed, step, lane)
             count = self.order.rows_per_lane
             times.append(draw.integers(0, self.num_steps, count))
-            noises.append(draw.standard_normal((count, *pixels.shape[1:]), dtype=np.float32))
-            if self.flip:
-                mirrored = np.flatnonzero(draw.random(count) < 0.5) + index * count
-                pixels[mirrored] = pixels[mirrored, :, :, ::-1]
+            noises.append(draw.standard_normal((count, *data.shape[1:]), dtype=np.float32))
+            if self.mirrored is not None:
+                chosen = np.flatnonzero(draw.random(count) < 0.5) + index * count
+                data[chosen] = self.mirrored(data[chosen])
             if self.num_classes:
                 told.append(draw.random(count) >= self.label_dropout)
         labels = self._labels(reader.labels(rows), np.concatenate(told)) if self.num_classes else None
-        parts = (rows, pixels, np.concatenate(times), np.concatenate(noises))
+        parts = (rows, data, np.concatenate(times), np.concatenate(noises))
         return Batch(step, *(torch.from_numpy(part) for part in parts), labels=labels, keys=self.keys(step, lanes))
 
     def keys(self, step: int, lanes: range) -> torch.Tensor | None:

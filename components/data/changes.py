@@ -1,4 +1,4 @@
-"""What changed from one dataset to another: rows, quarantine, recipe. Columns are compared whole, so that millions of rows take seconds."""
+"""What changed from one dataset to another: rows, quarantine, settings of the space. Columns are compared whole, so that millions of rows take seconds."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Changes:
     """What differs between two datasets.
 
     Attributes:
-        settings: what differs of source, definition and recipe, by name: before, after.
+        settings: what differs of source, definition and space, by name: before, after.
         rows: `added`, `removed`, `renamed` (same content, other path), `changed` (same path, other content); of the rows that are in both, also
             `relabelled` and `moved` between splits.
         quarantine: `newly` and `no_longer` quarantined files, and those with `other_reason`.
@@ -53,8 +53,8 @@ class Changes:
 
     @property
     def other_pixels(self) -> bool:
-        """Whether the pixels of all rows are made in another way. Limits only decide which images are rows."""
-        return bool(self.settings.keys() - {"source", "recipe.min_side", "recipe.max_pixels"})
+        """Whether all rows are made in another way. Limits only decide which images are rows."""
+        return bool(self.settings.keys() - {"source", "space.min_side", "space.max_pixels"})
 
     @property
     def equal(self) -> bool:
@@ -171,8 +171,8 @@ def _named(column: pa.ChunkedArray, positions: np.ndarray, count: int) -> list[s
 
 
 def _settings(manifest: Manifest) -> dict[str, str]:
-    recipe = {f"recipe.{name}": str(value) for name, value in manifest.recipe.model_dump(mode="json").items()}
-    return {"source": manifest.source, "definition": manifest.definition, **recipe}
+    space = {f"space.{name}": str(value) for name, value in manifest.space.settings().items()}
+    return {"source": manifest.source, "definition": manifest.definition, **space}
 
 
 def _differing(before: Mapping[str, Value], after: Mapping[str, Value], missing: Value) -> dict[str, tuple[Value, Value]]:

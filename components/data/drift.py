@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
+from ..spaces.space import Space
 from .catalog import Dataset
 from .changes import matches
 from .copies import Copies
@@ -25,8 +26,6 @@ CHANCE = 0.001
 """p-value from which on a distance counts as chance; the smallest that the tests can find is half of it."""
 SHOWN, MOST_SHARES, MOST_NAMED, BINS = 10, 10, 10, 32
 BATCH_BYTES, BATCH_VALUES = 32 << 20, 1 << 21
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-"""ITU-R BT.601, as Pillow turns RGB to grey."""
 _DUPLICATE = "duplicate"
 
 
@@ -145,7 +144,7 @@ def measure_drift(before: Dataset, after: Dataset, *, copies: Copies | None = No
     old, new, num_removed = _sides(before, after)
     counts = old.label_counts(old.images), new.label_counts(new.images)
     sampled = old.label_counts(old.sample), new.label_counts(new.sample)
-    old_grey, new_grey = _grey(old, copies), _grey(new, copies)
+    old_grey, new_grey = _measures(old, before.manifest.space, copies), _measures(new, before.manifest.space, copies)
     unseen = {name: count for name, count in _most_frequent(counts[1]).items() if name not in counts[0]}
     return Drift(
         num_before=len(old.images),
@@ -261,27 +260,27 @@ def _histogram(before: np.ndarray, new: np.ndarray) -> Histogram:
     return Histogram(before=counts[0], new=counts[1], mean_before=means[0], mean_new=means[1])
 
 
-def _grey(side: _Side, copies: Copies | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation of the grey values of each sampled image, black 0 and white 1."""
-    means, deviations = np.empty(len(side.sample)), np.empty(len(side.sample))
-    for places, pixels in _batches(side.dataset, side.rows["split"], side.sample, copies):
-        grey = pixels[:, 0].astype(np.float32) if pixels.shape[1] == 1 else np.einsum("c,bchw->bhw", LUMA, pixels, dtype=np.float32)
-        means[places], deviations[places] = grey.mean((1, 2)) / 255, grey.std((1, 2)) / 255
-    return means, deviations
+def _measures(side: _Side, space: Space, copies: Copies | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two numbers of each sampled row, from 0 to 1, such as mean and standard deviation of an image's grey values."""
+    found = np.empty((len(side.sample), 2))
+    for places, rows in _batches(side.dataset, side.rows["split"], side.sample, copies):
+        found[places] = space.measure(rows)
+    return found[:, 0], found[:, 1]
 
 
-def pixels_of(dataset: Dataset, rows: np.ndarray, copies: Copies | None = None) -> np.ndarray:
-    """Returns the pixels (len(rows), C, H, W) uint8 of rows by their number in the list of rows, of any split."""
-    out = np.empty((len(rows), *dataset.manifest.shape), np.uint8)
+def rows_of(dataset: Dataset, numbers: np.ndarray, copies: Copies | None = None) -> np.ndarray:
+    """Returns rows (len(numbers), *shape) by their number in the list of rows, of any split."""
+    space = dataset.manifest.space
+    out = np.empty((len(numbers), *space.shape), space.dtype)
     splits = read_rows(dataset.folder, dataset.manifest, ["split"])["split"]
-    for places, pixels in _batches(dataset, splits, rows, copies):
-        out[places] = pixels
+    for places, rows in _batches(dataset, splits, numbers, copies):
+        out[places] = rows
     return out
 
 
 def _batches(dataset: Dataset, splits: pa.ChunkedArray, rows: np.ndarray, copies: Copies | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields all of some rows, a bounded number of bytes at a time: their places among `rows`, and their pixels."""
-    per_batch = max(1, BATCH_BYTES // dataset.manifest.row_bytes)
+    """Yields all of some rows, a bounded number of bytes at a time: their places among `rows`, and what they hold."""
+    per_batch = max(1, BATCH_BYTES // dataset.manifest.space.row_bytes)
     for split in dataset.manifest.splits:
         inside = pc.call_function("equal", [splits, pa.scalar(split)]).to_numpy()
         mine = np.flatnonzero(inside[rows])
@@ -292,4 +291,4 @@ def _batches(dataset: Dataset, splits: pa.ChunkedArray, rows: np.ndarray, copies
         numbers = np.cumsum(inside)[rows[mine]] - 1
         reader = RowReader(dataset.folder, dataset.manifest, split, BATCH_BYTES, copies)
         for first in range(0, len(mine), per_batch):
-            yield mine[first : first + per_batch], reader.pixels(numbers[first : first + per_batch])
+            yield mine[first : first + per_batch], reader.rows(numbers[first : first + per_batch])

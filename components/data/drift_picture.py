@@ -11,7 +11,7 @@ from ..counts import counted
 from ..figures import Strip, contact_sheet
 from .catalog import Dataset
 from .copies import Copies
-from .drift import CHANCE, Distance, Drift, LabelCount, pixels_of
+from .drift import CHANCE, Distance, Drift, LabelCount, rows_of
 from .summary import NO_LABEL
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ def drift_picture(
     Raises:
         DataError: if a part of a dataset cannot be read.
     """
-    strips = [
-        Strip("new", counted(drift.new_images, "image", ","), pixels_of(after, np.array(drift.shown_new, np.int64), copies)),
-        Strip("before", counted(drift.num_before, "image", ","), pixels_of(before, np.array(drift.shown_before, np.int64), copies)),
-    ]
+    space = before.manifest.space
+    shown = (("new", drift.new_images, after, drift.shown_new), ("before", drift.num_before, before, drift.shown_before))
+    strips = []
+    for name, count, dataset, numbers in shown:
+        rows = rows_of(dataset, np.array(numbers, np.int64), copies)
+        strips.append(Strip(name, counted(count, space.noun, ","), space.tiles(rows)))
     sheet = contact_sheet(strips, "New images beside those before", _caption(drift, before, after))
     charts = _charts(drift, max_label_drift, max_brightness_drift, max(sheet.width, LEAST_WIDTH))
     picture = Image.new("RGB", (charts.width, sheet.height + charts.height), "white")

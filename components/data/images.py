@@ -1,4 +1,4 @@
-"""From encoded bytes to pixels, and from pixels to the range the model sees and back. `docs/pixels.md` is the definition in words.
+"""From encoded bytes to pixels. `docs/pixels.md` is the definition in words.
 
 `pixels` is always uint8: (C, H, W) for one image, (B, C, H, W) for a batch.
 """
@@ -10,23 +10,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import DataError
+from ..spaces.pixels import PixelSpace
 from .containers import declared_sizes, ends_early, identify, identify_unread, num_components, png_lacks_rows
 
 if TYPE_CHECKING:
-    import torch
     from PIL.ImageCms import ImageCmsTransform
 
-Mode = Literal["RGB", "L"]
 Box = tuple[float, float, float, float]
-CHANNELS: dict[str, int] = {"RGB": 3, "L": 1}
-PIXELS_VERSION = "pixels v2"
 DRAFT_FACTOR = 3
 """A JPEG is decoded at 1/2, 1/4 or 1/8 where at least this many of its pixels stay for one of the result, along each side."""
 READERS = {
@@ -50,43 +46,11 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations of images that lie on their side."""
 COLOUR_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
 NOT_READ = re.compile(r"cannot handle|unknown pixel mode|unsupported|not yet supported|unable to determine", re.IGNORECASE)
 ABOVE_A_LIMIT = re.compile("Decompressed data too large|Too much memory used in text chunks")
-
-
-class PixelRecipe(BaseModel):
-    """What becomes of an image: all that its pixels depend on besides the file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    image_size: int = Field(32, ge=4, le=1024)
-    """Height and width of every image after cutting and resizing, pixels."""
-    mode: Mode = "RGB"
-    """`RGB` or `L` (grey)."""
-    resize: Literal["crop", "pad", "squash"] = "crop"
-    """`crop` keeps the largest central square, `pad` the whole image with `background` around it, `squash` the whole image but not its aspect."""
-    background: tuple[Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]] = (255, 255, 255)
-    """Colour behind transparent pixels and around padded images, red, green and blue, 0..255."""
-    min_side: int = Field(1, ge=1)
-    """Images with a shorter side below this are quarantined as `too_small`, pixels."""
-    max_pixels: int = Field(100_000_000, ge=1, le=10_000_000_000)
-    """Images of more pixels, width times height, are quarantined as `too_large` before memory is taken for them."""
-
-    @property
-    def channels(self) -> int:
-        """3 for RGB, 1 for grey."""
-        return CHANNELS[self.mode]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every row."""
-        return self.channels, self.image_size, self.image_size
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one image's pixels."""
-        return self.channels * self.image_size**2
 
 
 def prepare_process() -> None:
@@ -96,11 +60,11 @@ def prepare_process() -> None:
     setattr(importlib.import_module("PIL.AvifImagePlugin"), "DEFAULT_MAX_THREADS", 1)  # noqa: B010
 
 
-def decode(source: bytes | np.ndarray, recipe: PixelRecipe) -> np.ndarray:
-    """Returns the pixels (C, image_size, image_size) of one image, as `docs/pixels.md` defines them.
+def decode(source: bytes | np.ndarray, recipe: PixelSpace) -> np.ndarray:
+    """Returns the pixels (C, height, width) of one image, as `docs/pixels.md` defines them.
 
     Args:
-        source: an encoded file, or uint8 values (H, W) or (H, W, 3).
+        source: an encoded file, or uint8 values (H, W), (H, W, 3) or (H, W, 4).
         recipe: what the result depends on besides.
 
     Raises:
@@ -126,15 +90,15 @@ def _pillow_without_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _decode(source: bytes | np.ndarray, recipe: PixelRecipe) -> np.ndarray:
+def _decode(source: bytes | np.ndarray, recipe: PixelSpace) -> np.ndarray:
     if isinstance(source, np.ndarray):
-        return _to_square_pixels(_from_array(source, recipe), recipe)
+        return _to_pixels(_from_array(source, recipe), recipe)
     form = identify(source)
     if form is None:
         raise _not_identified(source)
     try:
         image = _open(source, form, recipe)
-        pixels = _to_square_pixels(image, recipe)
+        pixels = _to_pixels(image, recipe)
         if form == "PNG":
             _check_rows(image, source)
         return pixels
@@ -144,14 +108,14 @@ def _decode(source: bytes | np.ndarray, recipe: PixelRecipe) -> np.ndarray:
         raise _named(error, source, form) from error
 
 
-def _from_array(values: np.ndarray, recipe: PixelRecipe) -> Image.Image:
-    if values.dtype != np.uint8 or values.ndim not in (2, 3) or values.shape[2:] not in ((), (3,)) or 0 in values.shape:
-        raise DataError(f"values of shape {values.shape} and type {values.dtype} are no image; use uint8 (H, W) or (H, W, 3)", "unsupported")
+def _from_array(values: np.ndarray, recipe: PixelSpace) -> Image.Image:
+    if values.dtype != np.uint8 or values.ndim not in (2, 3) or values.shape[2:] not in ((), (3,), (4,)) or 0 in values.shape:
+        raise DataError(f"values of shape {values.shape} and type {values.dtype} are no image; use uint8 (H, W), (H, W, 3) or (H, W, 4)", "unsupported")
     _check_size((values.shape[1], values.shape[0]), recipe)
     return Image.fromarray(values)
 
 
-def _open(content: bytes, form: str, recipe: PixelRecipe) -> Image.Image:
+def _open(content: bytes, form: str, recipe: PixelSpace) -> Image.Image:
     for size in declared_sizes(content, form):
         _check_not_large(size, recipe)
     image = _reader(form)(io.BytesIO(content))
@@ -182,18 +146,18 @@ def _lacks_its_end(content: bytes, form: str) -> bool:
     return form == "GIF" and ends_early(content, form)
 
 
-def _check_size(size: tuple[int, int], recipe: PixelRecipe) -> None:
+def _check_size(size: tuple[int, int], recipe: PixelSpace) -> None:
     _check_not_large(size, recipe)
     if min(size) < recipe.min_side:
         raise DataError(f"{size[0]}x{size[1]} pixels have a side below min_side={recipe.min_side}", "too_small")
 
 
-def _check_not_large(size: tuple[int, int], recipe: PixelRecipe, what: str = "") -> None:
+def _check_not_large(size: tuple[int, int], recipe: PixelSpace, what: str = "") -> None:
     if size[0] * size[1] > recipe.max_pixels:
         raise DataError(f"{what}{size[0]}x{size[1]} pixels are more than max_pixels={recipe.max_pixels}", "too_large")
 
 
-def _check_tiff(image: Any, recipe: PixelRecipe) -> None:
+def _check_tiff(image: Any, recipe: PixelSpace) -> None:
     tags = image.tag_v2
     if 50706 in tags or (330 in tags and tags.get(254, 0) & 1):  # DNG; or a small preview of pixels that lie elsewhere, as cameras write
         raise DataError("camera raw is not read; convert to JPEG or PNG", "unsupported")
@@ -241,32 +205,44 @@ def _named(error: Exception, content: bytes, form: str) -> DataError:
     return DataError(detail, "unsupported" if NOT_READ.search(text) else "corrupt")
 
 
-def _to_square_pixels(image: Image.Image, recipe: PixelRecipe) -> np.ndarray:
-    box, size = _cut(*image.size, recipe)
+def _to_pixels(image: Image.Image, recipe: PixelSpace) -> np.ndarray:
+    box, size = _cut(*image.size, _target(image, recipe), recipe.resize)
     scale = _draft(image, box, size)
     image.load()
-    small = _resize(_to_colours(image, recipe.background), (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale), size)
+    if scale == 1:  # some formats say only at their end how the image is to be turned
+        box, size = _cut(*image.size, _target(image, recipe), recipe.resize)
+    small = _resize(_to_colours(image, recipe), (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale), size)
     profile = image.info.get("icc_profile")
     if profile:
         small = _to_srgb(small, profile)
     if small.mode != recipe.mode:
         small = small.convert(recipe.mode)
-    if small.size != (recipe.image_size, recipe.image_size):
-        small = _pad(small, recipe)
+    if small.size != _target(image, recipe):
+        small = _pad(small, _target(image, recipe), recipe)
     turn = TURNS.get(_orientation(image))
     return to_pixels_array(small if turn is None else small.transpose(turn))
 
 
-def _cut(width: int, height: int, recipe: PixelRecipe) -> tuple[Box, tuple[int, int]]:
+def _target(image: Image.Image, recipe: PixelSpace) -> tuple[int, int]:
+    """Returns width and height that the stored image is brought to, before it is turned."""
+    if recipe.width != recipe.height and _orientation(image) in SIDEWAYS:
+        return recipe.height, recipe.width
+    return recipe.width, recipe.height
+
+
+def _cut(width: int, height: int, target: tuple[int, int], resize: str) -> tuple[Box, tuple[int, int]]:
     """Returns which box of the stored image becomes an image of which size."""
-    size, long = recipe.image_size, max(width, height)
-    if recipe.resize == "crop":
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        return (left, top, left + side, top + side), (size, size)
-    if recipe.resize == "squash":
-        return (0, 0, width, height), (size, size)
-    return (0, 0, width, height), (max(1, (2 * width * size + long) // (2 * long)), max(1, (2 * height * size + long) // (2 * long)))
+    wide, tall = target
+    if resize == "squash":
+        return (0, 0, width, height), target
+    is_wider = width * tall > height * wide  # than the target, by its proportions
+    if resize == "crop":
+        inside = (max(1, (2 * height * wide + tall) // (2 * tall)), height) if is_wider else (width, max(1, (2 * width * tall + wide) // (2 * wide)))
+        left, top = (width - inside[0]) // 2, (height - inside[1]) // 2
+        return (left, top, left + inside[0], top + inside[1]), target
+    if is_wider:
+        return (0, 0, width, height), (wide, max(1, (2 * height * wide + width) // (2 * width)))
+    return (0, 0, width, height), (max(1, (2 * width * tall + height) // (2 * height)), tall)
 
 
 def _draft(image: Image.Image, box: Box, size: tuple[int, int]) -> int:
@@ -280,12 +256,13 @@ def _draft(image: Image.Image, box: Box, size: tuple[int, int]) -> int:
     return scale
 
 
-def _to_colours(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Returns the image as L, RGB or CMYK, 8 bits a channel, without transparency."""
+def _to_colours(image: Image.Image, recipe: PixelSpace) -> Image.Image:
+    """Returns the image as L, RGB or CMYK, 8 bits a channel, without transparency; as RGBA where that is asked for and the image has any."""
     if image.mode.startswith("I"):
-        return _scale_sixteen_bits(image, background)
+        return _scale_sixteen_bits(image, recipe)
     if image.has_transparency_data:
-        return _composite(image.convert("LA") if image.mode == "La" else image, background)
+        plain = image.convert("LA") if image.mode == "La" else image
+        return plain.convert("RGBA") if recipe.mode == "RGBA" else _composite(plain, recipe.background)
     if image.mode in ("L", "RGB", "CMYK"):
         return image
     return image.convert("L" if image.mode == "1" else "RGB")
@@ -298,7 +275,7 @@ def _composite(image: Image.Image, background: tuple[int, int, int]) -> Image.Im
     return canvas
 
 
-def _scale_sixteen_bits(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def _scale_sixteen_bits(image: Image.Image, recipe: PixelSpace) -> Image.Image:
     values, table = np.asarray(image), _eight_bits()
     grey = np.empty(values.shape, np.uint8)
     rows = max(1, (1 << 20) // values.shape[1])  # in stripes, as numpy widens indices to 8 bytes a pixel
@@ -307,8 +284,12 @@ def _scale_sixteen_bits(image: Image.Image, background: tuple[int, int, int]) ->
     transparent = image.info.get("transparency")
     if transparent is None:
         return Image.fromarray(grey)
-    canvas = Image.new("RGB", image.size, background)
-    canvas.paste(Image.fromarray(grey).convert("RGB"), (0, 0), Image.fromarray(np.where(values == transparent, np.uint8(0), np.uint8(255))))
+    colours, mask = Image.fromarray(grey).convert("RGB"), Image.fromarray(np.where(values == transparent, np.uint8(0), np.uint8(255)))
+    if recipe.mode == "RGBA":
+        colours.putalpha(mask)
+        return colours
+    canvas = Image.new("RGB", image.size, recipe.background)
+    canvas.paste(colours, (0, 0), mask)
     return canvas
 
 
@@ -326,6 +307,10 @@ def _resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    if image.mode == "RGBA":
+        colours = _to_srgb(image.convert("RGB"), profile)
+        colours.putalpha(image.getchannel("A"))
+        return colours
     transform = _transform(profile, image.mode)
     return image if transform is None else transform.apply(image)
 
@@ -344,10 +329,10 @@ def _transform(profile: bytes, mode: str) -> "ImageCmsTransform | None":
         return None
 
 
-def _pad(image: Image.Image, recipe: PixelRecipe) -> Image.Image:
-    size = recipe.image_size
-    canvas = Image.new("RGB", (size, size), recipe.background).convert(recipe.mode)
-    canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+def _pad(image: Image.Image, target: tuple[int, int], recipe: PixelSpace) -> Image.Image:
+    """Returns an image in the middle of the background, which is transparent in RGBA."""
+    canvas = Image.new("RGBA", target, (*recipe.background, 0)) if recipe.mode == "RGBA" else Image.new("RGB", target, recipe.background).convert(recipe.mode)
+    canvas.paste(image, ((target[0] - image.width) // 2, (target[1] - image.height) // 2))
     return canvas
 
 
@@ -371,20 +356,6 @@ def to_pixels_array(image: Image.Image) -> np.ndarray:
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """Returns pixels (C, H, W), C of 1 or 3, as a picture: the inverse of `to_pixels_array`."""
+    """Returns pixels (C, H, W), C of 1, 3 or 4, as a picture: the inverse of `to_pixels_array`."""
     values = pixels.transpose(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(values[:, :, 0] if values.shape[2] == 1 else values))
-
-
-def to_model_range(pixels: "torch.Tensor") -> "torch.Tensor":
-    """Scales uint8 pixels 0..255 to float32 -1..1 (DDPM section 3.3)."""
-    import torch
-
-    return pixels.to(torch.float32) / 127.5 - 1.0
-
-
-def to_pixels(x_0: "torch.Tensor") -> "torch.Tensor":
-    """Clamps model-range values to -1..1, scales and rounds them to uint8 pixels: the inverse of `to_model_range`."""
-    import torch
-
-    return ((x_0.to(torch.float32).clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..spaces.space import Space
 from ..storage import Location
 from .copies import Copies
-from .shards import Manifest, Split, column_pixels, shard_location
+from .shards import Manifest, Split, column_rows, shard_location
 
 CACHE_BYTES = 3 << 29
 OPEN_FILES = 128
@@ -20,7 +21,7 @@ NO_LABEL = -1
 
 
 class RowReader:
-    """Reads pixels by row number; keeps the row groups it used last, up to 1.5 GiB.
+    """Reads rows by their number; keeps the row groups it used last, up to 1.5 GiB.
 
     The row order of `order.py` touches at most 1 GiB at a time, so that each row group is read about once per epoch.
 
@@ -37,22 +38,28 @@ class RowReader:
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._cache_bytes, self._held_bytes = cache_bytes, 0
 
+    @property
+    def space(self) -> Space:
+        """What the rows are."""
+        return self._manifest.space
+
     def __len__(self) -> int:
         return len(self._places)
 
-    def pixels(self, rows: np.ndarray) -> np.ndarray:
-        """Returns pixels (len(rows), C, H, W) uint8 in the order asked for.
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns rows (len(numbers), *shape) of the dataset's space, in the order asked for.
 
         Raises:
             IndexError: if a row number is outside the dataset.
         """
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
-            raise IndexError(f"rows {int(rows.min())}..{int(rows.max())} are outside a dataset of {len(self)} rows")
-        out = np.empty((len(rows), *self._manifest.shape), np.uint8)
-        shards = self._shards[rows]
+        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self):
+            raise IndexError(f"rows {int(numbers.min())}..{int(numbers.max())} are outside a dataset of {len(self)} rows")
+        space = self._manifest.space
+        out = np.empty((len(numbers), *space.shape), space.dtype)
+        shards = self._shards[numbers]
         for shard in np.unique(shards):
             mine = np.flatnonzero(shards == shard)
-            self._gather(int(shard), self._places[rows[mine]], mine, out)
+            self._gather(int(shard), self._places[numbers[mine]], mine, out)
         return out
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
@@ -65,9 +72,9 @@ class RowReader:
         return self._copies.use(self._folder / manifest.rows_file, manifest.rows_sha256, lambda path: _labels(path, self._split, manifest.label_names))
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """Yields all pixels in their order, at most batch_size rows at a time, (B, C, H, W) uint8."""
+        """Yields all rows in their order, at most batch_size at a time, (B, *shape)."""
         for first in range(0, len(self), batch_size):
-            yield self.pixels(np.arange(first, min(first + batch_size, len(self))))
+            yield self.rows(np.arange(first, min(first + batch_size, len(self))))
 
     def _gather(self, shard: int, rows: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
         group_ends = self._open(shard)[1]
@@ -92,8 +99,8 @@ class RowReader:
     def _group(self, shard: int, group: int) -> np.ndarray:
         key = (shard, group)
         if key not in self._groups:
-            table = self._open(shard)[0].read_row_group(group, columns=["pixels"], use_threads=False)
-            self._groups[key] = column_pixels(table.column("pixels"), self._manifest.shape)
+            table = self._open(shard)[0].read_row_group(group, columns=[self._manifest.space.column], use_threads=False)
+            self._groups[key] = column_rows(table.column(0), self._manifest.space)
             self._held_bytes += self._groups[key].nbytes
             self._evict()
         self._groups.move_to_end(key)

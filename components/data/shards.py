@@ -1,7 +1,7 @@
 """The parquet contract: what a shard holds, the manifest that makes shards a dataset, and the digest that names it.
 
-datasets/SOURCE/                one source under one definition of pixels
-    shards/CONTENT.parquet      pixels (fixed_size_binary of C*H*W bytes), label, source; never changed, shared by versions
+datasets/SOURCE/                one source under one definition of its rows
+    shards/CONTENT.parquet      rows (fixed_size_binary, such as C*H*W bytes of pixels), label, source; never changed, shared by versions
     VERSION/                    a dataset: VERSION begins with its digest
         rows-SHA.parquet        every row in its order: source, label, split, content, and where its pixels are
         quarantine.parquet      path, reason, detail, bytes of every file left out
@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import DataError
+from ..spaces.kinds import AnySpace
+from ..spaces.space import Space
 from ..storage import Location
-from .images import PixelRecipe
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.parquet"
@@ -73,12 +74,12 @@ class Manifest(_Record):
     """What a dataset holds."""
 
     digest: str
-    """Names the rows: equal digests mean equal pixels, labels, sources and splits in equal order."""
+    """Names the rows: equal digests mean equal values, labels, sources and splits in equal order."""
     source: str
     definition: str
-    """Which definition of pixels was followed."""
-    recipe: PixelRecipe
-    """What became of the pixels."""
+    """Which definition of rows was followed."""
+    space: AnySpace
+    """What rows are, and what became of them."""
     num_listed: int
     """Files that the source listed: rows plus quarantined."""
     num_rows: int
@@ -106,6 +107,14 @@ class Manifest(_Record):
     rows_sha256: str
     shards: tuple[Shard, ...]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, values: object) -> object:
+        """Takes a manifest from when all rows were pixels."""
+        if isinstance(values, dict) and "recipe" in values and "space" not in values:
+            return {("space" if name == "recipe" else name): value for name, value in values.items()}
+        return values
+
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
         sums = {"num_listed": self.num_rows + self.num_quarantined, "num_quarantined": sum(self.quarantined.values()), "num_rows": sum(self.splits.values())}
@@ -115,26 +124,6 @@ class Manifest(_Record):
         if sum(shard.rows for shard in self.shards) != self.num_rows:
             raise ValueError(f"num_rows={self.num_rows} does not add up: the shards hold {sum(shard.rows for shard in self.shards)}")
         return self
-
-    @property
-    def image_size(self) -> int:
-        """Height and width, pixels."""
-        return self.recipe.image_size
-
-    @property
-    def channels(self) -> int:
-        """3 for RGB, 1 for grey."""
-        return self.recipe.channels
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every row."""
-        return self.channels, self.image_size, self.image_size
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row's pixels."""
-        return self.recipe.row_bytes
 
     @property
     def num_train(self) -> int:
@@ -152,32 +141,32 @@ def shard_location(folder: Location, name: str) -> Location:
     return folder.parent / SHARDS / name
 
 
-def shard_schema(recipe: PixelRecipe) -> pa.Schema:
+def shard_schema(space: Space) -> pa.Schema:
     """Returns the schema of a shard; the shape of a row stands in its metadata."""
-    metadata = {"ddpm.shape": json.dumps([recipe.channels, recipe.image_size, recipe.image_size])}
-    return pa.schema([("pixels", pa.binary(recipe.row_bytes)), ("label", pa.string()), ("source", pa.string())], metadata=metadata)
+    metadata = {"ddpm.shape": json.dumps(list(space.shape))}
+    return pa.schema([(space.column, pa.binary(space.row_bytes)), ("label", pa.string()), ("source", pa.string())], metadata=metadata)
 
 
-def shard_table(recipe: PixelRecipe, pixels: np.ndarray, labels: pa.Array, sources: pa.Array) -> pa.Table:
+def shard_table(space: Space, rows: np.ndarray, labels: pa.Array, sources: pa.Array) -> pa.Table:
     """Returns rows as a shard holds them.
 
     Args:
-        pixels: (N, C, H, W) uint8.
+        rows: (N, *shape) of the space's type.
         labels: strings, null without one.
         sources: strings.
     """
-    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(recipe.row_bytes), len(pixels), [None, pa.py_buffer(np.ascontiguousarray(pixels))])
-    return pa.table([column, labels, sources], schema=shard_schema(recipe))
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(space.row_bytes), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows, space.dtype))])
+    return pa.table([column, labels, sources], schema=shard_schema(space))
 
 
-def write_shard(shards: Location, table: pa.Table, recipe: PixelRecipe, split: Split, staging: Location | None = None) -> Shard:
+def write_shard(shards: Location, table: pa.Table, space: Space, split: Split, staging: Location | None = None) -> Shard:
     """Writes rows to the folder of shards, atomically, under a name made of their content.
 
     Args:
         table: of `shard_table`.
         staging: folder for the file while it is written.
     """
-    content = pixels_bytes(table, max(1, ROW_GROUP_BYTES // recipe.row_bytes))
+    content = shard_bytes(table, max(1, ROW_GROUP_BYTES // space.row_bytes))
     sha256 = hashlib.sha256(content).hexdigest()
     name = _content_name(sha256)
     (shards / name).write_bytes(content, staging=staging)
@@ -203,25 +192,24 @@ def _content_name(sha256: str) -> str:
     return f"{sha256[:32]}.parquet"
 
 
-def column_pixels(column: pa.ChunkedArray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns a fixed_size_binary column as uint8 (N, C, H, W), without a copy per row."""
-    width = int(np.prod(shape))
+def column_rows(column: pa.ChunkedArray, space: Space) -> np.ndarray:
+    """Returns a fixed_size_binary column as rows (N, *shape), without a copy per row."""
     parts = []
     for chunk in column.chunks:
-        values = np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width : (chunk.offset + len(chunk)) * width]
-        parts.append(values.reshape(len(chunk), *shape))
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, *shape), np.uint8), *parts])
+        values = np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * space.row_bytes : (chunk.offset + len(chunk)) * space.row_bytes]
+        parts.append(values.view(space.dtype).reshape(len(chunk), *space.shape))
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, *space.shape), space.dtype), *parts])
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """Returns a table without pixels as the bytes of a parquet file, equal for equal tables."""
+    """Returns a table that is no shard as the bytes of a parquet file, equal for equal tables."""
     sink = io.BytesIO()
     pq.write_table(table.combine_chunks(), sink, compression="zstd", row_group_size=1 << 18, write_statistics=False)
     return sink.getvalue()
 
 
-def pixels_bytes(table: pa.Table, row_group_size: int) -> memoryview:
-    """Returns rows with pixels as the bytes of a parquet file, equal for equal rows."""
+def shard_bytes(table: pa.Table, row_group_size: int) -> memoryview:
+    """Returns the rows of a shard as the bytes of a parquet file, equal for equal rows."""
     sink = io.BytesIO()
     pq.write_table(table.combine_chunks(), sink, compression="none", use_dictionary=["label"], row_group_size=row_group_size, write_statistics=False)
     return sink.getbuffer()

@@ -95,8 +95,11 @@ def dataset_sheet(folder: Location, manifest: Manifest, copies: Copies | None = 
     check_whole(folder, manifest)
     rows = read_rows(folder, manifest, ["label", "split", "sha256"])
     chosen = chosen_rows(rows, per_label=SHEET_COLUMNS if manifest.labels else SHEET_LABELS * SHEET_COLUMNS)
-    pixels = _read(folder, manifest, rows["split"], np.concatenate(list(chosen.values())), copies)
-    parts = np.split(pixels, np.cumsum([len(numbers) for numbers in chosen.values()])[:-1])
+    space = manifest.space
+    found = _read(folder, manifest, rows["split"], np.concatenate(list(chosen.values())), copies)
+    if not space.one_tile_per_row:
+        return contact_sheet([Strip("", "", space.tiles(found))], manifest.source, _caption(manifest, len(chosen)))
+    parts = np.split(space.tiles(found), np.cumsum([len(numbers) for numbers in chosen.values()])[:-1])
     if not manifest.labels:
         strips = [Strip("", "", parts[0][first : first + SHEET_COLUMNS]) for first in range(0, len(parts[0]), SHEET_COLUMNS)]
     else:
@@ -106,19 +109,19 @@ def dataset_sheet(folder: Location, manifest: Manifest, copies: Copies | None = 
 
 
 def _caption(manifest: Manifest, num_shown: int) -> str:
-    size, kind = manifest.image_size, "RGB" if manifest.channels == 3 else "grey"
+    space = manifest.space
     labels = f", {num_shown} of {counted(len(manifest.labels), 'label')}" if num_shown < len(manifest.labels) else ""
-    return f"{counted(manifest.num_rows, 'image', ',')} of {size} x {size} {kind}{labels}, dataset {manifest.digest}"
+    return f"{counted(manifest.num_rows, space.noun, ',')}, {space.description}{labels}, dataset {manifest.digest}"
 
 
 def _read(folder: Location, manifest: Manifest, splits: pa.ChunkedArray, numbers: np.ndarray, copies: Copies | None) -> np.ndarray:
-    """Returns the pixels of rows of any split, (len(numbers), C, H, W)."""
-    out = np.empty((len(numbers), *manifest.shape), np.uint8)
+    """Returns rows of any split, (len(numbers), *shape)."""
+    out = np.empty((len(numbers), *manifest.space.shape), manifest.space.dtype)
     encoded = splits.combine_chunks().dictionary_encode()
     codes, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
     for split in (split for split in manifest.splits if split in names):
         inside = codes == names.index(split)
         mine = inside[numbers]
         if mine.any():
-            out[mine] = RowReader(folder, manifest, split, copies=copies).pixels(np.cumsum(inside)[numbers[mine]] - 1)
+            out[mine] = RowReader(folder, manifest, split, copies=copies).rows(np.cumsum(inside)[numbers[mine]] - 1)
     return out

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Prediction = Literal["eps", "x_0", "v"]
+Prediction = Literal["eps", "x_0", "v", "posterior_mean"]
 
 
 class DiffusionConfig(BaseModel):
@@ -17,4 +17,5 @@ class DiffusionConfig(BaseModel):
     betas: Literal["linear", "cosine"] = "linear"
     """Noise schedule: `linear` 1e-4 to 0.02 at T=1000 (DDPM section 4) or `cosine` (Improved DDPM Eq. 17)."""
     prediction: Prediction = "eps"
-    """What the network estimates: `eps` (DDPM Eq. 14), `x_0`, or `v` (Progressive Distillation, appendix D)."""
+    """What the network estimates: `eps` (DDPM Eq. 14), `x_0`, `v` (Progressive Distillation, appendix D), or `posterior_mean`, the mean of
+    q(x_{t-1} | x_t, x_0) (DDPM Eq. 7-8)."""

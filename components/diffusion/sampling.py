@@ -28,18 +28,20 @@ def sample(
     null_label: int | None = None,
     x_T: torch.Tensor | None = None,
     on_step: OnStep | None = None,
+    limit: float | None = 1.0,
 ) -> torch.Tensor:
-    """Draws one image per seed and returns x_0 (len(seeds), *shape), float32, in -1..1 unless the recipe does not clip.
+    """Draws one row per seed and returns x_0 (len(seeds), *shape), float32, within the limit unless the recipe does not clip.
 
     Args:
         network: (x_t, t (B,)), or (x_t, t, labels (B,)) where labels are given, -> output of x_t's shape. It may hand out the same memory
             at every call, as one under CUDA graphs does. With guidance it is called once with both halves, the labelled one first.
             It runs in the recipe's precision, x_t and all else stay float32; `prepared` makes one for which that costs no cast of weights.
-        shape: (C, H, W).
+        shape: of x_0, such as (C, H, W).
         labels: (len(seeds),) int64, the class of each image.
         null_label: the label that means none, which guidance needs.
         x_T: noise (len(seeds), *shape) to start from instead of the seeds' own; fresh noise still comes from the seeds.
         on_step: called with (step index, current estimate of x_0) after every evaluation.
+        limit: largest absolute value of x_0, which thresholds keep to; None where there is none.
 
     Raises:
         ValueError: if the recipe does not fit the schedule, or needs labels that are not there, or a length differs from that of seeds.
@@ -51,7 +53,7 @@ def sample(
 
     def estimate(x_t: torch.Tensor, level: Level) -> torch.Tensor:
         t = torch.full((len(x_t),), level.t, device=x_t.device)
-        x_0 = thresholded(schedule.predict_x_0(guided(x_t, t).float(), x_t, t[:1]), recipe.threshold)
+        x_0 = thresholded(schedule.predict_x_0(guided(x_t, t).float(), x_t, t[:1]), recipe.threshold, limit)
         if on_step is not None:
             on_step(level.index, x_0)
         return x_0
@@ -67,19 +69,19 @@ def sample(
     return {"dpmpp_2m": dpmpp_2m, "unipc": unipc}[recipe.sampler](estimate, x_t, levels)
 
 
-def thresholded(x_0: torch.Tensor, threshold: Threshold) -> torch.Tensor:
-    """Returns an estimate of x_0 (B, C, H, W) kept in range, always in memory of its own.
+def thresholded(x_0: torch.Tensor, threshold: Threshold, limit: float | None = 1.0) -> torch.Tensor:
+    """Returns an estimate of x_0 (B, ...) kept in range, always in memory of its own.
 
-    `clip` clamps to -1..1; `dynamic` clamps to the 99.5 % quantile of each image's absolute values, at least 1, and divides by it
-    (Imagen section 2.3); `none` leaves it as it is.
+    `clip` clamps to the limit; `dynamic` clamps to the 99.5 % quantile of each row's absolute values, at least the limit, and scales that to it
+    (Imagen section 2.3); `none` leaves it as it is, and so does every threshold of a space without a limit.
     """
-    if threshold == "clip":
-        return x_0.clamp(-1.0, 1.0)
-    if threshold == "none":
+    if threshold == "none" or limit is None:
         # Of an x_0 model this is the network's own output, which its next call may overwrite.
         return x_0.clone()
-    limits = x_0.abs().flatten(1).quantile(DYNAMIC_QUANTILE, dim=1).clamp(min=1.0).view(-1, 1, 1, 1)
-    return x_0.clamp(-limits, limits) / limits
+    if threshold == "clip":
+        return x_0.clamp(-limit, limit)
+    limits = x_0.abs().flatten(1).quantile(DYNAMIC_QUANTILE, dim=1).clamp(min=limit).view(-1, *[1] * (x_0.ndim - 1))
+    return x_0.clamp(-limits, limits) / (limits / limit)
 
 
 def _in_precision(network: Callable[..., torch.Tensor], precision: Precision, device_type: str) -> Callable[..., torch.Tensor]:

@@ -1,6 +1,6 @@
 """The forward process: betas, alpha_bar, and the conversions between eps, x_0 and v.
 
-Tensors indexed by `t` (int64, 0..T-1, shape (B,)) broadcast over images (B, C, H, W).
+Tensors indexed by `t` (int64, 0..T-1, shape (B,)) broadcast over rows (B, ...) of any shape.
 """
 
 import math
@@ -43,35 +43,49 @@ class Schedule:
         self.betas, self.alpha_bar = self.betas.to(device), self.alpha_bar.to(device)
         return self
 
-    def signal_and_noise(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), float32, each (B, 1, 1, 1)."""
-        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
+    def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), float32, each (B, 1, ...), to be multiplied with rows."""
+        alpha_bar = self.alpha_bar[t].view(-1, *[1] * (like.ndim - 1))
         return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+
+    def posterior_mean_weights(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the weights of x_0 and of x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM Eq. 7), float32, each (B, 1, ...); 1 and 0 at t = 0."""
+        alpha_bar, beta = self.alpha_bar[t], self.betas[t]
+        before = torch.where(t > 0, self.alpha_bar[(t - 1).clamp(min=0)], 1.0)
+        weights = before.sqrt() * beta / (1 - alpha_bar), (1 - beta).sqrt() * (1 - before) / (1 - alpha_bar)
+        of_x_0, of_x_t = (weight.float().view(-1, *[1] * (like.ndim - 1)) for weight in weights)
+        return of_x_0, of_x_t
 
     def add_noise(self, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns x_t ~ q(x_t | x_0) for the noise eps (DDPM Eq. 4)."""
-        signal, noise = self.signal_and_noise(t)
+        signal, noise = self.signal_and_noise(t, x_0)
         return signal * x_0 + noise * eps
 
     def target(self, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Returns what the network should output at x_t: eps, x_0, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0."""
+        """Returns what the network should output at x_t: eps, x_0, v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, or the mean of q(x_{t-1} | x_t, x_0)."""
         if self.prediction == "eps":
             return eps
         if self.prediction == "x_0":
             return x_0
-        signal, noise = self.signal_and_noise(t)
+        if self.prediction == "posterior_mean":
+            of_x_0, of_x_t = self.posterior_mean_weights(t, x_0)
+            return of_x_0 * x_0 + of_x_t * self.add_noise(x_0, eps, t)
+        signal, noise = self.signal_and_noise(t, x_0)
         return signal * eps - noise * x_0
 
     def predict_x_0(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns the network's estimate of x_0 from its output at x_t (DDPM Eq. 15; Progressive Distillation app. D)."""
         if self.prediction == "x_0":
             return output
-        signal, noise = self.signal_and_noise(t)
+        if self.prediction == "posterior_mean":
+            of_x_0, of_x_t = self.posterior_mean_weights(t, x_t)
+            return (output - of_x_t * x_t) / of_x_0
+        signal, noise = self.signal_and_noise(t, x_t)
         if self.prediction == "v":
             return signal * x_t - noise * output
         return (x_t - noise * output) / signal
 
     def eps_from_x_0(self, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Returns the noise that leads from x_0 to x_t: `add_noise` solved for eps."""
-        signal, noise = self.signal_and_noise(t)
+        signal, noise = self.signal_and_noise(t, x_t)
         return (x_t - signal * x_0) / noise

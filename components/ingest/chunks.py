@@ -18,15 +18,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.images import PixelRecipe
 from ..data.shards import SHARDS, Shard, Split, read_checked_shard, shard_table, write_shard
+from ..spaces.space import Space
 from ..storage import Location
 from .decoder import Decoder
 from .ledger import OUTCOME_SCHEMA, Group, Recalled
 from .listing import LISTING_SCHEMA, items_of, printable_column
 from .sources import Source
 
-CHUNK_FILES, CHUNK_BYTES, CHUNK_PIXEL_BYTES = 4096, 16 << 20, 32 << 20
+CHUNK_FILES, CHUNK_BYTES, CHUNK_ROW_BYTES = 4096, 16 << 20, 32 << 20
 SHARES, TAPER = 32, 16
 UNKNOWN_BYTES = 16 << 10
 TODO = "todo.arrow"
@@ -44,18 +44,18 @@ class Task:
     """
 
     source: Source
-    recipe: PixelRecipe
+    space: Space
     folder: str
     work: str
 
 
-def cut(sizes: np.ndarray, recipe: PixelRecipe) -> list[tuple[int, int]]:
+def cut(sizes: np.ndarray, space: Space) -> list[tuple[int, int]]:
     """Returns the chunks [first, last) of files to open: bounded in files, bytes and pixels, ever smaller towards the end.
 
     Args:
         sizes: bytes of each file, -1 where that is not known.
     """
-    most = max(1, min(CHUNK_FILES, CHUNK_PIXEL_BYTES // recipe.row_bytes))
+    most = max(1, min(CHUNK_FILES, CHUNK_ROW_BYTES // space.row_bytes))
     ends = np.cumsum(np.where(sizes < 0, UNKNOWN_BYTES, sizes))
     chunks, first = [], 0
     while first < len(sizes):
@@ -90,15 +90,15 @@ def _todo(work: Location) -> pa.Buffer:
     return pa.memory_map(str(file.path)).read_buffer() if file.is_local else pa.py_buffer(file.read_bytes())
 
 
-_IDLE: defaultdict[tuple[Source, PixelRecipe], list[Decoder]] = defaultdict(list)
+_IDLE: defaultdict[tuple[Source, Space], list[Decoder]] = defaultdict(list)
 _AT_WORK: list[Decoder] = []
 
 
 @contextlib.contextmanager
-def _borrowed(source: Source, recipe: PixelRecipe) -> Iterator[Decoder]:
+def _borrowed(source: Source, space: Space) -> Iterator[Decoder]:
     """Gives a block a decoder of its own, which stays for the next one unless the block fails."""
-    idle = _IDLE[source, recipe]
-    decoder = idle.pop() if idle else Decoder(source, recipe, max(1, min(CHUNK_FILES, CHUNK_PIXEL_BYTES // recipe.row_bytes)))
+    idle = _IDLE[source, space]
+    decoder = idle.pop() if idle else Decoder(source, space, max(1, min(CHUNK_FILES, CHUNK_ROW_BYTES // space.row_bytes)))
     _AT_WORK.append(decoder)
     try:
         yield decoder
@@ -107,7 +107,7 @@ def _borrowed(source: Source, recipe: PixelRecipe) -> Iterator[Decoder]:
         raise
     finally:
         _AT_WORK.remove(decoder)
-    _IDLE[source, recipe].append(decoder)
+    _IDLE[source, space].append(decoder)
 
 
 def end_decoders() -> None:
@@ -129,7 +129,7 @@ def decode_chunks(numbers: Iterable[int], task: Task) -> Iterator[tuple[int, byt
     """
     work = Location.of(task.work)
     todo = pa.ipc.open_file(_todo(work))
-    with _borrowed(task.source, task.recipe) as decoder, _one_at_a_time(decoder) as decoding:
+    with _borrowed(task.source, task.space) as decoder, _one_at_a_time(decoder) as decoding:
         waiting = None
         for number in numbers:
             made = _made(work, number)
@@ -167,7 +167,7 @@ def _write(number: int, batch: pa.Table, decoded: pa.Table, pixels: np.ndarray, 
     chunk = work / f"chunk-{number:06d}.rows"
     if is_row.any():
         kept, rows = (pixels, batch) if is_row.all() else (pixels[is_row], batch.filter(pa.array(is_row)))
-        table = shard_table(task.recipe, kept, rows["label"], printable_column(rows["path"]))
+        table = shard_table(task.space, kept, rows["label"], printable_column(rows["path"]))
         chunk.write_bytes(memoryview(_ipc_file(table)))
     content = _results(decoded, is_row, chunk.name)
     (work / f"chunk-{number:06d}.arrow").write_bytes(content)
@@ -229,7 +229,7 @@ def pack(packing: Packing, task: Task) -> Shard:
         rows = _read_chunk(work / name) if name.startswith("chunk-") else read_checked_shard(folder / SHARDS / name)
         parts.append(_rows_at(rows, packing.places[packing.codes == code]))
     order = np.argsort(np.argsort(packing.codes, kind="stable"), kind="stable")
-    return write_shard(folder / SHARDS, _rows_at(pa.concat_tables(parts), order), task.recipe, packing.split, staging=work)
+    return write_shard(folder / SHARDS, _rows_at(pa.concat_tables(parts), order), task.space, packing.split, staging=work)
 
 
 def _read_chunk(file: Location) -> pa.Table:

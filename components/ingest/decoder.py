@@ -25,13 +25,15 @@ from typing import IO
 
 import numpy as np
 import pyarrow as pa
+from pydantic import TypeAdapter
 
-from ..data.images import PixelRecipe, decode, prepare_process
 from ..errors import DataError
+from ..spaces.kinds import AnySpace
+from ..spaces.space import Space
 from .listing import Item
 from .sources import Source, source_from_json, source_to_json
 
-BYTES_PER_PIXEL, SPARE_BYTES = 24, 256 << 20
+SPARE_BYTES = 256 << 20
 FILE_S, POLL_S = 300.0, 5.0
 READ_AHEAD, READ_AHEAD_BYTES, UNKNOWN_BYTES = 16, 64 << 20, 1 << 20
 ATTEMPTS = 2
@@ -52,9 +54,9 @@ DECODED_SCHEMA = pa.schema(
 )
 
 
-def memory_limit(recipe: PixelRecipe) -> int:
+def memory_limit(space: Space) -> int:
     """Returns how many bytes a decoder may take on top of what it has when it starts."""
-    return BYTES_PER_PIXEL * recipe.max_pixels + SPARE_BYTES
+    return space.decoding_bytes + SPARE_BYTES
 
 
 class Decoder:
@@ -64,10 +66,10 @@ class Decoder:
         capacity: most images of one call.
     """
 
-    def __init__(self, source: Source, recipe: PixelRecipe, capacity: int) -> None:
-        self._task = json.dumps({"source": source_to_json(source), "recipe": recipe.model_dump(mode="json"), "capacity": capacity})
-        self._file = _shared_file(2 * capacity * (_RECORD.itemsize + recipe.row_bytes))
-        self._halves = _map(self._file.fileno(), recipe, capacity)
+    def __init__(self, source: Source, space: Space, capacity: int) -> None:
+        self._task = json.dumps({"source": source_to_json(source), "space": space.model_dump(mode="json"), "capacity": capacity})
+        self._file = _shared_file(2 * capacity * (_RECORD.itemsize + space.row_bytes))
+        self._halves = _map(self._file.fileno(), space, capacity)
         self._half = 0
         self._records = self._halves[0][0]
         self._child: subprocess.Popen[bytes] | None = None
@@ -250,15 +252,15 @@ def _shared_file(size: int) -> IO[bytes]:
     return file
 
 
-def _map(file: int, recipe: PixelRecipe, capacity: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns the records (N,) and pixels (N, C, H, W) uint8 of each half of a file."""
-    size = capacity * (_RECORD.itemsize + recipe.row_bytes)
+def _map(file: int, space: Space, capacity: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the records (N,) and rows (N, *shape) of each half of a file."""
+    size = capacity * (_RECORD.itemsize + space.row_bytes)
     memory = mmap.mmap(file, 2 * size)
-    shape = (capacity, recipe.channels, recipe.image_size, recipe.image_size)
     halves = []
     for first in (0, size):
-        pixels = np.frombuffer(memory, np.uint8, capacity * recipe.row_bytes, first + capacity * _RECORD.itemsize).reshape(shape)
-        halves.append((np.frombuffer(memory, _RECORD, capacity, first), pixels))
+        count, rows_at = capacity * int(np.prod(space.shape)), first + capacity * _RECORD.itemsize
+        rows = np.frombuffer(memory, space.dtype, count, rows_at).reshape(capacity, *space.shape)
+        halves.append((np.frombuffer(memory, _RECORD, capacity, first), rows))
     return halves
 
 
@@ -268,13 +270,13 @@ class _Child:
     def __init__(self, memory: int, reports: int) -> None:
         task = json.loads(sys.stdin.buffer.readline())
         self._source = source_from_json(task["source"])
-        self._recipe = PixelRecipe.model_validate(task["recipe"])
-        self._halves = _map(memory, self._recipe, task["capacity"])
+        self._space = TypeAdapter(AnySpace).validate_python(task["space"])
+        self._halves = _map(memory, self._space, task["capacity"])
         self._use(0)
         self._reports = reports
         self._is_open = False
-        prepare_process()
-        _limit_memory(memory_limit(self._recipe))
+        self._space.prepare_process()
+        _limit_memory(memory_limit(self._space))
 
     def serve(self) -> None:
         """Answers each request with a line: an empty object, or why the source is not there."""
@@ -292,12 +294,12 @@ class _Child:
             os.write(self._reports, json.dumps(answer).encode() + b"\n")
 
     def _use(self, half: int) -> None:
-        records, self._pixels = self._halves[half]
+        records, self._rows = self._halves[half]
         self._columns = {name: records[name] for name in _RECORD.names or ()}
 
     def _do(self, items: list[Item], known: list[str | None], first: int) -> None:
         state_of = self._columns["state"]
-        with _contents(self._source, items[first:], memory_limit(self._recipe) // 3) as contents:
+        with _contents(self._source, items[first:], memory_limit(self._space) // 3) as contents:
             for index in range(first, len(items)):
                 state_of[index] = _BEGUN
                 try:
@@ -305,7 +307,7 @@ class _Child:
                 except DataError as error:
                     state = self._note(index, error.reason, str(error))
                 except MemoryError:
-                    state = self._note(index, "too_large", f"needs more than {memory_limit(self._recipe) >> 20} MiB of memory to decode")
+                    state = self._note(index, "too_large", f"needs more than {memory_limit(self._space) >> 20} MiB of memory to decode")
                 except Exception as error:  # whatever a library makes of an image, it is that image's fault alone
                     state = self._note(index, "corrupt", f"its decoder failed: {type(error).__name__}")
                 state_of[index] = state
@@ -318,9 +320,9 @@ class _Child:
         self._columns["sha256"][index] = np.void(sha256)
         if known is not None and sha256.hex() == known:
             return _SAME
-        pixels = decode(content, self._recipe)
-        self._pixels[index] = pixels
-        self._columns["pixels"][index] = np.void(hashlib.blake2b(pixels.data, digest_size=16).digest())
+        row = self._space.decode(content)
+        self._rows[index] = row
+        self._columns["pixels"][index] = np.void(hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=16).digest())
         return _ROW
 
     def _note(self, index: int, reason: str, detail: str) -> int:

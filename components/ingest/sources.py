@@ -12,25 +12,35 @@ from typing import Literal, Protocol, Self
 import numpy as np
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from ..data.images import PixelRecipe
 from ..errors import DataError
+from ..spaces.pixels import PixelSettings, PixelSpace
+from ..spaces.points import PointSpace
+from ..spaces.space import Space
 from ..storage import Location
 from .builtin import TORCHVISION, DigitsSource, TorchvisionSource
 from .folders import FolderSource, Found, walk
 from .listing import Listing
+from .points import MOST_POINTS, PointsSource, points_address
 from .splits import ALL, by_file, by_first_folder, choose, split_of_file
 from .tables import ParquetSource, holds_images
 
 _CAME_LATER: dict[str, JsonValue] = {"result": "unless default"}
+POINTS = "points:"
+"""What the address of a source of points begins with."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
-class DataConfig(PixelRecipe):
-    """Which images, and what becomes of them."""
+class DataConfig(PixelSettings):
+    """Which images or points, and what becomes of them."""
 
     source: str = Field("digits", min_length=1)
     """A folder of images, or of parquet files with an image column: a path or s3://BUCKET/PREFIX. Or one of `digits`, `cifar10`, `mnist`,
-    `fashion-mnist`, `celeba`."""
+    `fashion-mnist`, `celeba`. Or points: `points:NAME` (spiral, moons, smile, grid), `points:FILE.png` (its dark pixels), or `points:FILE.csv` or
+    `points:FILE.parquet` of two columns."""
+    num_points: int = Field(10_000, ge=4, le=MOST_POINTS, json_schema_extra=_CAME_LATER)
+    """Points that are drawn of a shape or a picture; a table has as many as it has rows."""
+    points_seed: int = Field(0, ge=0, lt=2**63, json_schema_extra=_CAME_LATER)
+    """Seed of that draw."""
     root: str | None = Field(None, json_schema_extra={"result": False})
     """Folder where torchvision datasets lie or are downloaded to; by default `downloads` below the storage root."""
     image_column: str | None = None
@@ -72,6 +82,11 @@ class DataConfig(PixelRecipe):
             raise ValueError(f"holdout_fraction={self.holdout_fraction} and holdout_split={self.holdout_split} both hold images out; set one of them")
         return self
 
+    @property
+    def space(self) -> Space:
+        """What rows are."""
+        return PointSpace() if self.source.startswith(POINTS) else PixelSpace.of(self)
+
 
 class Source(Protocol):
     """A place that images come from."""
@@ -94,13 +109,15 @@ class Source(Protocol):
         ...
 
 
-_CLASSES: dict[str, type[FolderSource | ParquetSource | TorchvisionSource | DigitsSource]] = {
-    kind.__name__: kind for kind in (FolderSource, ParquetSource, TorchvisionSource, DigitsSource)
+_CLASSES: dict[str, type[FolderSource | ParquetSource | TorchvisionSource | DigitsSource | PointsSource]] = {
+    kind.__name__: kind for kind in (FolderSource, ParquetSource, TorchvisionSource, DigitsSource, PointsSource)
 }
 
 
 def address_of(source: str) -> str:
     """Returns what `data.source` names, as it means the same from any folder."""
+    if source.startswith(POINTS):
+        return POINTS + points_address(source.removeprefix(POINTS))
     return source if source == "digits" or source in TORCHVISION else str(Location.of(source))
 
 
@@ -130,6 +147,11 @@ def list_source(config: DataConfig, downloads: str = "downloads", found: Found |
     Raises:
         DataError: if it is neither a known name nor a readable folder, or holds no images.
     """
+    if config.source.startswith(POINTS):
+        if config.split not in (None, "train", ALL) or config.holdout_split is not None:
+            raise DataError("data.split and data.holdout_split mean nothing to points, which have no splits; leave them out, or use data.holdout_fraction")
+        points = PointsSource(points_address(config.source.removeprefix(POINTS)), config.num_points, config.points_seed)
+        return points, points.listing()
     if config.source == "digits" or config.source in TORCHVISION:
         root = os.path.abspath(os.path.expanduser(config.root or downloads))
         if config.split not in (None, "train", ALL) or config.holdout_split is not None:

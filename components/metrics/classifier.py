@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..data.images import to_model_range
 from ..errors import DataError
 from ..model.checkpoint import read_weights
 from ..model.manifest import sha256_of
+from ..spaces.pixels import to_model_range
 from ..streams import Purpose, stream
 from .features import full_precision
 

@@ -68,9 +68,10 @@ class DctExtractor:
         return features.flatten(1).float().cpu().numpy()
 
 
-def dct_features(channels: int, image_size: int) -> int:
-    """Returns how many features `DctExtractor` gives of images (channels, image_size, image_size)."""
-    return 2 * channels * _block(image_size) ** 2
+def dct_features(shape: tuple[int, ...]) -> int:
+    """Returns how many features `DctExtractor` gives of images (C, H, W)."""
+    channels, height, width = shape
+    return 2 * channels * _block(min(height, width)) ** 2
 
 
 def _block(image_size: int) -> int:
@@ -98,6 +99,17 @@ def full_precision() -> Iterator[None]:
     finally:
         torch.backends.cudnn.allow_tf32 = allowed[0]
         torch.set_float32_matmul_precision(allowed[1])
+
+
+class PointExtractor:
+    """Points as they are."""
+
+    name = "ed_points"
+    preprocessing = "coordinates as they are"
+    digest = hashlib.sha256(b"points_v1").hexdigest()
+
+    def __call__(self, pixels: torch.Tensor) -> np.ndarray:
+        return pixels.numpy()
 
 
 class InceptionExtractor:

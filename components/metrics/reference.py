@@ -38,6 +38,11 @@ class Reference:
     count: int | None = None
     unit: str | None = None
 
+    @property
+    def dimensions(self) -> int:
+        """D, the number of features."""
+        return len(self.mean)
+
     @classmethod
     def of(cls, stats: "FeatureStats", unit: str | None = None) -> "Reference":
         """Returns the reference with these statistics; raises like `symmetric_root`."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..data.images import to_pixels
 from ..diffusion.recipe import Recipe
 from ..diffusion.sampling import sample
 from ..streams import MAX_SEED
@@ -49,7 +48,7 @@ class Request:
 
 
 def draw(denoiser: Denoiser, request: Request, network: Callable[..., torch.Tensor] | None = None) -> np.ndarray:
-    """Returns the pixels (num_images, C, H, W), uint8, that are asked for.
+    """Returns the rows (num_images, *shape) that are asked for: pixels (num_images, C, H, W) uint8 of a model of images.
 
     Args:
         network: the denoiser's, `prepared` for the request's precision; as it is by default.
@@ -67,5 +66,7 @@ def _draw_batch(denoiser: Denoiser, network: Callable[..., torch.Tensor], reques
     labels = spec.labels_by_turns(seeds)
     if labels is not None and request.label is not None:
         labels = labels.new_full(labels.shape, spec.label_number(request.label))
-    x_0 = sample(network, denoiser.schedule, seeds, spec.shape, request.recipe, device=device, labels=labels, null_label=spec.null_label)
-    return to_pixels(x_0).cpu().numpy()
+    x_0 = sample(
+        network, denoiser.schedule, seeds, spec.shape, request.recipe, device=device, labels=labels, null_label=spec.null_label, limit=spec.space.limit
+    )
+    return spec.space.to_rows(x_0).cpu().numpy()

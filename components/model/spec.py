@@ -1,13 +1,14 @@
 """What a denoiser is, apart from its weights; reading it loads no torch."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from ..diffusion.config import DiffusionConfig
 from ..errors import DataError
 from ..networks.kinds import AnyNetworkConfig
+from ..spaces.kinds import AnySpace
 from ..storage import Location
 from .manifest import manifest_of
 
@@ -23,12 +24,19 @@ class DenoiserSpec(BaseModel):
 
     model: AnyNetworkConfig
     diffusion: DiffusionConfig
-    image_size: int = Field(ge=1)
-    """Height and width, pixels."""
-    channels: Literal[1, 3]
-    """1 for grey, 3 for RGB."""
+    space: AnySpace
+    """What rows are."""
     label_names: tuple[str, ...] = ()
     """The classes that the network is told, in the order of their numbers; empty where it is told none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, values: object) -> object:
+        """Takes what was written when all rows were square images."""
+        if not isinstance(values, dict) or "image_size" not in values:
+            return values
+        kept = {name: value for name, value in values.items() if name not in ("image_size", "channels")}
+        return kept | {"space": {"kind": "pixels", "image_size": values["image_size"], "mode": "L" if values.get("channels") == 1 else "RGB"}}
 
     @model_validator(mode="after")
     def _check_classes(self) -> Self:
@@ -69,9 +77,9 @@ class DenoiserSpec(BaseModel):
         raise ValueError(f"label={label} is unknown; use a class's name ({some}) or a number from 0 to {len(names) - 1}")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return (self.channels, self.image_size, self.image_size)
+    def shape(self) -> tuple[int, ...]:
+        """Of x_t, without the batch: (C, H, W) of images."""
+        return self.space.shape
 
 
 def read_spec(path: Location) -> DenoiserSpec:

@@ -43,6 +43,7 @@ from pipeline.measurement.team import Team
 if TYPE_CHECKING:
     from components.metrics.frechet import Reference
     from components.metrics.memorisation import Pair
+    from pipeline.measurement.reals import AnyReference
 
 PICTURE_BATCH = 16
 """Images that an actor draws together to be looked at: few, so that all actors have some."""
@@ -180,9 +181,10 @@ class Bench:
             DataError: if the folder is no checkpoint, lacks the average, or makes other images than the dataset's.
         """
         spec = read_spec(checkpoint)
-        if spec.shape != self.manifest.shape:
+        if (spec.space.kind, spec.shape) != (self.manifest.space.kind, self.manifest.space.shape):
             raise DataError(
-                f"{checkpoint} draws images of {spec.shape}, and dataset {self.manifest.digest} holds {self.manifest.shape}; name one of the same shape"
+                f"{checkpoint} draws {spec.space.description}, and dataset {self.manifest.digest} holds {self.manifest.space.description}; "
+                "name one of the same shape"
             )
         counts = tuple(self.label_counts.get(name, 0) for name in spec.label_names)
         return sample_set(self.context.storage, checkpoint, weights, recipe or self.config.recipe, counts if any(counts) else (1,) * len(counts))
@@ -196,7 +198,7 @@ class Bench:
         """
         parts = parts_of(seeds, SEEDS_PER_PART)
         checksum, fresh, started = hashlib.sha256(), 0, time.perf_counter()
-        with self.context.reporter.progress("drawing samples", len(seeds), "images") as advance, gauges(advance) as pieces:
+        with self.context.reporter.progress("drawing samples", len(seeds), f"{self.manifest.space.noun}s") as advance, gauges(advance) as pieces:
             work = ((samples, part, self.config.batch_size, pieces.gauge(part), pixels, need) for part in parts)
             for part, (sha256, drawn) in zip(parts, self.team.map("part", work), strict=True):
                 checksum.update(bytes.fromhex(sha256))
@@ -219,7 +221,7 @@ class Bench:
 
     def _draw_again(self, samples: SampleSet, seeds: Sequence[int]) -> np.ndarray:
         batches = [seeds[first : first + PICTURE_BATCH] for first in range(0, len(seeds), PICTURE_BATCH)]
-        with self.context.reporter.progress("drawing samples to look at", len(seeds), "images") as advance, gauges(advance) as pieces:
+        with self.context.reporter.progress("drawing samples to look at", len(seeds), f"{self.manifest.space.noun}s") as advance, gauges(advance) as pieces:
             drawn = []
             work = ((samples, batch, PICTURE_BATCH, pieces.gauge(batch[0])) for batch in batches)
             for batch, images in zip(batches, self.team.map("draw", work), strict=True):
@@ -234,7 +236,7 @@ class Bench:
             self._measured[key] = measure_reals(self.team, which, self.shards, self.manifest, split, self.context)
         return self._measured[key]
 
-    def reference(self) -> "tuple[Reference, MetricUnit]":
+    def reference(self) -> "tuple[AnyReference, MetricUnit]":
         """Returns what the deciding number is measured against, and its unit for the configured samples.
 
         Raises:
@@ -247,9 +249,9 @@ class Bench:
         file = Location.of(self.config.reference)
         reference = read_reference(file)
         _check_unit(file, reference, identity)
-        if reference.mean.shape != train.reference.mean.shape:
+        if reference.dimensions != train.reference.dimensions:
             raise DataError(
-                f"evaluate.reference={file} has {len(reference.mean)} features, and {identity.name} has {len(train.reference.mean)}; "
+                f"evaluate.reference={file} has {reference.dimensions} features, and {identity.name} has {train.reference.dimensions}; "
                 f"name a file of {identity.name}"
             )
         unit = {"reference_digest": hashlib.sha256(file.read_bytes()).hexdigest(), "reference_split": "file", "reference_count": reference.count or 0}
@@ -261,23 +263,23 @@ class Bench:
         sampled = Sampled(samples.folder, self.team.identities[0], self.config.seeds)
         part = self.context.reporter.part
         train, holdout = self.reals(0, "train"), self.holdout(0)
-        with part("Frechet distances"):
+        with part("distances"):
             distance, guards = measure_distance(sampled, reference), self.guards(samples)
             floor = measure_floor(train, holdout, self.config.num_samples)
         with part("kernel distance, precision, recall"):
             scores = [*self._scores(sampled, train), *measure_inception_score(sampled, unit)]
             if holdout is not None:
                 unit_of_holdout = self._unit(holdout.identity, holdout)
-                scores = [_frechet(measure_distance(sampled, holdout.reference), unit_of_holdout), *self._scores(sampled, holdout), *scores]
+                scores = [as_metric(measure_distance(sampled, holdout.reference), unit_of_holdout), *self._scores(sampled, holdout), *scores]
         with part("looking for copies of training images"):
             copies = self.team.compute(find_copies, sampled, train, holdout)
         return Numbers(
-            frechet=(_frechet(distance, unit), *guards),
+            frechet=(as_metric(distance, unit), *guards),
             jackknifed=distance.jackknifed,
             scores=tuple(scores),
             floor=floor,
             copies=copies,
-            warnings=tuple(_warnings(unit, len(reference.mean), copies)),
+            warnings=tuple(_warnings(unit, reference.dimensions, copies)),
         )
 
     def _scores(self, sampled: Sampled, reals: Reals) -> list[Metric]:
@@ -293,7 +295,7 @@ class Bench:
 
     def _guard(self, which: int, samples: SampleSet) -> Metric:
         train = self.reals(which, "train")
-        return _frechet(measure_distance(Sampled(samples.folder, train.identity, self.config.seeds), train.reference), self._unit(train.identity, train))
+        return as_metric(measure_distance(Sampled(samples.folder, train.identity, self.config.seeds), train.reference), self._unit(train.identity, train))
 
     def _unit(self, identity: Identity, reals: Reals) -> MetricUnit:
         return MetricUnit(
@@ -340,8 +342,9 @@ def open_bench(config: EvaluateConfig, shards: ShardSet, context: StageContext) 
             yield Bench(resolved, shards, manifest, team, context)
 
 
-def _frechet(distance: Distance, unit: MetricUnit) -> Metric:
-    return Metric(value=distance.value, unit=unit, standard_error=distance.standard_error)
+def as_metric(distance: Distance, unit: MetricUnit) -> Metric:
+    """Returns a distance as a number with its unit."""
+    return Metric(kind="energy" if unit.extractor.startswith("ed_") else "frechet", value=distance.value, unit=unit, standard_error=distance.standard_error)
 
 
 def _warnings(unit: MetricUnit, dimensions: int, copies: "tuple[Memorisation, tuple[Pair, ...]] | None") -> list[str]:

@@ -11,7 +11,7 @@ from components.diffusion.recipe import Recipe
 from components.storage import Location
 from pipeline.artifacts import Metric, PairedTest, ShardSet
 from pipeline.context import StageContext
-from pipeline.measurement.bench import Bench, EvaluateConfig, open_bench
+from pipeline.measurement.bench import Bench, EvaluateConfig, as_metric, open_bench
 from pipeline.measurement.draw import SampleSet
 from pipeline.measurement.measure import Sampled, measure_distance, measure_floor, paired_test
 
@@ -62,7 +62,7 @@ class Comparison:
     """All results, and what the models draw.
 
     Attributes:
-        pixels: (16, C, H, W) of each model by the first recipe, the same seeds for all.
+        pixels: pictures (N, C, H, W) of what each model draws by the first recipe, from the same seeds.
         floor: what real images score, None where there are too few.
     """
 
@@ -82,7 +82,9 @@ def compare(entrants: Sequence[Entrant], recipes: Sequence[Recipe], config: Eval
         recipes = [replace(recipe, precision=bench.config.recipe.precision) for recipe in recipes]
         bench.reference()
         results = [result for recipe in recipes for result in _by_recipe(bench, entrants, recipe)]
-        pixels = tuple(bench.pixels(_samples(bench, entrant, recipes[0]), range(GRID_IMAGES)) for entrant in entrants)
+        space = bench.manifest.space
+        seeds = range(GRID_IMAGES if space.one_tile_per_row else space.rows_in_a_picture)
+        pixels = tuple(space.tiles(bench.pixels(_samples(bench, entrant, recipes[0]), seeds)) for entrant in entrants)
         floor = measure_floor(bench.reals(0, "train"), bench.holdout(0), config.num_samples)
     return Comparison(tuple(results), pixels, None if floor is None else floor.value)
 
@@ -106,7 +108,7 @@ def _by_recipe(bench: Bench, entrants: Sequence[Entrant], recipe: Recipe) -> lis
                 recipe=unit.drawn_by,
                 sampler=recipe.sampler,
                 steps=recipe.steps,
-                metric=Metric(value=distance.value, unit=unit, standard_error=distance.standard_error),
+                metric=as_metric(distance, unit),
                 guards=tuple(_with_recipe(metric, recipe) for metric in bench.guards(samples)),
                 against_first=None if mine is sampled[0] else paired_test(mine, sampled[0], reference),
             )

@@ -10,7 +10,7 @@ from pipeline.context import StageContext
 from pipeline.measurement.bench import EvaluateConfig, open_bench
 from pipeline.measurement.draw import Identity
 from pipeline.measurement.measure import Sampled, paired_test
-from pipeline.measurement.reals import read_reference, reference_file
+from pipeline.measurement.reals import is_energy, read_points, read_reference, reference_file
 
 FRESH_SEEDS = 2**61
 
@@ -91,6 +91,7 @@ def _kept_test(config: EvaluateConfig, unit: MetricUnit, candidate: Contender, c
     if not file.is_file() or not all(each.is_there() for each in sampled):
         return None
     try:
-        return paired_test(sampled[0], sampled[1], read_reference(file))
+        read = read_points if is_energy(identity) else read_reference
+        return paired_test(sampled[0], sampled[1], read(file))
     except DataError:
         return None

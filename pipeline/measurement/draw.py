@@ -53,7 +53,7 @@ class Identity:
         return f"{self.name}-{self.digest[:16]}"
 
 
-Kind = Literal["inception", "classifier", "dct8", "dinov2"]
+Kind = Literal["inception", "classifier", "dct8", "dinov2", "points"]
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,11 @@ class ExtractorChoice:
         """Returns the extractor, its weights loaded and checked."""
         from components.metrics.classifier import ClassifierExtractor
         from components.metrics.dino import DinoExtractor
-        from components.metrics.features import DctExtractor, InceptionExtractor
+        from components.metrics.features import DctExtractor, InceptionExtractor, PointExtractor
 
         weights = Location.of(self.address)
+        if self.kind == "points":
+            return PointExtractor()
         if self.kind == "dct8":
             return DctExtractor(device)
         if self.kind == "classifier":
@@ -238,7 +240,8 @@ class Sampler:
 
     def _measure(self, which: int, pixels: np.ndarray, samples: SampleSet, seeds: range) -> None:
         extractor, identity = self._extractors[which], self.identities()[which]
-        features, logits = extracted(extractor, pixels, EXTRACT_BATCHES[self._device])
+        shown = self._model(samples)[0].spec.space.for_features(pixels)
+        features, logits = extracted(extractor, shown, EXTRACT_BATCHES[self._device])
         if logits is not None:
             write_array(logits_file(samples.folder, identity, seeds), logits)
         write_array(features_file(samples.folder, identity, seeds), features)
@@ -256,13 +259,13 @@ class Sampler:
             batches = [np.arange(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size)]
             found, tell = [], (lambda done: None) if gauge is None else gauge.tell()
             for batch in batches:
-                found.append(extracted(extractor, reader.pixels(batch), size)[0])
+                found.append(extracted(extractor, reader.space.for_features(reader.rows(batch)), size)[0])
                 tell(float(batch[-1] + 1 - rows.start))
             write_array(file, np.concatenate(found))
         return len(rows)
 
     def draw(self, samples: SampleSet, seeds: Sequence[int], batch_size: int, gauge: Gauge | None = None) -> np.ndarray:
-        """Returns the pixels (len(seeds), C, H, W) of some seeds, drawn batch by batch.
+        """Returns the rows (len(seeds), *shape) of some seeds, drawn batch by batch.
 
         Args:
             batch_size: 0 for as many as the device takes.
@@ -287,15 +290,13 @@ class Sampler:
         return np.stack(rows)
 
     def animation(self, samples: SampleSet, seeds: Sequence[int], frames: int) -> list[np.ndarray]:
-        """Returns the estimates of x_0 while seeds are drawn: pixels (len(seeds), C, H, W) for each of some steps."""
-        from components.data.images import to_pixels
-
-        steps, pictures = samples.recipe.steps, []
+        """Returns the estimates of x_0 while seeds are drawn: rows (len(seeds), *shape) for each of some steps."""
+        space, steps, pictures = self._model(samples)[0].spec.space, samples.recipe.steps, []
         shown = set(np.linspace(0, steps - 1, min(frames, steps)).round().astype(int).tolist())
 
         def show(step: int, x_0: "torch.Tensor") -> None:
             if step in shown:
-                pictures.append(to_pixels(x_0).cpu().numpy())
+                pictures.append(space.to_rows(x_0).cpu().numpy())
 
         self._sample(samples, seeds, on_step=show)
         return pictures
@@ -308,17 +309,15 @@ class Sampler:
         """
         import torch
 
-        from components.data.images import to_model_range
         from components.diffusion.objective import loss_by_timestep
 
         denoiser, _ = self._model(samples)
-        x_0 = to_model_range(torch.from_numpy(self._reader(real).pixels(np.asarray(rows))).to(self._device))
+        x_0 = denoiser.spec.space.to_x_0(torch.from_numpy(self._reader(real).rows(np.asarray(rows))).to(self._device))
         return loss_by_timestep(denoiser.network, denoiser.schedule, x_0, [timestep], first_row=first)[0] * len(rows)
 
     def _sample(self, samples: SampleSet, seeds: Sequence[int], x_T: "torch.Tensor | None" = None, on_step: "OnStep | None" = None) -> np.ndarray:
         import torch
 
-        from components.data.images import to_pixels
         from components.diffusion.sampling import sample
 
         denoiser, network = self._model(samples)
@@ -334,8 +333,9 @@ class Sampler:
             null_label=denoiser.spec.null_label,
             x_T=x_T,
             on_step=on_step,
+            limit=denoiser.spec.space.limit,
         )
-        return to_pixels(x_0).cpu().numpy()
+        return denoiser.spec.space.to_rows(x_0).cpu().numpy()
 
     def _batch_size(self, samples: SampleSet) -> int:
         """Returns how many images to draw together, measured once for each model and recipe."""

@@ -65,6 +65,8 @@ def check_extractor(config: "EvaluateConfig", shards: ShardSet, storage: Locatio
     Raises:
         DataError: if they cannot.
     """
+    if shards.space.kind == "points" and (config.extractor != "auto" or config.inception_weights or config.dinov2_weights):
+        raise DataError("evaluate.extractor, inception_weights and dinov2_weights mean nothing to points, which are their own features; leave them out")
     if config.extractor == "classifier" and shards.num_labels < MIN_CLASSES:
         raise DataError(f"evaluate.extractor=classifier needs labels, and {shards.source} has {shards.num_labels}; use dct8 or inception")
     if config.extractor == "dinov2" and config.dinov2_weights is None:
@@ -79,8 +81,11 @@ def _check_reference(config: "EvaluateConfig", shards: ShardSet) -> None:
     """Checks that a file of statistics has as many features as those that decide."""
     from components.metrics import classifier, dino, features
 
-    kind = deciding_kind(config, shards)
-    numbers = {"inception": features.INCEPTION_FEATURES, "classifier": classifier.FEATURES, "dct8": features.dct_features(shards.channels, shards.image_size)}
+    kind, space = deciding_kind(config, shards), shards.space
+    if kind == "points":
+        raise DataError("evaluate.reference means nothing to points, which are compared with the dataset's own; leave it out")
+    shape = tuple(space.for_features(np.zeros((1, *space.shape), space.dtype)).shape[1:])
+    numbers = {"inception": features.INCEPTION_FEATURES, "classifier": classifier.FEATURES, "dct8": features.dct_features(shape)}
     needed = dino.num_features(Location.of(str(config.dinov2_weights))) if kind == "dinov2" else numbers[kind]
     found = len(read_reference(Location.of(str(config.reference))).mean)
     if found != needed:
@@ -89,6 +94,8 @@ def _check_reference(config: "EvaluateConfig", shards: ShardSet) -> None:
 
 def deciding_kind(config: "EvaluateConfig", shards: ShardSet) -> Kind:
     """Returns which features decide."""
+    if shards.space.kind == "points":
+        return "points"
     if config.extractor != "auto":
         return config.extractor
     return "inception" if config.inception_weights else "classifier" if shards.num_labels >= MIN_CLASSES else "dct8"
@@ -97,6 +104,8 @@ def deciding_kind(config: "EvaluateConfig", shards: ShardSet) -> Kind:
 def choose_extractors(config: "EvaluateConfig", shards: ShardSet, context: StageContext, placement: Placement) -> list[ExtractorChoice]:
     """Returns the deciding extractor, and behind it those that are guards: dct8 always, DINOv2 where its weights are named."""
     kind = deciding_kind(config, shards)
+    if kind == "points":
+        return [ExtractorChoice("points")]
     dino = [ExtractorChoice("dinov2", str(Location.of(config.dinov2_weights)))] if config.dinov2_weights else []
     dct8 = [ExtractorChoice("dct8")]
     if kind == "classifier":
@@ -163,13 +172,15 @@ def make_classifier(dataset: str, folder: str, threads: int, gauge: Gauge, devic
     source = Location.of(dataset)
     manifest = read_manifest(source)
     # Many threads that have little to do slow one another down.
-    torch.set_num_threads(max(1, min(threads, BATCH_SIZE * manifest.image_size**2 // PIXELS_PER_THREAD)))
+    torch.set_num_threads(max(1, min(threads, BATCH_SIZE * int(np.prod(manifest.space.shape[1:])) // PIXELS_PER_THREAD)))
     reader = RowReader(source, manifest)
     classes = reader.labels(np.arange(len(reader)))
     labelled = np.flatnonzero(classes != NO_LABEL)
-    most = min(CLASSIFIER_ROWS, max(MIN_CLASSES, CLASSIFIER_BYTES // manifest.row_bytes))
+    most = min(CLASSIFIER_ROWS, max(MIN_CLASSES, CLASSIFIER_BYTES // manifest.space.row_bytes))
     labelled = labelled[:: -(-len(labelled) // most)]  # spread over all labels, by which rows are sorted
     with scratch("classifier") as staging:
         tell = gauge.tell()
-        train_classifier(reader.pixels(labelled), classes[labelled].astype(np.int64), staging / "made", lambda share: tell(100 * share), device)
+        train_classifier(
+            manifest.space.for_features(reader.rows(labelled)), classes[labelled].astype(np.int64), staging / "made", lambda share: tell(100 * share), device
+        )
         Location.of(folder).upload(staging / "made", last=RECORD)

@@ -9,11 +9,12 @@ import numpy as np
 from components.storage import Location
 from pipeline.artifacts import Floor, Memorisation, Metric, MetricUnit, PairedTest
 from pipeline.measurement.draw import SEEDS_PER_PART, Identity, features_file, logits_file, parts_of, read_parts
-from pipeline.measurement.reals import Reals
+from pipeline.measurement.reals import Reals, is_energy
 
 if TYPE_CHECKING:
     from components.metrics.frechet import FeatureStats, Reference
     from components.metrics.memorisation import Pair
+    from pipeline.measurement.reals import AnyReference
 
 MOST_COMPARED = 10_000
 """Samples and real images of which pairs are compared: kernel distance, neighbours, copies."""
@@ -56,7 +57,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Distance:
-    """A Frechet distance and what is known of its error.
+    """A Frechet or energy distance and what is known of its error.
 
     Attributes:
         influence: (N,) of every sample on the distance.
@@ -75,9 +76,14 @@ class Distance:
         return standard_error(self.influence)
 
 
-def measure_distance(sampled: Sampled, reference: "Reference") -> Distance:
-    """Returns the Frechet distance of samples from a reference."""
+def measure_distance(sampled: Sampled, reference: "AnyReference") -> Distance:
+    """Returns the distance of samples from a reference: the Frechet distance from statistics, the energy distance from points."""
+    from components.metrics import energy
     from components.metrics.frechet import compare, frechet_distance
+
+    if isinstance(reference, energy.EnergyReference):
+        found = energy.compare(np.concatenate(list(sampled.chunks())), reference)
+        return Distance(found.distance, found.influence, found.unbiased)
 
     even, odd = _halves(sampled, reference)
     comparison = compare(even.merge(odd), reference)
@@ -124,10 +130,14 @@ def measure_scores(sampled: Sampled, reals: Reals, unit: MetricUnit, device: str
     fake, real = sampled.first(MOST_COMPARED), reals.spread(MOST_COMPARED)
     if min(len(fake), len(real)) < FEWEST_COMPARED:
         return []
-    kernel, found = kernel_distance(fake, real, device=device), neighbourhoods(fake, real, device=device)
+    found = neighbourhoods(fake, real, device=device)
     unit = unit.model_copy(update={"num_samples": len(fake), "reference_count": len(real)})
+    kernels = []
+    if not is_energy(sampled.identity):  # which is a kernel distance itself
+        kernel = kernel_distance(fake, real, device=device)
+        kernels = [Metric(kind="kernel", value=kernel.mean, spread=kernel.standard_deviation, unit=unit)]
     return [
-        Metric(kind="kernel", value=kernel.mean, spread=kernel.standard_deviation, unit=unit),
+        *kernels,
         Metric(kind="precision", value=found.precision, unit=unit),
         Metric(kind="recall", value=found.recall, unit=unit),
         Metric(kind="density", value=found.density, unit=unit),
@@ -148,22 +158,35 @@ def measure_inception_score(sampled: Sampled, unit: MetricUnit) -> list[Metric]:
 
 def measure_floor(train: Reals, holdout: Reals | None, num_samples: int) -> Floor | None:
     """Returns what real images score: held-out ones against the training split where there are any, else one half of it against the other."""
-    from components.metrics.frechet import FeatureStats, Reference, frechet_distance
-
     if holdout is not None:
         measured, reference = holdout.spread(num_samples), train.reference
-        what = "held-out images against the training split"
+        what = f"held-out {'points' if train.identity.name.startswith('ed_') else 'images'} against the training split"
     else:
         values = train.spread(2 * num_samples)
         measured, other = values[::2], values[1::2]
         if min(len(measured), len(other)) < FEWEST_COMPARED:
             return None
-        reference = Reference.of(FeatureStats.of(other, train.reference.mean))
+        reference = _reference_like(train.reference, other)
         what = "one half of the training split against the other"
     if len(measured) < FEWEST_COMPARED:
         return None
+    if is_energy(train.identity):
+        from components.metrics.energy import MOST_POINTS, between_real
+
+        value, spread = between_real(measured, train.spread(MOST_POINTS), len(measured))
+        return Floor(value=value, spread=spread, count=len(measured), reference_count=reference.count or 0, measured=what, extractor=train.identity.name)
+    from components.metrics.frechet import FeatureStats, Reference, frechet_distance
+
+    assert isinstance(reference, Reference)
     value = frechet_distance(FeatureStats.of(measured, reference.mean), reference)
     return Floor(value=value, count=len(measured), reference_count=reference.count or 0, measured=what, extractor=train.identity.name)
+
+
+def _reference_like(reference: "AnyReference", features: np.ndarray) -> "AnyReference":
+    from components.metrics.energy import EnergyReference
+    from components.metrics.frechet import FeatureStats, Reference
+
+    return EnergyReference.of(features) if isinstance(reference, EnergyReference) else Reference.of(FeatureStats.of(features, reference.mean))
 
 
 def find_copies(sampled: Sampled, train: Reals, holdout: Reals | None, device: str = "cpu") -> "tuple[Memorisation, tuple[Pair, ...]] | None":
@@ -195,7 +218,7 @@ def find_copies(sampled: Sampled, train: Reals, holdout: Reals | None, device: s
     return verdict, found.pairs
 
 
-def paired_test(candidate: Sampled, champion: Sampled, reference: "Reference") -> PairedTest:
+def paired_test(candidate: Sampled, champion: Sampled, reference: "AnyReference") -> PairedTest:
     """Compares two models on the same seeds: what both have in common by starting from the same noise takes no part in the error."""
     from components.metrics.frechet import paired_difference
 

@@ -15,6 +15,7 @@ from components.model.spec import read_spec
 from components.report.page import write_report
 from components.report.records import Estimate, Number, Picture, Report, Section, Verdict
 from components.scratch import scratch
+from components.spaces.space import Space
 from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
 from pipeline.measurement.bench import Bench, Numbers
@@ -22,13 +23,13 @@ from pipeline.measurement.draw import RealSet, SampleSet
 from pipeline.tracking import git_commit
 from pipeline.training.notebook import read_metrics
 
-GRID_SEEDS, GRID_COLUMNS = range(60), 12
-"""The same for every model, so that a person sees what changed from one version to the next."""
+GRID_COLUMNS = 12
 ANIMATION_SEEDS, ANIMATION_COLUMNS, ANIMATION_FRAMES = range(16), 8, 40
 PAIRS, PAIR_STEPS = ((0, 1), (2, 3), (4, 5), (6, 7)), 9
 LOSS_TIMESTEPS, ROWS_AT_ONCE = 20, 64
 MOST_PAIRS = 16
-SEEDS_AT_ONCE = 4
+BETWEEN = "Spherical interpolation of the starting noise, each image from the same network."
+SEEDS_AT_ONCE, ROWS_IN_A_PART = 4, 500
 FILES = {
     "grid": "grid.png",
     "animation": "denoising.gif",
@@ -51,6 +52,11 @@ class Pictures:
         return str(self.folder / FILES[name])
 
 
+def seeds_shown(space: Space) -> range:
+    """Returns the seeds of the samples that a person sees: the same for every model, so that changes from one version to the next show."""
+    return range(space.rows_in_a_picture)
+
+
 def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: TrainedModel, pixels: Location) -> Pictures:
     """Draws what the page shows and writes it to the stage's folder; where few samples are measured, fewer are drawn to be looked at.
 
@@ -58,16 +64,20 @@ def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: Tra
         pixels: folder with the pixels of samples, as far as they were drawn.
     """
     folder, few = bench.context.folder, bench.config.num_samples
-    images = bench.pixels(samples, GRID_SEEDS[:few], bench.config.seeds, pixels)
-    frames = _draw_animation(bench, samples, ANIMATION_SEEDS[:few])
+    space = bench.manifest.space
+    images = bench.pixels(samples, seeds_shown(space)[:few], bench.config.seeds, pixels)
+    frames = _draw_animation(bench, samples, (ANIMATION_SEEDS if space.one_tile_per_row else seeds_shown(space))[:few])
     pairs = PAIRS[: max(1, few // 2)]
-    between = _draw_between(bench, samples, pairs)
+    between = _draw_between(bench, samples, pairs) if space.one_tile_per_row else None
     lines = [line for line in read_metrics(Location.of(model.folder)) if "train/loss" in line.metrics]
     with scratch("pictures") as staging:
         paths = {name: staging / file for name, file in FILES.items()}
-        grid(images, GRID_COLUMNS).save(paths["grid"])
-        save_animation(paths["animation"], [grid(frame, ANIMATION_COLUMNS) for frame in frames])
-        interpolation_sheet(between, pairs, "Spherical interpolation of the starting noise, each image from the same network.").save(paths["interpolation"])
+        grid(space.tiles(images), GRID_COLUMNS).save(paths["grid"])
+        save_animation(paths["animation"], [grid(space.tiles(frame), ANIMATION_COLUMNS) for frame in frames])
+        if between is not None:
+            tiles = space.tiles(between.reshape(-1, *space.shape))
+            sheet = interpolation_sheet(tiles.reshape(*between.shape[:2], *tiles.shape[1:]), pairs, BETWEEN)
+            sheet.save(paths["interpolation"])
         save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines])
         _draw_timesteps(bench, samples, paths["timesteps"])
         _draw_copies(bench, samples, numbers, paths["copies"], pixels)
@@ -76,10 +86,11 @@ def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: Tra
 
 
 def _draw_animation(bench: Bench, samples: SampleSet, seeds: range) -> list[np.ndarray]:
-    """Returns the estimates of x_0 while seeds are drawn: pixels (len(seeds), C, H, W) for each of some steps."""
-    parts = [list(seeds[first : first + SEEDS_AT_ONCE]) for first in range(0, len(seeds), SEEDS_AT_ONCE)]
+    """Returns the estimates of x_0 while seeds are drawn: rows (len(seeds), *shape) for each of some steps."""
+    size = SEEDS_AT_ONCE if bench.manifest.space.one_tile_per_row else ROWS_IN_A_PART
+    parts = [list(seeds[first : first + size]) for first in range(0, len(seeds), size)]
     found = []
-    with bench.context.reporter.progress("drawing an animation", len(seeds), "images") as advance:
+    with bench.context.reporter.progress("drawing an animation", len(seeds), f"{bench.manifest.space.noun}s") as advance:
         for part, frames in zip(parts, bench.team.map("animation", ((samples, part, ANIMATION_FRAMES) for part in parts)), strict=True):
             found.append(frames)
             advance(len(part))
@@ -98,7 +109,8 @@ def _draw_between(bench: Bench, samples: SampleSet, pairs: Sequence[tuple[int, i
 
 def _draw_timesteps(bench: Bench, samples: SampleSet, path: Path) -> None:
     """Draws the loss at single noise levels, on training and on held-out images: as many as samples are measured, up to `evaluate.loss_images`."""
-    splits: dict[str, Split] = {"training images": "train", "held-out images": "holdout"}
+    noun = f"{bench.manifest.space.noun}s"
+    splits: dict[str, Split] = {f"training {noun}": "train", f"held-out {noun}": "holdout"}
     num_steps = read_spec(Location.of(samples.checkpoint)).diffusion.num_steps
     timesteps = sorted(set(np.linspace(0, num_steps - 1, LOSS_TIMESTEPS).round().astype(int).tolist()))
     curves = {name: _losses(bench, samples, split, timesteps) for name, split in splits.items() if bench.manifest.splits.get(split, 0)}
@@ -114,7 +126,7 @@ def _losses(bench: Bench, samples: SampleSet, split: Split, timesteps: Sequence[
     work = ((samples, real, rows[first : first + ROWS_AT_ONCE], first, timesteps[index]) for index, first in pieces)
     sums = np.zeros(len(timesteps))
     what = "the loss at each noise level" if split == "train" else "the same on held-out images"
-    with bench.context.reporter.progress(what, len(timesteps) * len(rows), "images") as advance:
+    with bench.context.reporter.progress(what, len(timesteps) * len(rows), f"{bench.manifest.space.noun}s") as advance:
         for (index, first), loss in zip(pieces, bench.team.map("loss_at", work), strict=True):
             sums[index] += loss
             advance(len(rows[first : first + ROWS_AT_ONCE]))
@@ -123,14 +135,15 @@ def _losses(bench: Bench, samples: SampleSet, split: Split, timesteps: Sequence[
 
 def _draw_copies(bench: Bench, samples: SampleSet, numbers: Numbers, path: Path, pixels: Location) -> None:
     """Draws the samples that are nearest to a training image, beside it."""
-    if numbers.copies is None:
+    space = bench.manifest.space
+    if numbers.copies is None or not space.one_tile_per_row:
         return
     verdict, found = numbers.copies
     pairs = found[:MOST_PAIRS]
     seeds = [bench.config.first_seed + pair.sample for pair in pairs]
     ours = bench.pixels(samples, seeds, bench.config.seeds, pixels)
-    theirs = RowReader(Location.of(bench.shards.path), bench.manifest).pixels(np.asarray([pair.training_row for pair in pairs]))
-    closest_pairs(ours, theirs, [pair.distance for pair in pairs], verdict.threshold).save(path)
+    theirs = RowReader(Location.of(bench.shards.path), bench.manifest).rows(np.asarray([pair.training_row for pair in pairs]))
+    closest_pairs(space.tiles(ours), space.tiles(theirs), [pair.distance for pair in pairs], verdict.threshold).save(path)
 
 
 def write_page(evaluation: Evaluation, model: TrainedModel, shards: ShardSet, pictures: Pictures) -> None:
@@ -138,12 +151,12 @@ def write_page(evaluation: Evaluation, model: TrainedModel, shards: ShardSet, pi
     metric = evaluation.metric
     report = Report(
         title=f"{Location.of(evaluation.folder).parent.parent.name}: evaluation",
-        subtitle=f"{counted(evaluation.step, 'step', ',')} on {counted(shards.num_train, 'image', ',')} of {shards.source}; "
+        subtitle=f"{counted(evaluation.step, 'step', ',')} on {counted(shards.num_train, shards.space.noun, ',')} of {shards.source}; "
         f"{counted(metric.unit.num_samples, 'sample', ',')} by {metric.unit.drawn_by}",
-        verdict=_verdict(evaluation),
+        verdict=_verdict(evaluation, shards.space.noun),
         warnings=evaluation.warnings,
         numbers=[_deciding(evaluation), *map(as_number, (*evaluation.guards, *evaluation.scores))],
-        sections=_sections(evaluation, pictures),
+        sections=_sections(evaluation, pictures, shards.space),
         provenance={
             "dataset": shards.digest,
             "config": model.config_digest,
@@ -165,7 +178,7 @@ def as_number(metric: Metric) -> Number:
     """Returns a metric as the page's table shows it."""
     estimate = Estimate(metric.value) if metric.standard_error is None else Estimate.of(metric.value, metric.standard_error)
     note = "" if metric.spread is None else f"standard deviation {metric.spread:.3g} over subsets"
-    return Number(metric.name, estimate, unit_of(metric.unit), "lower" if metric.kind in ("frechet", "kernel") else "higher", note)
+    return Number(metric.name, estimate, unit_of(metric.unit), "lower" if metric.kind in ("frechet", "energy", "kernel") else "higher", note)
 
 
 def unit_of(unit: MetricUnit) -> dict[str, str]:
@@ -181,21 +194,22 @@ def unit_of(unit: MetricUnit) -> dict[str, str]:
     }
 
 
-def _verdict(evaluation: Evaluation) -> Verdict:
+def _verdict(evaluation: Evaluation, noun: str) -> Verdict:
     metric, floor = evaluation.metric, evaluation.floor
     text = f"{metric.name} = {metric.value:.4g}"
     if metric.standard_error is not None:
         text += f" ± {1.96 * metric.standard_error:.2g}"
     if floor is not None:
-        text += f"; {floor.count:,} real images score {floor.value:.4g} ({floor.measured})"
+        spread = "" if floor.spread is None else f" ± {1.96 * floor.spread:.2g}"
+        text += f"; {floor.count:,} real {noun}s score {floor.value:.4g}{spread} ({floor.measured})"
     copies = evaluation.memorisation
     if copies is not None:
         text += f"; {copies.verdict}"
     return Verdict(f"{text}.", "bad" if copies is not None and copies.copies else "neutral")
 
 
-def _sections(evaluation: Evaluation, pictures: Pictures) -> list[Section]:
-    last = GRID_SEEDS[: evaluation.metric.unit.num_samples][-1]
+def _sections(evaluation: Evaluation, pictures: Pictures, space: Space) -> list[Section]:
+    last = seeds_shown(space)[: evaluation.metric.unit.num_samples][-1]
     sections = [
         Section("Samples", f"Seeds from 0 to {last} for every model, so that pages can be laid side by side.", _shown(pictures, _SAMPLES)),
         Section("Training", "", _shown(pictures, _TRAINING)),

@@ -17,7 +17,11 @@ from pipeline.measurement.gauge import gauges
 from pipeline.measurement.team import Team
 
 if TYPE_CHECKING:
+    from components.metrics.energy import EnergyReference
+
     from components.metrics.frechet import Reference
+
+    AnyReference = Reference | EnergyReference
 
 MOST_KEPT = 100_000
 """Rows whose features stay after the statistics are made: neighbours are sought among them."""
@@ -34,7 +38,7 @@ class Reals:
     real: RealSet
     identity: Identity
     num_rows: int
-    reference: "Reference"
+    reference: "AnyReference"
 
     @property
     def split(self) -> Split:
@@ -84,16 +88,17 @@ def measure_reals(team: Team, which: int, shards: ShardSet, manifest: Manifest, 
     num_rows = manifest.splits.get(split, 0)
     cached = reference_file(context.storage, manifest.digest, split, identity)
     parts = parts_of(range(num_rows), ROWS_PER_PART)
-    reference = read_reference(cached) if cached.is_file() else None
+    read = read_points if is_energy(identity) else read_reference
+    reference = read(cached) if cached.is_file() else None
     needed = kept(parts) if reference is not None else parts
-    with context.reporter.progress(f"measure {split} by {identity.name}", num_rows, "images") as advance, gauges(advance) as pieces:
+    with context.reporter.progress(f"measure {split} by {identity.name}", num_rows, f"{manifest.space.noun}s") as advance, gauges(advance) as pieces:
         for part, rows in zip(needed, team.map("real_part", ((which, real, part, pieces.gauge(part)) for part in needed)), strict=True):
             pieces.finish(part, rows)
     if reference is not None:
         return Reals(real, identity, num_rows, reference)
-    with alone(context.storage / "locks" / f"features-{cached.name}", context.reporter, f"measures {split} images by {identity.name}"):
+    with alone(context.storage / "locks" / f"features-{cached.name}", context.reporter, f"measures {split} {manifest.space.noun}s by {identity.name}"):
         if cached.is_file():
-            return Reals(real, identity, num_rows, read_reference(cached))
+            return Reals(real, identity, num_rows, read(cached))
         unit = {"dataset": manifest.digest, "split": split, "extractor": identity.name, "extractor_digest": identity.digest}
         reference = _make_reference(real, identity, parts, json.dumps(unit, sort_keys=True))
         reference.save(cached)
@@ -107,8 +112,13 @@ def reference_file(storage: Location, dataset_digest: str, split: Split, identit
     return storage / "cache" / "references" / f"{dataset_digest}-{split}-{identity.file_name}.npz"
 
 
-def _make_reference(real: RealSet, identity: Identity, parts: list[range], unit: str) -> "Reference":
+def _make_reference(real: RealSet, identity: Identity, parts: list[range], unit: str) -> "AnyReference":
+    from components.metrics.energy import EnergyReference
+
     from components.metrics.frechet import FeatureStats, Reference
+
+    if is_energy(identity):
+        return EnergyReference.of(np.concatenate(list(read_parts(real.features_file(identity, rows) for rows in parts))), unit)
 
     stats: FeatureStats | None = None
     for values in read_parts(real.features_file(identity, rows) for rows in parts):
@@ -117,6 +127,18 @@ def _make_reference(real: RealSet, identity: Identity, parts: list[range], unit:
         stats = part if stats is None else stats.merge(part)
     assert stats is not None
     return Reference.of(stats, unit)
+
+
+def is_energy(identity: Identity) -> bool:
+    """Tells whether an extractor's features are compared by the energy distance, as those of few dimensions are; else by the Frechet distance."""
+    return identity.name.startswith("ed_")
+
+
+def read_points(file: Location) -> "EnergyReference":
+    """Returns the points that others are compared with, from a file of ours. Raises DataError if it is no such file."""
+    from components.metrics.energy import EnergyReference
+
+    return EnergyReference.load(file)
 
 
 def read_reference(file: Location) -> "Reference":

@@ -121,15 +121,15 @@ def signature(spec: "DenoiserSpec") -> "ModelSignature":
     4.5 to 4 in the server; the model itself refuses what does not fit. The types are those of the parameters.
     """
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
     from mlflow.types.schema import AnyType
 
     from pipeline.registry.served_model import parameters
 
-    known = parameters(spec.diffusion.num_steps)
+    known = parameters(spec.diffusion.num_steps, spec.space.noun)
     columns: list[Any] = [ColSpec(AnyType(), name, required=False) for name, _, _ in known]
-    outputs: list[Any] = [ColSpec(DataType.binary, "png")]
-    return ModelSignature(Schema(columns), Schema(outputs), ParamSchema([ParamSpec(name, kind, default) for name, kind, default in known]))
+    outputs = Schema([ColSpec(DataType.binary, "png")] if spec.space.noun == "image" else [TensorSpec(spec.space.dtype, (-1, *spec.shape))])
+    return ModelSignature(Schema(columns), outputs, ParamSchema([ParamSpec(name, kind, default) for name, kind, default in known]))
 
 
 def _forget_this_machine(model_id: str, folder: Path) -> None:

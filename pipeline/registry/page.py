@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from components.counts import counted
+from components.spaces.space import Space
 from pipeline.artifacts import Evaluation, Memorisation, Metric, ShardSet, TrainedModel
 from pipeline.progress import duration
 from pipeline.registry.move import Move
@@ -60,7 +61,7 @@ def version_page(made: Made, move: Move | None, address: Address) -> str:
 
 {facts}
 
-{_how_to_load(address)}"""[:DESCRIPTION_LIMIT]
+{_how_to_load(address, made.shards.space)}"""[:DESCRIPTION_LIMIT]
 
 
 def _headline(metric: Metric, move: Move | None) -> str:
@@ -83,13 +84,13 @@ def _numbers(made: Made, move: Move | None) -> list[tuple[str, str]]:
         (
             "unit",
             f"{unit.extractor} ({unit.extractor_digest[:12]}), {counted(unit.num_samples, 'sample')} from seed {unit.first_seed}, {unit.drawn_by}, "
-            f"against {counted(unit.reference_count, 'image')} ({unit.reference_split}) of {unit.reference_digest[:16]}",
+            f"against {counted(unit.reference_count, made.shards.space.noun)} ({unit.reference_split}) of {unit.reference_digest[:16]}",
         ),
     ]
     if move and move.contest:
         rows.append(("against the champion", move.contest.in_words))
     if evaluation.floor is not None:
-        rows.append(("real images score", f"{evaluation.floor.value:.4g} ({evaluation.floor.count} {evaluation.floor.measured})"))
+        rows.append((f"real {made.shards.space.noun}s score", f"{evaluation.floor.value:.4g} ({evaluation.floor.count} {evaluation.floor.measured})"))
     rows += [(guard.name, f"{guard.value:.4g}{_error(guard)}") for guard in evaluation.guards]
     if evaluation.memorisation is not None:
         rows.append(("memorisation", _memory(evaluation.memorisation)))
@@ -104,12 +105,12 @@ def _origins(made: Made, address: Address) -> list[tuple[str, str]]:
     shards, model, evaluation = made.shards, made.model, made.evaluation
     run = ui_fragment(f"experiments/{address.experiment_id}/runs/{address.run_id}")
     artifacts = ui_fragment(f"experiments/{address.experiment_id}/runs/{address.run_id}/artifacts")
-    size = f"{shards.image_size}x{shards.image_size}x{shards.channels}"
     held_out = shards.num_rows - shards.num_train
     return [
         (
             "dataset",
-            f"[{shards.digest}]({artifacts}): {counted(shards.num_rows, 'image')} of {size}{f', {held_out} held out' if held_out else ''}, "
+            f"[{shards.digest}]({artifacts}): {counted(shards.num_rows, shards.space.noun)}, {shards.space.description}"
+            f"{f', {held_out} held out' if held_out else ''}, "
             f"{_quarantined(shards)}; from `{' '.join(shards.source.replace('`', ' ').split())}`",
         ),
         (
@@ -118,7 +119,7 @@ def _origins(made: Made, address: Address) -> list[tuple[str, str]]:
             f"{model.precision}, "
             f"average `{evaluation.weights}`; config {model.config_digest}",
         ),
-        ("hardware", f"{model.num_workers} x {model.device}, {model.images_per_second:.0f} images/s, {duration(model.seconds)} of training"),
+        ("hardware", f"{model.num_workers} x {model.device}, {model.images_per_second:.0f} {made.shards.space.noun}s/s, {duration(model.seconds)} of training"),
         ("run", f"[{made.run_name}]({run}): every setting, curves, [artifacts]({artifacts}) with report.html"),
     ]
 
@@ -131,11 +132,12 @@ def _quarantined(shards: ShardSet) -> str:
     return f"{shards.num_quarantined} quarantined ({reasons}{', ...' if len(worst) > MOST_REASONS else ''})"
 
 
-def _how_to_load(address: Address) -> str:
+def _how_to_load(address: Address, space: Space) -> str:
+    answer = "pngs" if space.one_tile_per_row else f"{space.noun}s"
     return f"""```python
 import mlflow; mlflow.set_tracking_uri("{address.uri}")
 model = mlflow.pyfunc.load_model("models:/{address.name}/{address.version}")
-pngs = model.predict({{"num_images": 16, "seed": 0}})
+{answer} = model.predict({{"num_images": 16, "seed": 0}})
 ```
 """
 

@@ -18,7 +18,12 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 PNG, ARRAY = "png", "array"
 
 
-def parameters(num_steps: int) -> list[tuple[str, str, Any]]:
+def formats(noun: str) -> tuple[str, ...]:
+    """Returns in which formats rows of a space may be had, the usual one first."""
+    return (PNG, ARRAY) if noun == "image" else (ARRAY,)
+
+
+def parameters(num_steps: int, noun: str = "image") -> list[tuple[str, str, Any]]:
     """Returns what may be asked for, of a model of num_steps (T) noise levels: name, MLflow's type, default."""
     return [
         ("num_images", "long", 1),
@@ -27,7 +32,7 @@ def parameters(num_steps: int) -> list[tuple[str, str, Any]]:
         ("sampler", "string", "ddim"),
         ("label", "string", None),
         ("guidance", "double", 1.0),
-        ("format", "string", PNG),
+        ("format", "string", formats(noun)[0]),
     ]
 
 
@@ -53,10 +58,10 @@ class Sampler(mlflow.pyfunc.PythonModel):
         self._denoiser = load_denoiser(Location.of(context.artifacts["checkpoint"]), device)
         self._precision = resolve_precision("auto", device)
         self._network = prepared(self._denoiser.network, self._precision, device)
-        self._defaults = {name: default for name, _, default in parameters(self._denoiser.schedule.num_steps)}
+        self._defaults = {name: default for name, _, default in parameters(self._denoiser.schedule.num_steps, self._denoiser.spec.space.noun)}
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:  # pyrefly: ignore[bad-override]
-        """Returns one entry per image, those of the first row first: PNG bytes, or an array (N, H, W, C) uint8 where format is `array`.
+        """Returns one entry per image, those of the first row first: PNG bytes, or an array (N, H, W, C) uint8 where format is `array`; of points (N, 2).
 
         Args:
             model_input: each row is a request of its own; a column that is absent or empty is what `params` say. No row at all is one request.
@@ -70,10 +75,12 @@ class Sampler(mlflow.pyfunc.PythonModel):
         given = self._defaults | {name: value for name, value in (params or {}).items() if value is not None}
         rows = [given | _stated(row) for row in model_input.to_dict(orient="records")] or [given]
         requests = [self._request(row, f"row {index}: " if len(rows) > 1 else "") for index, row in enumerate(rows)]
-        form = _format(rows)
+        form = _format(rows, self._denoiser.spec.space.noun)
         _check_total(requests)
-        pixels = np.concatenate([draw(self._denoiser, request, self._network) for request in requests])
-        return pixels.transpose(0, 2, 3, 1) if form == ARRAY else [_to_png(image) for image in pixels]
+        drawn = np.concatenate([draw(self._denoiser, request, self._network) for request in requests])
+        if form == ARRAY:
+            return drawn.transpose(0, 2, 3, 1) if drawn.ndim == 4 else drawn
+        return [_to_png(image) for image in drawn]
 
     def _request(self, row: Mapping[str, Any], place: str) -> Any:
         from components.diffusion.recipe import Recipe
@@ -94,10 +101,11 @@ def _stated(row: Mapping[Any, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not (pd.api.types.is_scalar(value) and pd.isna(value))}
 
 
-def _format(rows: list[dict[str, Any]]) -> str:
+def _format(rows: list[dict[str, Any]], noun: str) -> str:
     form = str(rows[0]["format"])
-    if form not in (PNG, ARRAY):
-        raise InvalidRequestError(f"format={form} is unknown; use {PNG} or {ARRAY}")
+    if form not in formats(noun):
+        wrong = "is unknown" if form not in (PNG, ARRAY) else f"means nothing to {noun}s"
+        raise InvalidRequestError(f"format={form} {wrong}; use {' or '.join(formats(noun))}")
     if others := [row["format"] for row in rows if row["format"] != form]:
         raise InvalidRequestError(f"format={others[0]} differs from the first row's {form}; ask for one format in one call")
     return form

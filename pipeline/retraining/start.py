@@ -74,9 +74,9 @@ def _check_same(checkpoint: Location, address: str, model: NetworkConfig, diffus
         for key, value in ours.model_dump(mode="json").items()
         if theirs[key] != value
     ]
-    shape = read_manifest(Location.of(shards.path)).shape
-    if spec.shape != shape:
-        unlike.append(f"images of {'x'.join(map(str, shape))} here, {'x'.join(map(str, spec.shape))} there")
+    space = read_manifest(Location.of(shards.path)).space
+    if (spec.space.kind, spec.shape) != (space.kind, space.shape):
+        unlike.append(f"{space.description} here, {spec.space.description} there")
     labels = tuple(read_manifest(Location.of(shards.path)).label_names) if model.conditional else ()
     if model.conditional and labels != spec.label_names:
         unlike.append(f"labels {', '.join(sorted(set(labels) ^ set(spec.label_names)))} on one side only")

@@ -32,7 +32,7 @@ from pipeline.training.plan import TrainFailure, TrainOutcome, TrainPlan
 from pipeline.training.pulse import SAVED, TROUBLE, Pulse
 from pipeline.training.restarts import note_restart
 from pipeline.training.system_watch import SystemWatch
-from pipeline.training.trainer import Trainer, grid_pixels, make_batch_plan, make_trainer
+from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer, sample_tiles
 
 GRID_COLUMNS = 8
 
@@ -144,7 +144,7 @@ def train_loop(config: dict[str, Any]) -> str:
 def _no_room(plan: TrainPlan, manifest: Manifest, device: torch.device, error: Exception) -> str:
     right = ["train.micro_batch_size=auto"] if plan.train.micro_batch_size != "auto" else ["more train.lanes, so that a lane has fewer images"]
     right += [] if getattr(plan.model, "checkpointing", True) else ["model.checkpointing=true"]
-    told = f"train.micro_batch_size={plan.train.micro_batch_size} needs more memory than {_name_of(device)} has at {manifest.image_size} pixels"
+    told = f"train.micro_batch_size={plan.train.micro_batch_size} needs more memory than {_name_of(device)} has for {manifest.space.description}"
     return f"{told} ({' '.join(str(error).split())[:200]}); use {' or '.join(right)}"
 
 
@@ -277,9 +277,9 @@ class Worker:
         first = self.plan.batch(self.reader, trainer.step, lanes).map(lambda tensor: tensor.to(trainer.device))
         trainer.stepper.cut(trainer.config.micro_batch_size, first, order.rows_per_lane)
         if trainer.device.type == "cpu" and not self.threads_asked_for:
-            torch.set_num_threads(threads_that_pay(torch.get_num_threads(), trainer.pass_flops(trainer.stepper.part or len(first.pixels))))
+            torch.set_num_threads(threads_that_pay(torch.get_num_threads(), trainer.pass_flops(trainer.stepper.part or len(first.data))))
         if self.rank == 0:
-            images, part = counted(len(first.pixels), "image"), trainer.stepper.part
+            images, part = counted(len(first.data), trainer.spec.space.noun), trainer.stepper.part
             passes = f"{images} of a worker in passes of {part}" if part else f"{images} of a worker in one pass"
             threads = f", {counted(torch.get_num_threads(), 'thread')}" if trainer.device.type == "cpu" else ""
             self.pulse.tell(f"{_name_of(trainer.device)}{threads}: {trainer.arithmetic}, {passes}")
@@ -309,7 +309,7 @@ class Worker:
         """Draws the sample grid and returns how long that took; one that cannot be written now is written with the next."""
         started = time.perf_counter()
         self.pulse.phase = "drawing samples"
-        self.pictures[self.trainer.step] = grid_pixels(self.trainer)
+        self.pictures[self.trainer.step] = sample_tiles(self.trainer)
         with contextlib.suppress(OSError):
             self._write_pictures(attempt)
         return time.perf_counter() - started

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from components.data.batches import Batch
-from components.data.images import to_model_range
 from components.diffusion.objective import simple_loss
 from components.diffusion.schedule import Schedule
 from components.model.ema import Ema
+from components.spaces.space import Space
 from pipeline.training.arithmetic import Arithmetic
 
 WARM_UP, MOST_MEMORY = 3, 0.85
@@ -35,10 +35,17 @@ class Step:
     """
 
     def __init__(
-        self, network: nn.Module, optimizer: torch.optim.AdamW, averages: Sequence[Ema], schedule: Schedule, arithmetic: Arithmetic, grad_clip: float
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.AdamW,
+        averages: Sequence[Ema],
+        schedule: Schedule,
+        arithmetic: Arithmetic,
+        grad_clip: float,
+        space: Space,
     ) -> None:
         self._module, self._optimizer, self._averages, self._schedule, self._grad_clip = network, optimizer, averages, schedule, grad_clip
-        self._arithmetic = arithmetic
+        self._arithmetic, self._space = arithmetic, space
         self.network: nn.Module = network
         self.share, self.part = 1.0, 0
         self._device = next(network.parameters()).device
@@ -88,7 +95,7 @@ class Step:
         Raises:
             torch.OutOfMemoryError: if there is no room for one lane.
         """
-        images = len(batch.pixels)
+        images = len(batch.data)
         if wanted != "auto" or self._device.type != "cuda":
             self.part = 0 if wanted == "auto" or wanted >= images else wanted
             return
@@ -103,7 +110,7 @@ class Step:
         """Tells whether a pass leaves some memory of the GPU free; it is done eagerly, which takes more than it does compiled."""
         torch.cuda.reset_peak_memory_stats()
         try:
-            _loss(self._module, self._schedule, self._arithmetic, *part.tensors()).backward()
+            _loss(self._module, self._schedule, self._arithmetic, self._space, *part.tensors()).backward()
             return torch.cuda.max_memory_allocated() < MOST_MEMORY * torch.cuda.get_device_properties(self._device).total_memory
         except torch.OutOfMemoryError:
             return False
@@ -112,12 +119,12 @@ class Step:
             torch.cuda.empty_cache()
 
     def _accumulate(self, batch: Batch) -> torch.Tensor:
-        images = len(batch.pixels)
+        images = len(batch.data)
         parts = batch.split(self.part or images)
         total = torch.zeros((), device=self._device)
         for number, part in enumerate(parts):
             with self._no_sync(is_last=number == len(parts) - 1):
-                loss = self._loss_of(part) * (self.share * len(part.pixels) / images)
+                loss = self._loss_of(part) * (self.share * len(part.data) / images)
                 loss.backward()
             total = total + loss.detach()
         return total
@@ -132,7 +139,7 @@ class Step:
         if self._loss is None:
             alone = self.network is self._module
             network = torch.compile(self.network) if self._arithmetic.compiled and not alone else self.network
-            loss = partial(_loss, network, self._schedule, self._arithmetic)
+            loss = partial(_loss, network, self._schedule, self._arithmetic, self._space)
             self._loss = torch.compile(loss, fullgraph=True, dynamic=False) if self._arithmetic.compiled and alone else loss
         return self._loss(*part.tensors())
 
@@ -203,13 +210,15 @@ def _loss(
     network: Callable[..., torch.Tensor],
     schedule: Schedule,
     arithmetic: Arithmetic,
-    pixels: torch.Tensor,
+    space: Space,
+    data: torch.Tensor,
     eps: torch.Tensor,
     t: torch.Tensor,
     labels: torch.Tensor | None,
     keys: torch.Tensor | None,
 ) -> torch.Tensor:
     """Returns L_simple of a batch, in float32 but for the network's own arithmetic."""
-    x_0 = to_model_range(pixels).contiguous(memory_format=arithmetic.memory_format)
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=arithmetic.precision == "bfloat16"):
+    x_0 = space.to_x_0(data)
+    x_0 = x_0.contiguous(memory_format=arithmetic.memory_format) if x_0.ndim == 4 else x_0
+    with torch.autocast(data.device.type, torch.bfloat16, enabled=arithmetic.precision == "bfloat16"):
         return simple_loss(network if keys is None else partial(network, keys=keys), schedule, x_0, eps, t, labels)

@@ -9,7 +9,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.data.batches import Batch, BatchPlan
-from components.data.images import to_pixels
 from components.data.order import plan_order
 from components.data.shards import Manifest
 from components.diffusion.recipe import MONITORING
@@ -166,8 +165,7 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
     spec = DenoiserSpec(
         model=plan.model,
         diffusion=plan.diffusion,
-        image_size=manifest.image_size,
-        channels=1 if manifest.channels == 1 else 3,
+        space=manifest.space,
         label_names=_label_names(plan, manifest),
     )
     torch.manual_seed(int(stream(Purpose.WEIGHTS, plan.train.seed).integers(2**32)))
@@ -182,7 +180,7 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=plan.train.weight_decay, fused=True, capturable=on_gpu)
     ema, more = Ema(network, plan.train.ema_decay), {average_name(decay): Ema(network, decay) for decay in plan.train.more_ema_decays}
     schedule = Schedule(plan.diffusion).to(device)
-    stepper = Step(network, optimizer, [ema, *more.values()], schedule, arithmetic, plan.train.grad_clip)
+    stepper = Step(network, optimizer, [ema, *more.values()], schedule, arithmetic, plan.train.grad_clip, manifest.space)
     trainer = Trainer(plan.train, spec, plan.inputs, device, arithmetic, network, optimizer, ema, more, schedule, stepper, settings=plan.settings)
     if resumable is not None:
         trainer.take_over(resumable)
@@ -225,13 +223,14 @@ def make_batch_plan(plan: TrainPlan, manifest: Manifest) -> BatchPlan:
     """Returns what decides the batches of a training run."""
     order = plan_order(
         num_rows=manifest.num_train,
-        row_bytes=manifest.row_bytes,
+        row_bytes=manifest.space.row_bytes,
         global_batch_size=plan.train.global_batch_size,
         lanes=plan.train.lanes,
         seed=plan.train.seed,
     )
     classes = len(_label_names(plan, manifest))
-    return BatchPlan(order, plan.diffusion.num_steps, plan.train.flip, classes, plan.train.label_dropout, plan.model.num_dropouts)
+    mirrored = manifest.space.mirrored if plan.train.flip else None
+    return BatchPlan(order, plan.diffusion.num_steps, mirrored, classes, plan.train.label_dropout, plan.model.num_dropouts)
 
 
 def _label_names(plan: TrainPlan, manifest: Manifest) -> tuple[str, ...]:
@@ -239,16 +238,18 @@ def _label_names(plan: TrainPlan, manifest: Manifest) -> tuple[str, ...]:
     return tuple(manifest.label_names) if plan.model.conditional else ()
 
 
-def grid_pixels(trainer: Trainer) -> np.ndarray:
-    """Returns samples of the averaged weights (16, C, H, W) uint8: the same seeds each time, of the classes by turns where the network is told any."""
+def sample_tiles(trainer: Trainer) -> np.ndarray:
+    """Returns pictures (N, C, H, W) uint8 of samples of the averaged weights: the same seeds each time, of the classes by turns where there are any."""
+    space = trainer.spec.space
+    seeds = GRID_SEEDS if space.one_tile_per_row else range(space.rows_in_a_picture)
     training = {name: value.clone() for name, value in trainer.network.state_dict().items()}
     trainer.network.load_state_dict(trainer.ema.weights)
     trainer.network.eval()
     try:
         recipe = replace(MONITORING, steps=min(MONITORING.steps, trainer.schedule.num_steps), precision=trainer.arithmetic.precision)
-        labels = trainer.spec.labels_by_turns(GRID_SEEDS)
-        x_0 = sample(trainer.network, trainer.schedule, GRID_SEEDS, trainer.spec.shape, recipe, device=trainer.device, labels=labels)
+        labels = trainer.spec.labels_by_turns(seeds)
+        x_0 = sample(trainer.network, trainer.schedule, seeds, space.shape, recipe, device=trainer.device, labels=labels, limit=space.limit)
     finally:
         trainer.network.load_state_dict(training)
         trainer.network.train()
-    return to_pixels(x_0).cpu().numpy()
+    return space.tiles(space.to_rows(x_0).cpu().numpy())

@@ -11,6 +11,7 @@ from components.data.batches import Batch, BatchPlan
 from components.data.order import RowOrder
 from components.data.reader import RowReader
 from components.data.shards import Manifest
+from components.spaces.pixels import PixelSpace
 from components.storage import Location
 
 
@@ -23,7 +24,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Location, Manifes
 
 
 def plan(flip: bool = True) -> BatchPlan:
-    return BatchPlan(RowOrder(107, 24, 4, seed=5), num_steps=1000, flip=flip)
+    return BatchPlan(RowOrder(107, 24, 4, seed=5), num_steps=1000, mirrored=PixelSpace().mirrored if flip else None)
 
 
 def told(label_dropout: float) -> BatchPlan:
@@ -33,14 +34,14 @@ def told(label_dropout: float) -> BatchPlan:
 def test_rows_by_number_are_the_rows_that_were_written(dataset: tuple[Location, Manifest, np.ndarray]):
     folder, manifest, pixels = dataset
     rows = np.random.default_rng(1).permutation(107)
-    assert np.array_equal(RowReader(folder, manifest).pixels(rows), pixels[rows])
-    assert np.array_equal(RowReader(folder, manifest, cache_bytes=1).pixels(rows), pixels[rows])
+    assert np.array_equal(RowReader(folder, manifest).rows(rows), pixels[rows])
+    assert np.array_equal(RowReader(folder, manifest, cache_bytes=1).rows(rows), pixels[rows])
     assert np.array_equal(np.concatenate(list(RowReader(folder, manifest).batches(7))), pixels)
 
 
 def test_a_row_outside_the_dataset_is_refused(dataset: tuple[Location, Manifest, np.ndarray]):
     with pytest.raises(IndexError, match="107"):
-        RowReader(dataset[0], dataset[1]).pixels(np.asarray([3, 107]))
+        RowReader(dataset[0], dataset[1]).rows(np.asarray([3, 107]))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
@@ -51,7 +52,7 @@ def test_any_number_of_workers_sees_the_same_rows_pixels_timesteps_noise_and_lab
     for step in range(12):
         whole = batches.batch(reader, step, range(4))
         parts = [batches.batch(reader, step, batches.lanes_of(rank, num_workers)) for rank in range(num_workers)]
-        for field in ("rows", "pixels", "t", "eps", "labels"):
+        for field in ("rows", "data", "t", "eps", "labels"):
             assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field)), field
 
 
@@ -60,7 +61,7 @@ def test_the_thread_that_reads_ahead_gives_the_same_batches(dataset: tuple[Locat
     for batch in batches.batches(reader, range(3, 9), range(4)):
         again = batches.batch(reader, batch.step, range(4))
         assert torch.equal(batch.eps, again.eps)
-        assert torch.equal(batch.pixels, again.pixels)
+        assert torch.equal(batch.data, again.data)
 
 
 def test_an_error_of_the_reading_thread_reaches_the_caller(dataset: tuple[Location, Manifest, np.ndarray], tmp_path: Path):
@@ -77,7 +78,7 @@ def test_flips_mirror_about_half_of_the_images_and_nothing_else(dataset: tuple[L
     reader, flipped = RowReader(folder, manifest), 0
     for step in range(40):
         batch: Batch = plan().batch(reader, step, range(4))
-        for image, row in zip(batch.pixels.numpy(), batch.rows.numpy(), strict=True):
+        for image, row in zip(batch.data.numpy(), batch.rows.numpy(), strict=True):
             straight = np.array_equal(image, pixels[row])
             assert straight or np.array_equal(image, pixels[row][:, :, ::-1])
             flipped += not straight
@@ -119,7 +120,7 @@ def test_label_dropout_forgets_that_part_of_the_labels_and_nothing_else_changes(
     for step in range(60):
         batch, without = told(0.3).batch(reader, step, range(4)), plan().batch(reader, step, range(4))
         assert without.labels is None
-        assert all(torch.equal(getattr(batch, field), getattr(without, field)) for field in ("rows", "pixels", "t", "eps"))
+        assert all(torch.equal(getattr(batch, field), getattr(without, field)) for field in ("rows", "data", "t", "eps"))
         assert batch.labels is not None
         classes = torch.from_numpy(CLASSES)[batch.rows]
         kept = batch.labels == classes

@@ -11,11 +11,11 @@ from support import ListedFile, write_listed
 
 from components.data.catalog import Dataset
 from components.data.changes import Changes, changes, matches
-from components.data.images import PixelRecipe
+from components.spaces.pixels import PixelSpace
 from components.storage import Location
 
 
-def a_dataset(folder: Path, files: list[ListedFile], recipe: PixelRecipe | None = None, **fields: Any) -> Dataset:
+def a_dataset(folder: Path, files: list[ListedFile], recipe: PixelSpace | None = None, **fields: Any) -> Dataset:
     write_listed(Location.of(folder), files, recipe, **fields)
     return Dataset.of(Location.of(folder))
 
@@ -98,10 +98,10 @@ def test_a_dataset_is_equal_to_its_copy_and_to_nothing_with_another_source(tmp_p
 
 @pytest.mark.parametrize(("field", "value", "other_pixels"), [("resize", "pad", True), ("min_side", 4, False), ("max_pixels", 1000, False)])
 def test_a_recipe_that_makes_other_pixels_is_told_from_one_with_other_limits(tmp_path: Path, field: str, value: object, other_pixels: bool):
-    files, recipe = [ListedFile(path) for path in "abc"], PixelRecipe(image_size=8)
-    changed = PixelRecipe.model_validate(recipe.model_dump() | {field: value})
+    files, recipe = [ListedFile(path) for path in "abc"], PixelSpace(image_size=8)
+    changed = PixelSpace.model_validate(recipe.model_dump() | {field: value})
     found = changes(a_dataset(tmp_path / "one", files, recipe), a_dataset(tmp_path / "other", files, changed))
-    assert found.settings == {f"recipe.{field}": (str(getattr(recipe, field)), str(value))}
+    assert found.settings == {f"space.{field}": (str(getattr(recipe, field)), str(value))}
     assert (found.other_pixels, found.same_rows, found.equal) == (other_pixels, 3, False)
 
 

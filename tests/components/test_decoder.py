@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from components.data.images import PixelRecipe, decode
+from components.data.images import decode
 from components.errors import DataError
 from components.ingest import decoder as decoder_module
 from components.ingest.decoder import Decoder, memory_limit
 from components.ingest.folders import FolderSource
 from components.ingest.listing import Item
+from components.spaces.pixels import PixelSpace
 
-RECIPE = PixelRecipe(image_size=8, max_pixels=4_000_000)
+RECIPE = PixelSpace(image_size=8, max_pixels=4_000_000)
 # Looks for marks in what is decoded, and dies of them as a decoder with a fault would.
 SITE = """
 import ctypes, os, time
@@ -166,9 +167,9 @@ PARENT = """
 import sys, time
 from components.ingest.decoder import Decoder
 from components.ingest.folders import FolderSource
-from components.data.images import PixelRecipe
+from components.spaces.pixels import PixelSpace
 from components.ingest.listing import Item
-decoder = Decoder(FolderSource(sys.argv[1]), PixelRecipe(), 8)
+decoder = Decoder(FolderSource(sys.argv[1]), PixelSpace(), 8)
 decoder.decode([Item("0.png", None, 1, "")], [None])
 print(decoder._child.pid, flush=True)
 time.sleep(100)

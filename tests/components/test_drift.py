@@ -14,10 +14,11 @@ from support import ListedFile, write_dataset, write_listed
 
 from components.data import drift as drift_module
 from components.data.catalog import Dataset
-from components.data.drift import NO_DISTANCE, Distance, Drift, label_distance, measure_drift, pixels_of, value_distance
+from components.data.drift import NO_DISTANCE, Distance, Drift, label_distance, measure_drift, rows_of, value_distance
 from components.data.drift_picture import drift_picture
-from components.data.images import PixelRecipe, to_image
+from components.data.images import to_image
 from components.ingest.ledger import DUPLICATE
+from components.spaces.pixels import PixelSpace
 from components.storage import Location
 
 COUNTS = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 50), min_size=1)
@@ -26,7 +27,7 @@ NEW, BEFORE = (slice(86, 148), slice(150, 430)), (slice(158, 220), slice(150, 43
 VALUES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30)
 
 
-def listed(folder: Path, files: list[ListedFile], recipe: PixelRecipe | None = None) -> Dataset:
+def listed(folder: Path, files: list[ListedFile], recipe: PixelSpace | None = None) -> Dataset:
     write_listed(Location.of(folder), files, recipe)
     return Dataset.of(Location.of(folder))
 
@@ -105,11 +106,11 @@ def test_of_many_labels_the_most_changed_are_kept(tmp_path: Path):
 
 
 def test_the_same_sample_is_read_a_part_at_a_time_from_any_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    recipe = PixelRecipe(image_size=8)
+    recipe = PixelSpace(image_size=8)
     files = [ListedFile(f"{n}", split="holdout" if n % 3 == 0 else "train") for n in range(50)]
     before, after = listed(tmp_path / "before", files[:30], recipe), listed(tmp_path / "after", files, recipe)
     numbers = np.array([3, 49, 0, 17])
-    assert np.array_equal(pixels_of(after, numbers), np.stack([files[number].pixels(recipe) for number in numbers]))
+    assert np.array_equal(rows_of(after, numbers), np.stack([files[number].pixels(recipe) for number in numbers]))
     whole = measure_drift(before, after)
     monkeypatch.setattr(drift_module, "BATCH_BYTES", 3 * recipe.row_bytes)
     monkeypatch.setattr(drift_module, "BATCH_VALUES", 100)

@@ -16,7 +16,7 @@ ROWS_PER_LANE = 2
 
 
 def keys_of(lanes: range, seed: int = 0, step: int = 0) -> torch.Tensor:
-    plan = BatchPlan(RowOrder(64, 8 * ROWS_PER_LANE, 8, seed), 1000, flip=False, num_dropouts=CONFIG.num_dropouts)
+    plan = BatchPlan(RowOrder(64, 8 * ROWS_PER_LANE, 8, seed), 1000, mirrored=None, num_dropouts=CONFIG.num_dropouts)
     keys = plan.keys(step, lanes)
     assert keys is not None
     return keys

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hostile import CONTENTS, RECIPE, STAGE_REASONS, encode, picture, write_good, write_hostile
 
-from components.data.images import PixelRecipe, decode
+from components.data.images import decode
 from components.errors import DataError
 from components.ingest.listing import items_of
 from components.ingest.sources import DataConfig, list_source
+from components.spaces.pixels import PixelSpace
 
 REASONS = {"not_an_image", "corrupt", "truncated", "too_large", "too_small", "unsupported"}
 DECODE_ALL = """
@@ -55,7 +56,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
     return folder, write_hostile(folder)
 
 
-def outcome(content: bytes, recipe: PixelRecipe = RECIPE) -> tuple[str, str]:
+def outcome(content: bytes, recipe: PixelSpace = RECIPE) -> tuple[str, str]:
     try:
         assert decode(content, recipe).shape == (3, 16, 16)
     except DataError as error:

@@ -11,8 +11,9 @@ from hostile import encode, grey_png, interlaced_png, picture, png, tiff, turned
 from PIL import Image, ImageCms, ImageOps
 from pydantic import ValidationError
 
-from components.data.images import PixelRecipe, decode, to_image, to_model_range, to_pixels, to_pixels_array
+from components.data.images import decode, to_image, to_pixels_array
 from components.errors import DataError
+from components.spaces.pixels import PixelSpace, to_model_range, to_pixels
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -66,7 +67,7 @@ def test_pixels_survive_the_round_trip_to_a_picture():
 
 
 def test_images_are_decoded_without_torch():
-    code = "import sys; from components.data.images import PixelRecipe, decode; decode(b'P5 4 4 9 ' + bytes(16), PixelRecipe()); print('torch' in sys.modules)"
+    code = "import sys; from components.data.images import PixelSpace, decode; decode(b'P5 4 4 9 ' + bytes(16), PixelSpace()); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -74,7 +75,7 @@ def test_images_are_decoded_without_torch():
 def test_a_recipe_has_limits_and_no_unknown_keys():
     for wrong in ({"image_size": 3}, {"background": (0, 0, 256)}, {"min_side": 0}, {"resize": "stretch"}, {"size": 8}):
         with pytest.raises(ValidationError):
-            PixelRecipe.model_validate(wrong)
+            PixelSpace.model_validate(wrong)
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "GIF"])
@@ -85,14 +86,14 @@ def test_lossless_formats_give_back_their_pixels(form: str, mode: str):
     image = image.quantize(64) if form == "GIF" and mode == "RGB" else image
     options = {"lossless": True} if form == "WEBP" else {}
     expected = image.convert("RGB")
-    assert np.array_equal(decode(encode(image, form, **options), PixelRecipe(image_size=16)), chw(expected))
-    assert np.array_equal(decode(encode(image, form, **options), PixelRecipe(image_size=16, mode="L")), chw(expected.convert("L")))
+    assert np.array_equal(decode(encode(image, form, **options), PixelSpace(image_size=16)), chw(expected))
+    assert np.array_equal(decode(encode(image, form, **options), PixelSpace(image_size=16, mode="L")), chw(expected.convert("L")))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "WEBP", "AVIF", "MPO"])
 def test_lossy_formats_give_what_pillow_reads(form: str):
     content = encode(picture(2, 32, 32), form, quality=90)
-    assert np.array_equal(decode(content, PixelRecipe()), chw(Image.open(io.BytesIO(content)).convert("RGB")))
+    assert np.array_equal(decode(content, PixelSpace()), chw(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
 @pytest.mark.parametrize(("width", "height"), [(97, 60), (60, 97), (33, 32), (20, 9), (64, 64)])
@@ -100,7 +101,7 @@ def test_a_crop_is_the_largest_central_square(width: int, height: int):
     image, side = picture(3, width, height), min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     box = (left, top, left + side, top + side)
-    pixels = decode(encode(image, "PNG"), PixelRecipe())
+    pixels = decode(encode(image, "PNG"), PixelSpace())
     assert np.array_equal(pixels, chw(image.resize((32, 32), BICUBIC, box=box)))
     assert difference(pixels, resized(np.asarray(image), box, 32, 32)) <= 1
 
@@ -110,7 +111,7 @@ def test_a_crop_is_the_largest_central_square(width: int, height: int):
 )
 def test_a_padded_image_is_whole_and_central_on_the_background(width: int, height: int, inner: tuple[int, int]):
     image, background = picture(4, width, height), (10, 200, 90)
-    pixels = decode(encode(image, "PNG"), PixelRecipe(resize="pad", background=background))
+    pixels = decode(encode(image, "PNG"), PixelSpace(resize="pad", background=background))
     left, top = (32 - inner[0]) // 2, (32 - inner[1]) // 2
     middle = pixels[:, top : top + inner[1], left : left + inner[0]].copy()
     assert difference(middle, resized(np.asarray(image), (0, 0, width, height), *inner)) <= 1
@@ -121,17 +122,17 @@ def test_a_padded_image_is_whole_and_central_on_the_background(width: int, heigh
 @pytest.mark.parametrize(("width", "height"), [(97, 60), (12, 50)])
 def test_a_squashed_image_is_whole(width: int, height: int):
     image = picture(5, width, height)
-    assert difference(decode(encode(image, "PNG"), PixelRecipe(resize="squash")), resized(np.asarray(image), (0, 0, width, height), 32, 32)) <= 1
+    assert difference(decode(encode(image, "PNG"), PixelSpace(resize="squash")), resized(np.asarray(image), (0, 0, width, height), 32, 32)) <= 1
 
 
 def test_a_grey_background_is_that_of_pillow():
-    pixels = decode(encode(picture(6, 64, 32), "PNG"), PixelRecipe(resize="pad", mode="L", background=(10, 200, 90)))
+    pixels = decode(encode(picture(6, 64, 32), "PNG"), PixelSpace(resize="pad", mode="L", background=(10, 200, 90)))
     assert set(pixels[0, :8].ravel().tolist()) == {Image.new("RGB", (1, 1), (10, 200, 90)).convert("L").getpixel((0, 0))}
 
 
 def test_shrinking_is_antialiased():
     checker = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    assert np.all(np.abs(decode(checker, PixelRecipe(image_size=8)).astype(int) - 127) < 12)
+    assert np.all(np.abs(decode(checker, PixelSpace(image_size=8)).astype(int) - 127) < 12)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
@@ -143,21 +144,21 @@ def test_an_image_is_turned_as_its_exif_says(form: str, orientation: int):
         side = upright.width - upright.height
         box = (max(side, 0) // 2, max(-side, 0) // 2, upright.width - max(side, 0) // 2, upright.height - max(-side, 0) // 2)
         expected = upright.resize((16, 16), BICUBIC, box=box if resize == "crop" else None)
-        assert difference(decode(content, PixelRecipe(image_size=16, resize=resize)), chw(expected)) <= 1  # resized rows first, or columns first
+        assert difference(decode(content, PixelSpace(image_size=16, resize=resize)), chw(expected)) <= 1  # resized rows first, or columns first
 
 
 def test_an_odd_remainder_is_left_at_the_right_and_bottom_as_stored():
     values = np.repeat(np.arange(33, dtype=np.uint8)[None, :, None] * 5, 32, axis=0).repeat(3, axis=2)
     upside_down = turned(Image.fromarray(values), "PNG", 3)
-    assert np.array_equal(decode(encode(Image.fromarray(values), "PNG"), PixelRecipe())[0, 0], values[0, :32, 0])
-    assert np.array_equal(decode(upside_down, PixelRecipe())[0, 0], values[0, :32, 0][::-1])
+    assert np.array_equal(decode(encode(Image.fromarray(values), "PNG"), PixelSpace())[0, 0], values[0, :32, 0])
+    assert np.array_equal(decode(upside_down, PixelSpace())[0, 0], values[0, :32, 0][::-1])
 
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (0, 77, 255)])
 def test_every_alpha_over_a_background_is_rounded_to_nearest(background: tuple[int, int, int]):
     alpha, colour = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     rgba = np.stack([colour, 255 - colour, colour // 2, alpha], axis=-1)
-    pixels = decode(encode(Image.fromarray(rgba.astype(np.uint8)), "PNG"), PixelRecipe(image_size=256, background=background))
+    pixels = decode(encode(Image.fromarray(rgba.astype(np.uint8)), "PNG"), PixelSpace(image_size=256, background=background))
     exact = (rgba[..., :3] * rgba[..., 3:] + np.asarray(background) * (255 - rgba[..., 3:])) / 255
     assert np.array_equal(pixels.transpose(1, 2, 0), np.rint(exact).astype(np.uint8))
 
@@ -168,51 +169,51 @@ def test_all_65536_grey_values_are_divided_by_257_and_rounded():
     pgm = b"P5 256 256 65535\n" + values.astype(">u2").tobytes()
     wide_tiff = tiff(256, 256, (258, 3, 16), (273, 4, 1000), (279, 4, 131_072)).ljust(1000, b"\0") + values.astype("<u2").tobytes()
     for content in (*(encode(Image.fromarray(values), form) for form in ("PNG", "TIFF", "JPEG2000")), pgm, wide_tiff):
-        assert np.array_equal(decode(content, PixelRecipe(image_size=256, mode="L"))[0], expected)
+        assert np.array_equal(decode(content, PixelSpace(image_size=256, mode="L"))[0], expected)
 
 
 def test_sixteen_bit_colour_is_its_high_byte():
     samples = np.random.default_rng(0).integers(0, 65_536, (4, 4, 3))
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
-    assert np.array_equal(decode(png(4, 4, 16, 2, rows), PixelRecipe(image_size=4)), (samples >> 8).transpose(2, 0, 1))
+    assert np.array_equal(decode(png(4, 4, 16, 2, rows), PixelSpace(image_size=4)), (samples >> 8).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_the_key_of_a_grey_png_is_transparent_at_every_depth(bits: int):
-    plain = decode(grey_png(9, bits), PixelRecipe(resize="squash", image_size=64))
+    plain = decode(grey_png(9, bits), PixelSpace(resize="squash", image_size=64))
     assert not np.array_equal(plain, 255)
     rows = {1: b"\0\xa0", 2: b"\0\x1b", 4: b"\0\x01\x23", 8: b"\0\0\1\2\3", 16: b"\0\0\0\1\1\2\2\1\2"}[bits]
     key = {1: 1, 2: 2, 4: 2, 8: 2, 16: 0x0202}[bits]
     grey = {1: [255, 0, 255, 0], 2: [0, 85, 170, 255], 4: [0, 17, 34, 51], 8: [0, 1, 2, 3], 16: [0, 1, 2, 1]}[bits]
     expected = [77 if index in ({0, 2} if bits == 1 else {2}) else value for index, value in enumerate(grey)]
-    pixels = decode(png(4, 4, bits, 0, rows * 4, (b"tRNS", struct.pack(">H", key))), PixelRecipe(image_size=4, background=(77, 77, 77)))
+    pixels = decode(png(4, 4, bits, 0, rows * 4, (b"tRNS", struct.pack(">H", key))), PixelSpace(image_size=4, background=(77, 77, 77)))
     assert pixels[:, 1].tolist() == [expected] * 3
 
 
 def test_an_interlaced_png_is_the_picture_it_was_made_of():
-    assert difference(decode(interlaced_png(8), PixelRecipe(resize="squash")), resized(np.asarray(picture(8)), (0, 0, 40, 32), 32, 32)) <= 1
+    assert difference(decode(interlaced_png(8), PixelSpace(resize="squash")), resized(np.asarray(picture(8)), (0, 0, 40, 32), 32, 32)) <= 1
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_the_first_frame_is_taken(form: str):
     first, second = picture(10, 16, 16), picture(11, 16, 16)
     options = {"lossless": True} if form == "WEBP" else {"quality": 100, "subsampling": "4:4:4"} if form == "AVIF" else {}
-    pixels = decode(encode(first, form, save_all=True, append_images=[second], **options), PixelRecipe(image_size=16))
+    pixels = decode(encode(first, form, save_all=True, append_images=[second], **options), PixelSpace(image_size=16))
     assert psnr(pixels, chw(first)) > 25 > psnr(pixels, chw(second))
 
 
 def test_a_png_whose_last_rows_are_missing_is_corrupt_and_one_whose_last_rows_are_black_is_not():
     rows = [b"\0" + bytes([255 * (row < 20)] * 40) for row in range(32)]
-    assert decode(png(40, 32, 8, 0, b"".join(rows)), PixelRecipe())[0, :, 0].tolist() == [255] * 20 + [0] * 12
+    assert decode(png(40, 32, 8, 0, b"".join(rows)), PixelSpace())[0, :, 0].tolist() == [255] * 20 + [0] * 12
     with pytest.raises(DataError, match="rows are missing") as caught:
-        decode(png(40, 32, 8, 0, b"".join(rows[:20])), PixelRecipe())
+        decode(png(40, 32, 8, 0, b"".join(rows[:20])), PixelSpace())
     assert caught.value.reason == "corrupt"
-    assert decode(png(8, 8, 8, 0, bytes(79), interlaced=True), PixelRecipe()).max() == 0
+    assert decode(png(8, 8, 8, 0, bytes(79), interlaced=True), PixelSpace()).max() == 0
 
 
 def test_cmyk_without_a_profile_is_converted_as_pillow_does():
     image = picture(12, 32, 32).convert("CMYK")
-    assert np.array_equal(decode(encode(image, "TIFF"), PixelRecipe()), chw(image.convert("RGB")))
+    assert np.array_equal(decode(encode(image, "TIFF"), PixelSpace()), chw(image.convert("RGB")))
 
 
 def wide_profile() -> bytes:
@@ -233,27 +234,27 @@ def test_a_profile_is_applied_after_the_resize_and_as_littlecms_does():
     source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
     assert "sRGB" not in ImageCms.getProfileDescription(source)
     to_srgb = ImageCms.buildTransform(source, srgb, "RGB", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
-    pixels = decode(content, PixelRecipe())
+    pixels = decode(content, PixelSpace())
     assert np.array_equal(pixels, chw(to_srgb.apply(image.resize((32, 32), BICUBIC))))
     assert psnr(pixels, chw(to_srgb.apply(image).resize((32, 32), BICUBIC))) > 35
-    assert difference(pixels, decode(encode(image, "PNG"), PixelRecipe())) > 20
+    assert difference(pixels, decode(encode(image, "PNG"), PixelSpace())) > 20
 
 
 def test_a_profile_that_says_nothing_new_is_left_out():
     image = picture(14, 32, 32)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    plain = decode(encode(image, "PNG"), PixelRecipe())
+    plain = decode(encode(image, "PNG"), PixelSpace())
     for profile in (srgb, b"no profile at all" * 20, wide_profile()[:200]):
-        assert np.array_equal(decode(encode(image, "PNG", icc_profile=profile), PixelRecipe()), plain)
+        assert np.array_equal(decode(encode(image, "PNG", icc_profile=profile), PixelSpace()), plain)
     grey = image.convert("L")
-    assert np.array_equal(decode(encode(grey, "PNG", icc_profile=wide_profile()), PixelRecipe()), decode(encode(grey, "PNG"), PixelRecipe()))
+    assert np.array_equal(decode(encode(grey, "PNG", icc_profile=wide_profile()), PixelSpace()), decode(encode(grey, "PNG"), PixelSpace()))
 
 
 @pytest.mark.parametrize(("size", "resize", "reduced"), [(32, "crop", 8), (60, "crop", 4), (90, "squash", 2), (100, "pad", 2), (250, "crop", 1)])
 def test_a_reduced_jpeg_is_close_to_the_whole(size: int, resize: str, reduced: int):
     noisy = np.asarray(picture(15, 1001, 803)).astype(float) + np.random.default_rng(0).normal(0, 25, (803, 1001, 3))
     content = encode(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), "JPEG", quality=90)
-    recipe = PixelRecipe(image_size=size, resize=resize)  # pyrefly: ignore[bad-argument-type]
+    recipe = PixelSpace(image_size=size, resize=resize)  # pyrefly: ignore[bad-argument-type]
     whole = decode(encode(Image.open(io.BytesIO(content)), "PNG"), recipe)
     pixels = decode(content, recipe)
     assert np.array_equal(pixels, whole) == (reduced == 1)
@@ -262,8 +263,8 @@ def test_a_reduced_jpeg_is_close_to_the_whole(size: int, resize: str, reduced: i
 
 def test_limits_are_exact():
     content = encode(picture(16, 20, 10), "PNG")
-    assert decode(content, PixelRecipe(max_pixels=200, min_side=10)).shape == (3, 32, 32)
-    for recipe, reason in ((PixelRecipe(max_pixels=199), "too_large"), (PixelRecipe(min_side=11), "too_small")):
+    assert decode(content, PixelSpace(max_pixels=200, min_side=10)).shape == (3, 32, 32)
+    for recipe, reason in ((PixelSpace(max_pixels=199), "too_large"), (PixelSpace(min_side=11), "too_small")):
         for source in (content, np.zeros((10, 20, 3), np.uint8)):
             with pytest.raises(DataError) as caught:
                 decode(source, recipe)
@@ -275,14 +276,14 @@ def test_pillows_own_limit_neither_counts_nor_changes(monkeypatch: pytest.Monkey
     frame = encode(picture(17, 20, 20).quantize(8), "GIF")
     frame = frame[:6] + struct.pack("<2H", 10, 10) + frame[10:]
     for content in (frame, encode(picture(18, 20, 20), "WEBP"), encode(picture(19, 20, 20), "TIFF")):
-        assert decode(content, PixelRecipe()).shape == (3, 32, 32)
+        assert decode(content, PixelSpace()).shape == (3, 32, 32)
     assert Image.MAX_IMAGE_PIXELS == 30
 
 
 def test_values_are_taken_like_files():
     values = np.asarray(picture(20, 40, 32))
-    assert np.array_equal(decode(values, PixelRecipe()), decode(encode(Image.fromarray(values), "PNG"), PixelRecipe()))
+    assert np.array_equal(decode(values, PixelSpace()), decode(encode(Image.fromarray(values), "PNG"), PixelSpace()))
     for wrong in (np.zeros((4, 4), np.float32), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8), np.zeros((0, 4), np.uint8)):
         with pytest.raises(DataError, match="are no image; use uint8") as caught:
-            decode(wrong, PixelRecipe())
+            decode(wrong, PixelSpace())
         assert caught.value.reason == "unsupported"

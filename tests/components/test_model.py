@@ -16,13 +16,13 @@ from components.model.retention import checkpoint_name, checkpoint_step, checkpo
 from components.model.spec import DenoiserSpec
 from components.networks.unet.config import UNetConfig
 from components.networks.unet.network import UNet
+from components.spaces.pixels import PixelSpace
 from components.storage import Location
 
 SPEC = DenoiserSpec(
     model=UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4),
     diffusion=DiffusionConfig(prediction="v"),
-    image_size=8,
-    channels=1,
+    space=PixelSpace(image_size=8, mode="L"),
 )
 
 

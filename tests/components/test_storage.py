@@ -14,7 +14,7 @@ from support import ROOT, write_dataset
 
 from components.data.copies import Copies
 from components.data.reader import RowReader
-from components.data.shards import Manifest, check_whole, column_pixels, read_checked_shard, read_manifest, shard_location
+from components.data.shards import Manifest, check_whole, column_rows, read_checked_shard, read_manifest, shard_location
 from components.errors import DataError
 from components.storage import Location
 
@@ -94,9 +94,9 @@ def test_a_dataset_is_the_same_wherever_it_lies(root: Location, tmp_path: Path):
     assert manifest.digest == make_dataset(Location.of(tmp_path / "other"))[0].digest
     assert read_manifest(root / "set") == manifest
     check_whole(root / "set", manifest)
-    assert np.array_equal(column_pixels(read_checked_shard(shard_location(root / "set", manifest.shards[1].name))["pixels"], manifest.shape), pixels[20:40])
+    assert np.array_equal(column_rows(read_checked_shard(shard_location(root / "set", manifest.shards[1].name))["pixels"], manifest.space), pixels[20:40])
     rows = np.random.default_rng(1).permutation(60)
-    assert np.array_equal(RowReader(root / "set", manifest, copies=Copies(tmp_path / "copies", 1 << 20)).pixels(rows), pixels[rows])
+    assert np.array_equal(RowReader(root / "set", manifest, copies=Copies(tmp_path / "copies", 1 << 20)).rows(rows), pixels[rows])
     shard_location(root / "set", manifest.shards[1].name).remove()
     with pytest.raises(DataError, match=rf"{manifest.shards[1].name} is missing"):
         check_whole(root / "set", manifest)

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 from support import ListedFile, write_listed
 
-from components.data.images import PixelRecipe
 from components.data.summary import chosen_rows, dataset_sheet, quarantine_by_reason
 from components.figures import Strip, contact_sheet
+from components.spaces.pixels import PixelSpace
 from components.storage import Location
 
 
@@ -49,7 +49,7 @@ def test_what_is_held_out_does_not_decide_what_is_shown():
 
 
 def test_a_sheet_shows_rows_of_both_splits_under_their_label(tmp_path: Path):
-    recipe = PixelRecipe(image_size=8)
+    recipe = PixelSpace(image_size=8)
     files = [ListedFile(f"{n:03d}", label=("dog", "cat")[n % 2], split=("train", "holdout")[n % 3 == 0]) for n in range(100)]
     manifest = write_listed(Location.of(tmp_path / "set"), files, recipe, source="pets")
     strips = []
@@ -57,7 +57,7 @@ def test_a_sheet_shows_rows_of_both_splits_under_their_label(tmp_path: Path):
         mine = sorted((file for file in files if file.label == label), key=lambda file: int.from_bytes(file.sha256[24:], "little"))[:10]
         assert {file.split for file in mine} == {"train", "holdout"}
         strips.append(Strip(label, "50", np.stack([file.pixels(recipe) for file in mine])))
-    caption = f"100 images of 8 x 8 RGB, dataset {manifest.digest}"
+    caption = f"100 images, 8x8 RGB, dataset {manifest.digest}"
     assert np.array_equal(np.asarray(dataset_sheet(Location.of(tmp_path / "set"), manifest)), np.asarray(contact_sheet(strips, "pets", caption)))
 
 

@@ -21,7 +21,7 @@ from servers import S3Server
 from support import Finished, ddpm_command
 
 from components.data.reader import RowReader
-from components.data.shards import column_pixels, read_manifest, shard_location
+from components.data.shards import column_rows, read_manifest, shard_location
 from components.storage import Location
 
 Command = Callable[..., Finished]
@@ -87,7 +87,7 @@ def test_the_counts_add_up_and_every_row_is_there(undisturbed: tuple[dict[str, b
         mine = [shard for shard, entry in zip(shards, manifest.shards, strict=True) if entry.split == split]
         sources = [source for shard in mine for source in shard["source"].to_pylist()]
         assert sources == sorted(sources)
-        pixels = np.concatenate([column_pixels(shard["pixels"], manifest.shape) for shard in mine])
+        pixels = np.concatenate([column_rows(shard["pixels"], manifest.space) for shard in mine])
         assert np.array_equal(np.concatenate(list(RowReader(folder, manifest, split).batches(100))), pixels)
         with Image.open(Path(manifest.source) / sources[0]) as image:
             small = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
@@ -164,14 +164,14 @@ def test_a_hundred_new_files_among_ten_thousand_cost_a_hundred(tmp_path: Path, c
     arguments = ["cifar10-small", f"data.source={source}", f"cluster.storage={storage}", "data.image_size=16"]
     first = preprocess(command, tmp_path, *arguments)
     old = read_manifest(Location.of(first["path"]))
-    old_pixels = RowReader(Location.of(first["path"]), old).pixels(np.arange(0, 10_000, 7))
+    old_pixels = RowReader(Location.of(first["path"]), old).rows(np.arange(0, 10_000, 7))
     write_small(source, range(10_000, 10_100))
     second = preprocess(command, tmp_path, *arguments)
     assert (second["num_opened"], second["num_decoded"], second["num_rows"]) == (100, 100, 10_100)
     assert second["digest"] != first["digest"]
     new = read_manifest(Location.of(second["path"]))
     assert set(old.shards) < set(new.shards)
-    assert np.array_equal(RowReader(Location.of(first["path"]), old).pixels(np.arange(0, 10_000, 7)), old_pixels)
+    assert np.array_equal(RowReader(Location.of(first["path"]), old).rows(np.arange(0, 10_000, 7)), old_pixels)
 
     assert preprocess(command, tmp_path, *arguments, "--name", "other")["num_opened"] == 0
 

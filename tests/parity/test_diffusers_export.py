@@ -15,6 +15,7 @@ from components.diffusion.schedule import Schedule
 from components.model.diffusers_export import write_diffusers
 from components.model.spec import DenoiserSpec
 from components.networks.unet.config import UNetConfig
+from components.spaces.pixels import PixelSpace
 
 CONFIGS = {
     "attention in the middle": (UNetConfig(base_channels=16, channel_mults=(1, 2, 2), attention_resolutions=(8,), num_groups=8), 16, 3),
@@ -50,7 +51,9 @@ def steps_of_diffusers(folder: Path, x_t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_loaded_network_computes_the_same(name: str, tmp_path: Path):
     config, size, channels = CONFIGS[name]
-    ours = exported(tmp_path / "out", DenoiserSpec(model=config, diffusion=DiffusionConfig(), image_size=size, channels=channels))  # pyrefly: ignore
+    ours = exported(
+        tmp_path / "out", DenoiserSpec(model=config, diffusion=DiffusionConfig(), space=PixelSpace(image_size=size, mode="L" if channels == 1 else "RGB"))
+    )  # pyrefly: ignore
     x, t = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 17, 999])
     with torch.inference_mode():
         torch.testing.assert_close(pipeline(tmp_path / "out").unet(x, t).sample, ours(x, t), rtol=1e-5, atol=1e-5)
@@ -60,7 +63,11 @@ def test_the_loaded_network_computes_the_same(name: str, tmp_path: Path):
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
 def test_all_steps_of_diffusers_lead_to_the_same_images(prediction: Prediction, betas: Any, tmp_path: Path):
     config, size, channels = CONFIGS["grey, one level"]
-    spec = DenoiserSpec(model=config, diffusion=DiffusionConfig(num_steps=25, betas=betas, prediction=prediction), image_size=size, channels=channels)  # pyrefly: ignore
+    spec = DenoiserSpec(
+        model=config,
+        diffusion=DiffusionConfig(num_steps=25, betas=betas, prediction=prediction),
+        space=PixelSpace(image_size=size, mode="L" if channels == 1 else "RGB"),
+    )  # pyrefly: ignore
     ours, seeds = exported(tmp_path / "out", spec), range(3)
     x_0 = sample(ours, Schedule(spec.diffusion), seeds, spec.shape, Recipe(steps=25))
     torch.testing.assert_close(steps_of_diffusers(tmp_path / "out", initial_noise(seeds, spec.shape)), x_0, rtol=1e-4, atol=1e-4)
@@ -69,14 +76,16 @@ def test_all_steps_of_diffusers_lead_to_the_same_images(prediction: Prediction, 
 @pytest.mark.parametrize("num_steps", [10, 1000])
 @pytest.mark.parametrize("betas", ["linear", "cosine"])
 def test_the_noise_levels_are_the_same(betas: Any, num_steps: int, tmp_path: Path):
-    spec = DenoiserSpec(model=CONFIGS["grey, one level"][0], diffusion=DiffusionConfig(num_steps=num_steps, betas=betas), image_size=8, channels=1)
+    spec = DenoiserSpec(
+        model=CONFIGS["grey, one level"][0], diffusion=DiffusionConfig(num_steps=num_steps, betas=betas), space=PixelSpace(image_size=8, mode="L")
+    )
     exported(tmp_path / "out", spec)
     levels = pipeline(tmp_path / "out").scheduler.alphas_cumprod
     torch.testing.assert_close(levels.double(), Schedule(spec.diffusion).alpha_bar, rtol=1e-4, atol=1e-7)
 
 
 def test_diffusers_pipelines_draw_from_it(tmp_path: Path):
-    spec = DenoiserSpec(model=CONFIGS["grey, one level"][0], diffusion=DiffusionConfig(num_steps=20), image_size=8, channels=1)
+    spec = DenoiserSpec(model=CONFIGS["grey, one level"][0], diffusion=DiffusionConfig(num_steps=20), space=PixelSpace(image_size=8, mode="L"))
     exported(tmp_path / "out", spec)
     for kind in (DDPMPipeline, DDIMPipeline):
         drawn = pipeline(tmp_path / "out", kind)(batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np").images
@@ -86,7 +95,9 @@ def test_diffusers_pipelines_draw_from_it(tmp_path: Path):
 
 def test_a_network_that_is_told_classes_keeps_them_and_the_readme_names_them(tmp_path: Path):
     config = CONFIGS["grey, one level"][0].model_copy(update={"conditional": True})
-    ours = exported(tmp_path / "out", DenoiserSpec(model=config, diffusion=DiffusionConfig(), image_size=8, channels=1, label_names=("cat", "dog")))
+    ours = exported(
+        tmp_path / "out", DenoiserSpec(model=config, diffusion=DiffusionConfig(), space=PixelSpace(image_size=8, mode="L"), label_names=("cat", "dog"))
+    )
     x, t, labels = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 17, 999]), torch.tensor([0, 1, 2])
     with torch.inference_mode():
         torch.testing.assert_close(pipeline(tmp_path / "out").unet(x, t, class_labels=labels).sample, ours(x, t, labels), rtol=1e-5, atol=1e-5)
@@ -98,12 +109,12 @@ def test_a_network_that_is_told_classes_keeps_them_and_the_readme_names_them(tmp
 
 def test_a_network_that_diffusers_cannot_have_is_left_out_with_the_reason(tmp_path: Path):
     config = UNetConfig(base_channels=16, channel_mults=(1, 2), attention_resolutions=(8,), num_heads=2, num_groups=8)
-    exported(tmp_path / "out", DenoiserSpec(model=config, diffusion=DiffusionConfig(), image_size=8, channels=3))
+    exported(tmp_path / "out", DenoiserSpec(model=config, diffusion=DiffusionConfig(), space=PixelSpace(image_size=8, mode="RGB")))
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["README.md"]
     assert "cannot have num_heads=2 at levels of different width (channel_mults=[1, 2])" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_weights_are_as_readable_as_the_files_beside_them(tmp_path: Path):
-    exported(tmp_path / "out", DenoiserSpec(model=CONFIGS["grey, one level"][0], diffusion=DiffusionConfig(), image_size=8, channels=1))
+    exported(tmp_path / "out", DenoiserSpec(model=CONFIGS["grey, one level"][0], diffusion=DiffusionConfig(), space=PixelSpace(image_size=8, mode="L")))
     modes = {file.stat().st_mode for file in (tmp_path / "out" / "unet").iterdir()}
     assert len(modes) == 1

@@ -14,13 +14,14 @@ from components.model.checkpoint import Resumable, TrainingRecord, TrainingState
 from components.model.retention import checkpoints
 from components.model.spec import DenoiserSpec
 from components.networks.unet.config import UNetConfig
+from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from pipeline.training import checkpoint_writer
 from pipeline.training.checkpoint_writer import CheckpointWriter, UnwritableError
 from pipeline.training.notebook import Attempt, MetricsLine, NotebookWriter, SupersededError, read_metrics
 from pipeline.training.plan import TrainConfig
 
-SPEC = DenoiserSpec(model=UNetConfig(), diffusion=DiffusionConfig(), image_size=32, channels=3)
+SPEC = DenoiserSpec(model=UNetConfig(), diffusion=DiffusionConfig(), space=PixelSpace(image_size=32, mode="RGB"))
 CONFIG = TrainConfig(keep_last=2)
 
 

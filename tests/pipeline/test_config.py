@@ -42,7 +42,7 @@ def test_the_cifar10_preset_is_the_run_of_the_paper():
         (["train.global_batch_size=30"], r"train\.global_batch_size=30 is no multiple of train\.lanes=8"),
         (["evaluate.steps=2000"], r"evaluate\.steps=2000 is out of range; use 1 to 1000"),
         (["model.num_groups=5"], r"model: base_channels=32 times 1 is 32, which num_groups=5 .* does not divide"),
-        (["data.mode=RGBA"], r"data\.mode='RGBA' is wrong"),
+        (["data.mode=CMYK"], r"data\.mode='CMYK' is wrong"),
         (["train.keep_every=500"], r"train: keep_every=500 is no multiple of checkpoint_every=275; use a multiple"),
         (["train.seed=-1"], r"train\.seed=-1 is wrong"),
         (["train.label_dropout=1.1"], r"train\.label_dropout=1\.1 is wrong: input should be less than or equal to 1"),

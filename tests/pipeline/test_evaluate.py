@@ -25,6 +25,7 @@ from components.metrics.frechet import FeatureStats, Reference, frechet_distance
 from components.model.checkpoint import write_checkpoint
 from components.model.spec import DenoiserSpec
 from components.networks.unet.config import UNetConfig
+from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from pipeline.context import Reporter, StageContext
 from pipeline.measurement.bench import Bench, EvaluateConfig
@@ -51,8 +52,7 @@ from pipeline.registry.decide import unlike_parts
 SPEC = DenoiserSpec(
     model=UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), num_groups=4, dropout=0.0),
     diffusion=DiffusionConfig(num_steps=20),
-    image_size=8,
-    channels=1,
+    space=PixelSpace(image_size=8, mode="L"),
 )
 CONFIG = EvaluateConfig(num_samples=600, steps=2, batch_size=64, extractor="dct8")
 
@@ -161,7 +161,7 @@ def test_the_distance_is_that_of_all_samples_and_all_rows(bench: Callable[..., B
     pixels = one.team.first("draw", one.samples_of(models[0], "ema"), list(CONFIG.seeds), 64)
     reader = RowReader(dataset, read_manifest(dataset))
     extract = DctExtractor()
-    fake, real = (FeatureStats.of(np.asarray(extract(torch.from_numpy(images))), np.zeros(32)) for images in (pixels.copy(), reader.pixels(np.arange(600))))
+    fake, real = (FeatureStats.of(np.asarray(extract(torch.from_numpy(images))), np.zeros(32)) for images in (pixels.copy(), reader.rows(np.arange(600))))
     assert distance == pytest.approx(frechet_distance(fake, real), rel=1e-6)
 
 
@@ -194,6 +194,7 @@ def test_work_that_kills_every_actor_ends_with_a_message(bench: Callable[..., Be
 
 def test_a_file_of_statistics_of_other_features_is_refused(bench: Callable[..., Bench], dataset: Location, tmp_path: Path):
     reference, _ = bench().reference()
+    assert isinstance(reference, Reference)
     other = replace(reference, unit='{"extractor": "fd_clf_deadbeef", "extractor_digest": "deadbeef"}')
     other.save(Location.of(tmp_path / "other.npz"))
     config = CONFIG.model_copy(update={"reference": str(tmp_path / "other.npz")})
@@ -269,13 +270,13 @@ def test_kept_samples_are_a_dataset_of_the_same_contract(bench: Callable[..., Be
     samples = one.samples_of(models[0], "ema")
     pixels_folder = one.context.folder / "pixels"
     one.draw(samples, CONFIG.seeds, pixels_folder, need=True)
-    folder = keep_samples(one.context.storage, samples, pixels_folder, CONFIG.seeds, one.manifest.recipe, [])
+    folder = keep_samples(one.context.storage, samples, pixels_folder, CONFIG.seeds, one.manifest.space, [])
     manifest = find_dataset(str(folder), one.context.storage).manifest
-    pixels = RowReader(folder, manifest).pixels(np.arange(600))
+    pixels = RowReader(folder, manifest).rows(np.arange(600))
     assert np.array_equal(pixels, one.team.first("draw", samples, list(CONFIG.seeds), 64))
     assert manifest.num_rows == 600
     before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
-    assert keep_samples(one.context.storage, samples, pixels_folder, CONFIG.seeds, one.manifest.recipe, []) == folder
+    assert keep_samples(one.context.storage, samples, pixels_folder, CONFIG.seeds, one.manifest.space, []) == folder
     assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
 
 

@@ -65,7 +65,7 @@ def contents(storage: Path) -> dict[str, bytes]:
 def pixels_of(receipt: ShardSet) -> np.ndarray:
     folder = Location.of(receipt.path)
     reader = RowReader(folder, read_manifest(folder))
-    return reader.pixels(np.arange(len(reader)))
+    return reader.rows(np.arange(len(reader)))
 
 
 class Killed(BaseException):

@@ -10,17 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.data.batches import Batch, BatchPlan
-from components.data.images import PixelRecipe
 from components.data.order import RowOrder
 from components.diffusion.config import DiffusionConfig
 from components.networks.unet.config import UNetConfig
+from components.spaces.pixels import PixelSpace
 from pipeline.training.arithmetic import Arithmetic, choose, threads_that_pay
 from pipeline.training.plan import TrainConfig, TrainPlan
 from pipeline.training.trainer import Trainer, make_trainer
 
 CPU = torch.device("cpu")
 LANES, ROWS = 8, 4
-MANIFEST = a_manifest(PixelRecipe(image_size=8, mode="L"), 0, rows_file="", rows_sha256="", shards=())
+MANIFEST = a_manifest(PixelSpace(image_size=8, mode="L"), 0, rows_file="", rows_sha256="", shards=())
 
 
 def plan(dropout: float = 0.2, **changes: object) -> TrainPlan:
@@ -32,7 +32,7 @@ def plan(dropout: float = 0.2, **changes: object) -> TrainPlan:
 
 def batch(step: int) -> Batch:
     draw, count = np.random.default_rng(step), LANES * ROWS
-    keys = BatchPlan(RowOrder(64, count, LANES, 0), 1000, flip=False, num_dropouts=plan().model.num_dropouts).keys(step, range(LANES))
+    keys = BatchPlan(RowOrder(64, count, LANES, 0), 1000, mirrored=None, num_dropouts=plan().model.num_dropouts).keys(step, range(LANES))
     pixels, eps = draw.integers(0, 256, (count, 1, 8, 8), dtype=np.uint8), draw.standard_normal((count, 1, 8, 8), dtype=np.float32)
     t = torch.from_numpy(draw.integers(0, 1000, count))
     return Batch(step, torch.arange(count), torch.from_numpy(pixels), t, torch.from_numpy(eps), keys=keys)

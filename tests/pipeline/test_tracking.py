@@ -228,7 +228,7 @@ def test_the_artifacts_alone_are_the_dataset(artifacts: Path, trained: dict[str,
     manifest = read_manifest(copy)
     assert manifest.digest == trained["preprocess"]["digest"]
     rows = np.arange(0, manifest.num_train, 97)
-    assert np.array_equal(RowReader(copy, manifest).pixels(rows), RowReader(ours, read_manifest(ours)).pixels(rows))
+    assert np.array_equal(RowReader(copy, manifest).rows(rows), RowReader(ours, read_manifest(ours)).rows(rows))
     assert {manifest.rows_file, "quarantine.parquet", "quarantine.json", "contact.png"} <= {path.name for path in copy.path.iterdir()}
 
 

@@ -10,7 +10,6 @@ from support import a_manifest, write_dataset
 
 from cluster.config import ClusterConfig
 from components.data.batches import Batch, BatchPlan
-from components.data.images import PixelRecipe
 from components.data.order import RowOrder
 from components.data.reader import RowReader
 from components.data.shards import Manifest
@@ -19,15 +18,16 @@ from components.errors import DataError
 from components.model.checkpoint import TrainingRecord
 from components.model.ema import Ema
 from components.networks.unet.config import UNetConfig
+from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import Reporter, StageContext
 from pipeline.train import check_labels, tell_unfinished
 from pipeline.training.loop import Stretch
 from pipeline.training.plan import TrainConfig, TrainPlan
-from pipeline.training.trainer import Trainer, grid_pixels, make_batch_plan, make_trainer
+from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer, sample_tiles
 
-MANIFEST = a_manifest(PixelRecipe(image_size=8, mode="L"), 0, rows_file="", rows_sha256="", shards=())
+MANIFEST = a_manifest(PixelSpace(image_size=8, mode="L"), 0, rows_file="", rows_sha256="", shards=())
 LABELLED = MANIFEST.model_copy(update={"labels": {"dog": 1, "cat": 1}})
 CPU = torch.device("cpu")
 LANES = range(4)
@@ -59,7 +59,7 @@ def batch(step: int, num_classes: int = 0) -> Batch:
 
 def keys(lanes: range, seed: int, step: int) -> torch.Tensor:
     """Returns the keys of dropout of lanes of one image."""
-    found = BatchPlan(RowOrder(4, 4, 4, seed), 1000, flip=False, num_dropouts=plan().model.num_dropouts).keys(step, lanes)
+    found = BatchPlan(RowOrder(4, 4, 4, seed), 1000, mirrored=None, num_dropouts=plan().model.num_dropouts).keys(step, lanes)
     assert found is not None
     return found
 
@@ -156,7 +156,7 @@ def test_the_learning_rate_warms_up_from_the_first_step():
 def test_a_gradient_that_is_not_finite_is_left_out_and_counted_and_stops_past_the_limit():
     trainer = make_trainer(plan(max_nonfinite_steps=1), MANIFEST, CPU, None)
     before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
-    broken = Batch(0, torch.arange(4), batch(0).pixels, batch(0).t, torch.full((4, 1, 8, 8), float("nan")))
+    broken = Batch(0, torch.arange(4), batch(0).data, batch(0).t, torch.full((4, 1, 8, 8), float("nan")))
     trainer.update(broken)
     assert trainer.nonfinite_steps == 1
     assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
@@ -222,7 +222,7 @@ def test_a_conditional_model_draws_the_class_that_it_is_told(tmp_path: Path):
     reader, batches = RowReader(Location.of(tmp_path), manifest), make_batch_plan(toy(), manifest)
     for step in range(60):
         trainer.update(batches.batch(reader, step, range(8)))
-    brightness = grid_pixels(trainer).mean(axis=(1, 2, 3))
+    brightness = sample_tiles(trainer).mean(axis=(1, 2, 3))
     assert brightness[0::2].max() < 90
     assert brightness[1::2].min() > 165
 

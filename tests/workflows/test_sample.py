@@ -18,6 +18,7 @@ from components.model.request import BATCH_SIZE, Request
 from components.model.request import draw as draw_pixels
 from components.model.spec import DenoiserSpec
 from components.networks.unet.config import UNetConfig
+from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from components.streams import MAX_SEED
 from pipeline.errors import ConfigError
@@ -33,7 +34,9 @@ def written(folder: Path, label_names: tuple[str, ...] = ()) -> str:
     model = UNetConfig(
         base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(), num_groups=4, dropout=0.0, conditional=bool(label_names)
     )
-    spec = DenoiserSpec(model=model, diffusion=DiffusionConfig(num_steps=20, prediction="x_0"), image_size=8, channels=1, label_names=label_names)
+    spec = DenoiserSpec(
+        model=model, diffusion=DiffusionConfig(num_steps=20, prediction="x_0"), space=PixelSpace(image_size=8, mode="L"), label_names=label_names
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

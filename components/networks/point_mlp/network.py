@@ -1,0 +1,61 @@
+"""A residual multilayer perceptron: an estimate of x_t's shape from x_t and t."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..unet.layers import timestep_embedding
+
+
+class Block(nn.Module):
+    """Two layers around a bias by time step, and a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner, self.outer = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        nn.init.zeros_(self.outer.weight)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return x + self.outer(F.silu(self.inner(self.norm(x) + bias)))
+
+
+class PointMLP(nn.Module):
+    """The denoiser: (x_t (B, D), t (B,), labels (B,) int64 in 0..K or None) -> estimate (B, D).
+
+    With K classes an embedding of the label is added to that of the time step. Label K says that the class is not told, and so does None.
+
+    Args:
+        dimensions: D.
+        width: features of every hidden layer.
+        depth: residual blocks.
+        num_classes: K; 0 for a network that is told no class.
+
+    Raises:
+        ValueError: if labels are given to a network without classes.
+    """
+
+    def __init__(self, *, dimensions: int, width: int, depth: int, num_classes: int = 0) -> None:
+        super().__init__()
+        self.width = width
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.biases = nn.Linear(width, depth * width)
+        self.project_in, self.project_out = nn.Linear(dimensions, width), nn.Linear(width, dimensions)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.norm_out = nn.LayerNorm(width)
+        nn.init.zeros_(self.project_out.weight)
+        nn.init.zeros_(self.project_out.bias)
+        self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the estimate (B, D); there is no dropout, for which there would be keys."""
+        embedding = self.time(timestep_embedding(t, self.width))
+        if self.label_embedding is not None:
+            told = labels if labels is not None else torch.full((len(x_t),), self.label_embedding.num_embeddings - 1, device=x_t.device)
+            embedding = embedding + self.label_embedding(told)
+        elif labels is not None:
+            raise ValueError("labels are given to a network without classes; give none, or train with model.conditional=true")
+        x = self.project_in(x_t)
+        for block, bias in zip(self.blocks, self.biases(embedding).chunk(len(self.blocks), dim=1), strict=True):
+            x = block(x, bias)
+        return self.project_out(F.silu(self.norm_out(x)))

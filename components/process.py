@@ -1,0 +1,214 @@
+"""Pictures of the diffusion process: what noise does to data, how samples rise from it, and the schedules behind both."""
+
+import colorsys
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .charts import COLOURS, draw_frame, plain
+from .figures import CELL_GAP, INK, MARGIN, OUTLINE, PALE_INK, TEXT_SIZE, TITLE_SIZE, grid, write, write_title
+
+DOT_RADIUS, TILE = 1.6, 256
+DOT_INK = np.array([47, 109, 179], np.float64)
+MOST_BYTES = 2_000_000
+"""Of any picture of this file."""
+SHRINK, FEWEST_FRAMES = 0.8, 12
+
+
+def scatter_tile(
+    points: np.ndarray, size: int = TILE, limits: tuple[float, float, float, float] | None = None, colours: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns a scatter of points as a picture (3, size, size) uint8: smooth dots on white, y upwards, denser where there are more.
+
+    Args:
+        points: (N, 2); those that are not finite or outside are not drawn.
+        limits: left, right, bottom and top of what is shown, a square; by default around all points.
+        colours: (N, 3) uint8, one for each point; one blue for all by default.
+    """
+    left, right, bottom, top = limits or square_around(points)
+    scale = np.array([size / (right - left), size / (top - bottom)])
+    with np.errstate(invalid="ignore", over="ignore"):
+        places = (points.astype(np.float64) - (left, bottom)) * scale
+        inside = np.isfinite(places).all(axis=1) & (places > -DOT_RADIUS).all(axis=1) & (places < size + DOT_RADIUS).all(axis=1)
+    x, y = places[inside, 0], size - places[inside, 1]
+    ink = np.broadcast_to(DOT_INK, (len(points), 3))[inside] if colours is None else colours[inside].astype(np.float64)
+    weight, mixed = np.zeros((size, size)), np.zeros((size, size, 3))
+    reach = int(DOT_RADIUS) + 1
+    for row in range(-reach, reach + 1):
+        for column in range(-reach, reach + 1):
+            at_x, at_y = np.floor(x).astype(int) + column, np.floor(y).astype(int) + row
+            cover = np.clip(DOT_RADIUS + 0.5 - np.hypot(at_x + 0.5 - x, at_y + 0.5 - y), 0, 1)
+            seen = (cover > 0) & (at_x >= 0) & (at_x < size) & (at_y >= 0) & (at_y < size)
+            flat = at_y[seen] * size + at_x[seen]
+            weight += np.bincount(flat, cover[seen], size * size).reshape(size, size)
+            for channel in range(3):
+                mixed[..., channel] += np.bincount(flat, cover[seen] * ink[seen, channel], size * size).reshape(size, size)
+    opacity = np.clip(18 / max(1, len(points)) ** 0.5, 0.25, 0.85)
+    shade = 1 - (1 - opacity) ** weight
+    colour = mixed / np.maximum(weight, 1e-9)[..., None]
+    picture = 255 - shade[..., None] * (255 - colour)
+    return np.ascontiguousarray(picture.round().astype(np.uint8).transpose(2, 0, 1))
+
+
+def square_around(points: np.ndarray) -> tuple[float, float, float, float]:
+    """Returns left, right, bottom and top of a square that holds points (N, 2) with some room."""
+    found = points[np.isfinite(points).all(axis=1)]
+    middle, reach = (found.min(axis=0) + found.max(axis=0)) / 2, 0.55 * max(1e-6, float(np.ptp(found, axis=0).max()))
+    return float(middle[0] - reach), float(middle[0] + reach), float(middle[1] - reach), float(middle[1] + reach)
+
+
+def colours_by_place(points: np.ndarray) -> np.ndarray:
+    """Returns colours (N, 3) uint8 by the direction in which points (N, 2) lie from their middle: equal places have equal colours.
+
+    Lightness changes with the direction as the hue does, so that neighbours differ for every kind of colour vision.
+    """
+    offset = points - np.nanmedian(points, axis=0)
+    turn = (np.arctan2(offset[:, 1], offset[:, 0]) / (2 * np.pi)) % 1.0
+    table = np.array([colorsys.hls_to_rgb(0.58 + 0.55 * step, 0.30 + 0.28 * abs(2 * step - 1), 0.75) for step in np.linspace(0, 1, 256)])
+    return (255 * table[np.nan_to_num(turn * 255).astype(int)]).astype(np.uint8)
+
+
+def snr(alpha_bar: np.ndarray) -> np.ndarray:
+    """Returns the signal-to-noise ratio alpha_bar / (1 - alpha_bar) of x_t (VDM Eq. 1 for variance-preserving processes)."""
+    return alpha_bar / (1 - alpha_bar)
+
+
+def posterior_variance(alpha_bar: np.ndarray) -> np.ndarray:
+    """Returns the variance of q(x_{t-1} | x_t, x_0) at every t (DDPM Eq. 7), 0 at t = 0.
+
+    Args:
+        alpha_bar: (T,).
+    """
+    before = np.concatenate([[1.0], alpha_bar[:-1]])
+    return (1 - before) / (1 - alpha_bar) * (1 - alpha_bar / before)
+
+
+def forward_figure(tiles: Sequence[np.ndarray], timesteps: Sequence[int], alpha_bar: Sequence[float], title: str, columns: int = 4) -> Image.Image:
+    """Returns data at several times side by side, each with its t and signal-to-noise ratio beneath.
+
+    Args:
+        tiles: pictures (C, H, W) uint8, C of 1 or 3, all of one size.
+        timesteps: of each; -1 is the data themselves.
+        alpha_bar: at each.
+    """
+    pictures = [_enlarged(tile, 200) for tile in tiles]
+    wide, tall = pictures[0].size
+    rows, pitch = -(-len(tiles) // columns), (wide + 2 * CELL_GAP, tall + 2 * TEXT_SIZE + 3 * CELL_GAP)
+    top = MARGIN + TITLE_SIZE + TEXT_SIZE + 3 * CELL_GAP
+    sheet = Image.new("RGB", (2 * MARGIN + min(columns, len(tiles)) * pitch[0] - 2 * CELL_GAP, top + rows * pitch[1] + MARGIN // 2), "white")
+    draw = ImageDraw.Draw(sheet)
+    write_title(draw, title, "x_t, and its signal-to-noise ratio SNR = alpha_bar / (1 - alpha_bar)", sheet.width)
+    for index, (picture, t, level) in enumerate(zip(pictures, timesteps, alpha_bar, strict=True)):
+        x, y = MARGIN + index % columns * pitch[0], top + index // columns * pitch[1]
+        draw.rectangle((x - 1, y - 1, x + wide, y + tall), outline=OUTLINE)
+        sheet.paste(picture, (x, y))
+        write(draw, (x, y + tall + CELL_GAP // 2), "data" if t < 0 else f"t = {t}", TEXT_SIZE, INK, wide)
+        write(draw, (x, y + tall + TEXT_SIZE + CELL_GAP), "no noise" if t < 0 else f"SNR {ratio_in_words(level)}", TEXT_SIZE - 2, PALE_INK, wide)
+    return sheet
+
+
+def ratio_in_words(alpha_bar: float) -> str:
+    """Returns a signal-to-noise ratio as a figure says it: to two digits, and in decibels."""
+    ratio = float(snr(np.asarray(alpha_bar)))
+    return f"{ratio:.2g} ({10 * np.log10(max(ratio, 1e-30)):+.0f} dB)"
+
+
+def points_frames(xs: Sequence[np.ndarray], captions: Sequence[str], limits: tuple[float, float, float, float], size: int = 360) -> list[Image.Image]:
+    """Returns frames of points on their way, each point in the colour of where it ends.
+
+    Args:
+        xs: points (N, 2) of each frame, the last those that are drawn in the end.
+        captions: of each frame.
+    """
+    colours = colours_by_place(xs[-1])
+    return [_captioned(scatter_tile(x, size, limits, colours), caption) for x, caption in zip(xs, captions, strict=True)]
+
+
+def image_frames(xs: Sequence[np.ndarray], estimates: Sequence[np.ndarray], captions: Sequence[str], columns: int) -> list[Image.Image]:
+    """Returns frames of images on their way: x_t beside the network's estimate of x_0.
+
+    Args:
+        xs: tiles (N, C, H, W) of x_t of each frame.
+        estimates: likewise, of x_0.
+        captions: of each frame.
+    """
+    frames = []
+    for x, estimate, caption in zip(xs, estimates, captions, strict=True):
+        left, right = (grid(tiles, columns, width=360).convert("RGB") for tiles in (x, estimate))
+        top, foot = TEXT_SIZE + 2 * CELL_GAP, TEXT_SIZE + 2 * CELL_GAP
+        frame = Image.new("RGB", (left.width + right.width + 3 * CELL_GAP, top + left.height + foot), "white")
+        draw = ImageDraw.Draw(frame)
+        for place, name, picture in ((CELL_GAP, "x_t", left), (2 * CELL_GAP + left.width, "estimate of x_0", right)):
+            write(draw, (place, CELL_GAP), name, TEXT_SIZE, INK, picture.width)
+            frame.paste(picture, (place, top))
+        write(draw, (CELL_GAP, top + left.height + CELL_GAP), caption, TEXT_SIZE, PALE_INK, frame.width - 2 * CELL_GAP)
+        frames.append(frame)
+    return frames
+
+
+def _captioned(tile: np.ndarray, caption: str) -> Image.Image:
+    picture = Image.fromarray(tile.transpose(1, 2, 0))
+    frame = Image.new("RGB", (picture.width, picture.height + TEXT_SIZE + 2 * CELL_GAP), "white")
+    frame.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(frame)
+    draw.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=OUTLINE)
+    write(draw, (CELL_GAP, picture.height + CELL_GAP), caption, TEXT_SIZE, PALE_INK, picture.width - 2 * CELL_GAP)
+    return frame
+
+
+def gif_bytes(frames: Sequence[Image.Image], milliseconds: int = 80, hold: int = 1500, most_bytes: int = MOST_BYTES) -> bytes:
+    """Returns frames as a looping GIF that rests on its last frame; where it would be too large, with fewer and then smaller frames."""
+    frames = list(frames)
+    while True:
+        content = io.BytesIO()
+        durations = [milliseconds] * (len(frames) - 1) + [hold]
+        frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+        if content.tell() <= most_bytes:
+            return content.getvalue()
+        if len(frames) > 2 * FEWEST_FRAMES:
+            frames = [*frames[:-1:2], frames[-1]]
+            milliseconds *= 2
+        else:
+            frames = [frame.resize((max(1, round(frame.width * SHRINK)), max(1, round(frame.height * SHRINK)))) for frame in frames]
+
+
+def save_schedules(path: Path, schedules: Mapping[str, np.ndarray]) -> None:
+    """Writes one figure of several schedules: alpha_bar, signal-to-noise ratio and posterior variance over t / T.
+
+    Args:
+        schedules: alpha_bar (T,) by name.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    parts = (("alpha_bar: share of the signal's variance", lambda level: level, False), ("SNR = alpha_bar / (1 - alpha_bar)", snr, True))
+    parts += (("variance of q(x_{t-1} | x_t, x_0)", posterior_variance, True),)
+    for axes, (name, function, is_logarithmic) in zip(panels, parts, strict=True):
+        draw_frame(axes)
+        for number, (schedule, alpha_bar) in enumerate(schedules.items()):
+            values, steps = function(alpha_bar), (np.arange(len(alpha_bar)) + 1) / len(alpha_bar)
+            style = ("-", "--", "-.", ":")[number % 4]
+            shown = values > 0 if is_logarithmic else np.ones(len(values), bool)
+            axes.plot(steps[shown], values[shown], style, color=COLOURS[number % len(COLOURS)], linewidth=2, label=schedule)
+        axes.set_title(plain(name), fontsize=10, loc="left")
+        axes.set_xlabel("t / T", fontsize=9)
+        if is_logarithmic:
+            axes.set_yscale("log")
+    panels[0].legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def _enlarged(tile: np.ndarray, least: int) -> Image.Image:
+    """Returns a tile as a picture, enlarged by a whole factor to about a width, or shrunk to it."""
+    values = tile.transpose(1, 2, 0)
+    picture = Image.fromarray(np.ascontiguousarray(values[:, :, 0] if values.shape[2] == 1 else values)).convert("RGB")
+    factor = least / picture.width
+    if factor >= 1:
+        return picture.resize((picture.width * round(factor), picture.height * round(factor)), Image.Resampling.NEAREST)
+    return picture.resize((least, max(1, round(picture.height * factor))), Image.Resampling.LANCZOS)

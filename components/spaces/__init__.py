@@ -1,0 +1,1 @@
+"""What rows are: each kind of data in a file of its own."""

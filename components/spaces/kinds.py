@@ -1,0 +1,22 @@
+"""The kinds of spaces that there are."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Discriminator, Tag
+
+from .pixels import PixelSpace
+from .points import PointSpace
+from .space import Space
+
+
+def _kind(value: Any) -> str:
+    return str(value.get("kind", "pixels")) if isinstance(value, dict) else str(getattr(value, "kind", "pixels"))
+
+
+if TYPE_CHECKING:
+    AnySpace = Space
+else:
+    AnySpace = Annotated[
+        Annotated[PixelSpace, Tag("pixels")] | Annotated[PointSpace, Tag("points")],
+        Discriminator(_kind),
+    ]

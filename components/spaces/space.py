@@ -1,0 +1,107 @@
+"""What every space says: what a row is, how it becomes x_0, and how x_0 becomes what a person looks at. Reading it loads no torch."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Space(BaseModel):
+    """One kind of data, with its settings. Rows are what shards hold, one array for each; x_0 is what the diffusion process works on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    column: ClassVar[str]
+    """Column of a shard that holds the rows."""
+    dtype: ClassVar[np.dtype]
+    """Of the values of a row."""
+    noun: ClassVar[str]
+    """What one row is called in messages."""
+    limit: ClassVar[float | None] = None
+    """Largest absolute value of x_0; None where there is none, so that samplers clip nothing."""
+    rows_in_a_picture: ClassVar[int]
+    """Rows that one picture of samples shows."""
+    one_tile_per_row: ClassVar[bool] = True
+    """Whether each row is a picture by itself."""
+    can_mirror: ClassVar[bool] = False
+    """Whether a row mirrored left to right is as good an example."""
+    measures: ClassVar[tuple[str, str]]
+    """What the two numbers of `measure` are called."""
+
+    kind: str
+    """Which space."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a row, and of x_0."""
+        raise NotImplementedError
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in a shard."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Memory that decoding one row may take."""
+        return 0
+
+    @property
+    def description(self) -> str:
+        """The space in a word or two, such as `32x32 RGB`."""
+        raise NotImplementedError
+
+    def definition(self) -> list[object]:
+        """Returns all that rows depend on besides their files, for digests."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, object]:
+        """Returns what was chosen for it, as JSON has it; what was measured is no part of that."""
+        return self.model_dump(mode="json", exclude={"kind"})
+
+    def prepare_process(self) -> None:
+        """Sets what holds for a process that does nothing but decode."""
+
+    def decode(self, source: bytes | np.ndarray) -> np.ndarray:
+        """Returns the row that a file, or an array of a source, becomes.
+
+        Raises:
+            DataError: if it becomes none; its `reason` is what the quarantine says.
+        """
+        raise NotImplementedError
+
+    def fitted(self, batches: Callable[[], Iterator[np.ndarray]]) -> Self:
+        """Returns the space with what is measured over all rows to train on; most measure nothing.
+
+        Args:
+            batches: gives the rows, part by part.
+        """
+        return self
+
+    def to_x_0(self, rows: "torch.Tensor") -> "torch.Tensor":
+        """Returns x_0 (B, *shape), float32, of rows of the same shape."""
+        raise NotImplementedError
+
+    def to_rows(self, x_0: "torch.Tensor") -> "torch.Tensor":
+        """Returns rows of x_0: the inverse of `to_x_0`, as far as rows can hold it."""
+        raise NotImplementedError
+
+    def mirrored(self, rows: np.ndarray) -> np.ndarray:
+        """Returns rows (B, *shape) mirrored left to right."""
+        raise NotImplementedError
+
+    def for_features(self, rows: np.ndarray) -> np.ndarray:
+        """Returns what extractors of features take of rows (B, *shape)."""
+        return rows
+
+    def tiles(self, rows: np.ndarray) -> np.ndarray:
+        """Returns pictures (N, C, H, W) uint8, C of 1 or 3, of rows (B, *shape): one for each row, or one of all of them."""
+        raise NotImplementedError
+
+    def measure(self, rows: np.ndarray) -> np.ndarray:
+        """Returns two numbers (B, 2) from 0 to 1 of each row, by which new data are compared with old."""
+        raise NotImplementedError
