@@ -87,6 +87,19 @@ def contact_sheet(strips: Sequence[Strip], title: str, caption: str, headings: S
     return sheet
 
 
+def titled(picture: Image.Image, title: str, caption: str) -> Image.Image:
+    """Returns one picture below a title, enlarged by a whole factor to about the width of a sheet."""
+    factor = max(1, LEAST_WIDTH // picture.width)
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
+    top, width = MARGIN + TITLE_SIZE + TEXT_SIZE + 3 * CELL_GAP, max(LEAST_WIDTH, picture.width + 2 * MARGIN)
+    sheet = Image.new("RGB", (width, top + picture.height + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    write_title(draw, title, caption, width)
+    draw.rectangle((MARGIN - 1, top - 1, MARGIN + picture.width, top + picture.height), outline=OUTLINE)
+    sheet.paste(picture, (MARGIN, top))
+    return sheet
+
+
 def interpolation_sheet(pixels: np.ndarray, pairs: Sequence[tuple[int, int]], caption: str = "") -> Image.Image:
     """Returns a line of images for each pair of seeds, from the first seed's image to the second's, the fraction of the way over each column.
 

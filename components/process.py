@@ -3,19 +3,75 @@
 import colorsys
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from .charts import COLOURS, draw_frame, plain
+from .diffusion.config import DiffusionConfig
 from .figures import CELL_GAP, INK, MARGIN, OUTLINE, PALE_INK, TEXT_SIZE, TITLE_SIZE, grid, write, write_title
+from .spaces.points import PointSpace
+from .spaces.space import Space
+
+if TYPE_CHECKING:
+    import torch
+
+    from .diffusion.samplers import Level
+    from .diffusion.schedule import Schedule
 
 DOT_RADIUS, TILE = 1.6, 256
 DOT_INK = np.array([47, 109, 179], np.float64)
 MOST_BYTES = 2_000_000
 """Of any picture of this file."""
 SHRINK, FEWEST_FRAMES = 0.8, 12
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one step of a sampler sees.
+
+    Attributes:
+        t: its time step; -1 where all noise is gone.
+        alpha_bar: there.
+        x_t: rows (N, *shape).
+        x_0: the estimate, likewise.
+    """
+
+    t: int
+    alpha_bar: float
+    x_t: np.ndarray
+    x_0: np.ndarray
+
+
+class Watch:
+    """Takes note of some of a sampler's steps; to be given to `sample` as `on_step`.
+
+    Attributes:
+        moments: the steps that were noted.
+    """
+
+    def __init__(self, space: Space, steps: int, most: int) -> None:
+        """Prepares it.
+
+        Args:
+            steps: of the sampler.
+            most: steps to note, evenly spread.
+        """
+        self.moments: list[Moment] = []
+        self._space = space
+        self._noted = set(np.linspace(0, steps - 1, min(most, steps)).round().astype(int).tolist())
+
+    def __call__(self, level: "Level", x_t: "torch.Tensor", x_0: "torch.Tensor") -> None:
+        if level.index in self._noted:
+            rows, estimate = (self._space.to_rows(values).cpu().numpy() for values in (x_t, x_0))
+            self.moments.append(Moment(level.t, level.alpha_bar, rows, estimate))
+
+    def ended(self, rows: np.ndarray) -> list[Moment]:
+        """Returns all moments, what came out last."""
+        return [*self.moments, Moment(-1, 1.0, rows, rows)]
 
 
 def scatter_tile(
@@ -86,6 +142,51 @@ def posterior_variance(alpha_bar: np.ndarray) -> np.ndarray:
     return (1 - before) / (1 - alpha_bar) * (1 - alpha_bar / before)
 
 
+def noised(space: Space, schedule: "Schedule", rows: np.ndarray, timesteps: Sequence[int]) -> list[np.ndarray]:
+    """Returns rows (N, *shape) as they are at some times: x_t ~ q(x_t | x_0) (DDPM Eq. 4), the same noise at each; -1 is the data themselves."""
+    import torch
+
+    from .diffusion.noise import initial_noise
+
+    x_0 = space.to_x_0(torch.from_numpy(np.ascontiguousarray(rows)))
+    eps = initial_noise(range(len(rows)), space.shape)
+    x_ts = [x_0 if t < 0 else schedule.add_noise(x_0, eps, torch.full((len(rows),), t)) for t in timesteps]
+    return [space.to_rows(x_t).numpy() for x_t in x_ts]
+
+
+def forward_picture(space: Space, schedule: "Schedule", rows: np.ndarray, title: str, times: int = 8) -> Image.Image:
+    """Returns the figure of what noise does to rows (N, *shape), from the data to t = T - 1; images are shown side by side, points together."""
+    last = schedule.num_steps - 1
+    timesteps = [-1, *sorted(set(np.linspace(0, last, times - 1).round().astype(int).tolist()))]
+    tiles = [as_one_tile(space, x_t) for x_t in noised(space, schedule, rows, timesteps)]
+    return forward_figure(tiles, timesteps, [1.0 if t < 0 else float(schedule.alpha_bar[t]) for t in timesteps], title)
+
+
+def as_one_tile(space: Space, rows: np.ndarray) -> np.ndarray:
+    """Returns one picture (C, H, W) uint8 of all rows."""
+    tiles = space.tiles(rows)
+    if not space.one_tile_per_row:
+        return tiles[0]
+    picture = np.asarray(grid(tiles, max(1, round(len(tiles) ** 0.5)), width=0))
+    return picture[None] if picture.ndim == 2 else picture.transpose(2, 0, 1)
+
+
+def reverse_frames(space: Space, moments: Sequence[Moment], columns: int) -> list[Image.Image]:
+    """Returns the frames of samples that rise from noise: points in the colour of where each ends, images as x_t beside the estimate of x_0."""
+    captions = [f"t = {moment.t}, SNR {ratio_in_words(moment.alpha_bar)}" if moment.t >= 0 else "samples" for moment in moments]
+    if isinstance(space, PointSpace):
+        return points_frames([moment.x_t for moment in moments], captions, space.limits())
+    return image_frames([space.tiles(moment.x_t) for moment in moments], [space.tiles(moment.x_0) for moment in moments], captions, columns)
+
+
+def all_schedules(num_steps: int) -> dict[str, np.ndarray]:
+    """Returns alpha_bar (T,) of every schedule that there is."""
+    from .diffusion.schedule import Schedule
+
+    kinds = get_args(DiffusionConfig.model_fields["betas"].annotation)
+    return {kind: Schedule(DiffusionConfig(num_steps=num_steps, betas=kind)).alpha_bar.numpy() for kind in kinds}
+
+
 def forward_figure(tiles: Sequence[np.ndarray], timesteps: Sequence[int], alpha_bar: Sequence[float], title: str, columns: int = 4) -> Image.Image:
     """Returns data at several times side by side, each with its t and signal-to-noise ratio beneath.
 
@@ -113,7 +214,7 @@ def forward_figure(tiles: Sequence[np.ndarray], timesteps: Sequence[int], alpha_
 def ratio_in_words(alpha_bar: float) -> str:
     """Returns a signal-to-noise ratio as a figure says it: to two digits, and in decibels."""
     ratio = float(snr(np.asarray(alpha_bar)))
-    return f"{ratio:.2g} ({10 * np.log10(max(ratio, 1e-30)):+.0f} dB)"
+    return f"{ratio:.2g} ({round(10 * np.log10(max(ratio, 1e-30))):+d} dB)"
 
 
 def points_frames(xs: Sequence[np.ndarray], captions: Sequence[str], limits: tuple[float, float, float, float], size: int = 360) -> list[Image.Image]:

@@ -15,6 +15,7 @@ from workflows.ending import Terminated, heeding_requests_to_end
 from workflows.models import models_app
 from workflows.options import Commands
 from workflows.schedule.command import schedule_app
+from workflows.show import show_app
 from workflows.streams import open_missing, stdout_to_stderr, unread_is_fine
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ jobs_app = Commands(
 )
 app.add_typer(jobs_app, rich_help_panel="Cluster")
 app.add_typer(data_app, rich_help_panel="Look")
+app.add_typer(show_app, rich_help_panel="Look")
 app.add_typer(models_app, rich_help_panel="Look")
 app.add_typer(schedule_app)
 

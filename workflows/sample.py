@@ -7,14 +7,20 @@ import torch
 
 from components.diffusion.precision import prepared, resolve_precision
 from components.diffusion.recipe import SAMPLERS, Recipe, SamplerName
+from components.diffusion.sampling import sample
 from components.figures import grid
 from components.model.checkpoint import Denoiser, load_denoiser
 from components.model.request import Request, draw
+from components.process import Moment, Watch
 from components.scratch import scratch
+from components.spaces.space import Space
 from components.storage import Location
 from pipeline.errors import ConfigError, RegistryError
 from pipeline.registry.versions import find_model
 from pipeline.tracking import connect, translated
+
+IMAGES = 16
+"""That an animation shows by default."""
 
 
 def draw_grid(
@@ -39,6 +45,32 @@ def draw_grid(
     except ValueError as error:
         raise ConfigError(f"--{error}") from error
     _save(denoiser.spec.space.tiles(rows), out)
+
+
+def watch(model: str, *, num: int | None, steps: int, seed: int, sampler: str, frames: int, storage: Location) -> tuple[Space, list[Moment]]:
+    """Draws samples with seeds seed, seed + 1, ... and returns what some steps saw, and the model's space.
+
+    Args:
+        num: samples; by default as many as make a good picture.
+        frames: steps to note at most.
+
+    Raises:
+        ConfigError, DataError, RegistryError: like `draw_grid`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    denoiser = _load(model, storage, device)
+    spec, recipe = denoiser.spec, Recipe(_sampler(sampler), steps, precision=resolve_precision("auto", device))
+    space = spec.space
+    request = Request(recipe, num or (IMAGES if space.one_tile_per_row else space.rows_in_a_picture), seed)
+    try:
+        request.check(denoiser)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
+    noted, seeds = Watch(space, steps, frames), range(seed, seed + request.num_images)
+    network, labels = prepared(denoiser.network, recipe.precision, device), spec.labels_by_turns(seeds)
+    null = spec.null_label
+    x_0 = sample(network, denoiser.schedule, seeds, space.shape, recipe, device=device, labels=labels, null_label=null, limit=space.limit, on_step=noted)
+    return space, noted.ended(space.to_rows(x_0).cpu().numpy())
 
 
 def _sampler(name: str) -> SamplerName:

@@ -10,9 +10,10 @@ from PIL import Image
 
 from ..counts import counted
 from ..errors import DataError
-from ..figures import Strip, contact_sheet
+from ..figures import Strip, contact_sheet, titled
 from ..storage import Location
 from .copies import Copies
+from .images import to_image
 from .reader import RowReader
 from .shards import QUARANTINE, QUARANTINE_SCHEMA, Manifest, check_whole, read_rows, read_table
 
@@ -94,11 +95,13 @@ def dataset_sheet(folder: Location, manifest: Manifest, copies: Copies | None = 
     """
     check_whole(folder, manifest)
     rows = read_rows(folder, manifest, ["label", "split", "sha256"])
-    chosen = chosen_rows(rows, per_label=SHEET_COLUMNS if manifest.labels else SHEET_LABELS * SHEET_COLUMNS)
     space = manifest.space
-    found = _read(folder, manifest, rows["split"], np.concatenate(list(chosen.values())), copies)
     if not space.one_tile_per_row:
-        return contact_sheet([Strip("", "", space.tiles(found))], manifest.source, _caption(manifest, len(chosen)))
+        numbers = np.linspace(0, len(rows) - 1, min(len(rows), space.rows_in_a_picture)).round().astype(int)
+        tile = space.tiles(_read(folder, manifest, rows["split"], numbers, copies))[0]
+        return titled(to_image(tile), manifest.source, _caption(manifest, 0))
+    chosen = chosen_rows(rows, per_label=SHEET_COLUMNS if manifest.labels else SHEET_LABELS * SHEET_COLUMNS)
+    found = _read(folder, manifest, rows["split"], np.concatenate(list(chosen.values())), copies)
     parts = np.split(space.tiles(found), np.cumsum([len(numbers) for numbers in chosen.values()])[:-1])
     if not manifest.labels:
         strips = [Strip("", "", parts[0][first : first + SHEET_COLUMNS]) for first in range(0, len(parts[0]), SHEET_COLUMNS)]

@@ -9,7 +9,7 @@ from .recipe import Precision, Recipe, Threshold
 from .samplers import Level, ancestral, ddim, dpmpp_2m, noise_levels, unipc
 from .schedule import Schedule
 
-OnStep = Callable[[int, torch.Tensor], None]
+OnStep = Callable[[Level, torch.Tensor, torch.Tensor], None]
 Guided = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 DYNAMIC_QUANTILE = 0.995
@@ -40,7 +40,7 @@ def sample(
         labels: (len(seeds),) int64, the class of each image.
         null_label: the label that means none, which guidance needs.
         x_T: noise (len(seeds), *shape) to start from instead of the seeds' own; fresh noise still comes from the seeds.
-        on_step: called with (step index, current estimate of x_0) after every evaluation.
+        on_step: called with (level, x_t, the estimate of x_0) after every evaluation.
         limit: largest absolute value of x_0, which thresholds keep to; None where there is none.
 
     Raises:
@@ -55,7 +55,7 @@ def sample(
         t = torch.full((len(x_t),), level.t, device=x_t.device)
         x_0 = thresholded(schedule.predict_x_0(guided(x_t, t).float(), x_t, t[:1]), recipe.threshold, limit)
         if on_step is not None:
-            on_step(level.index, x_0)
+            on_step(level, x_t, x_0)
         return x_0
 
     def fresh_noise(level: Level) -> torch.Tensor:

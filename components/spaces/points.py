@@ -40,7 +40,7 @@ class PointSpace(Space):
 
     @property
     def description(self) -> str:
-        return "points of 2 coordinates"
+        return "2 coordinates"
 
     def settings(self) -> dict[str, object]:
         return {}

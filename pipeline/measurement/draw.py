@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from components.diffusion.sampling import OnStep
     from components.metrics.features import Extractor
     from components.model.checkpoint import Denoiser
+    from components.process import Moment
 
 SAMPLES_VERSION = 1
 """Part of every address of samples: raise it when the same model, recipe and seed give other pixels than before."""
@@ -275,7 +276,7 @@ class Sampler:
 
         def batch(first: int) -> np.ndarray:
             drawn = seeds[first : first + batch_size]
-            return self._sample(samples, drawn, on_step=lambda step, x_0: tell(first + len(drawn) * (step + 1) / samples.recipe.steps))
+            return self._sample(samples, drawn, on_step=lambda level, x_t, x_0: tell(first + len(drawn) * (level.index + 1) / samples.recipe.steps))
 
         return np.concatenate([batch(first) for first in range(0, len(seeds), batch_size)])
 
@@ -289,17 +290,12 @@ class Sampler:
             rows.append(self._sample(samples, [first] * columns, x_T=noise))
         return np.stack(rows)
 
-    def animation(self, samples: SampleSet, seeds: Sequence[int], frames: int) -> list[np.ndarray]:
-        """Returns the estimates of x_0 while seeds are drawn: rows (len(seeds), *shape) for each of some steps."""
-        space, steps, pictures = self._model(samples)[0].spec.space, samples.recipe.steps, []
-        shown = set(np.linspace(0, steps - 1, min(frames, steps)).round().astype(int).tolist())
+    def animation(self, samples: SampleSet, seeds: Sequence[int], frames: int) -> "list[Moment]":
+        """Returns what some steps see while seeds are drawn, and at the end what comes out."""
+        from components.process import Watch
 
-        def show(step: int, x_0: "torch.Tensor") -> None:
-            if step in shown:
-                pictures.append(space.to_rows(x_0).cpu().numpy())
-
-        self._sample(samples, seeds, on_step=show)
-        return pictures
+        watch = Watch(self._model(samples)[0].spec.space, samples.recipe.steps, frames)
+        return watch.ended(self._sample(samples, seeds, on_step=watch))
 
     def loss_at(self, samples: SampleSet, real: RealSet, rows: Sequence[int], first: int, timestep: int) -> float:
         """Returns the loss at a time step, summed over some rows of a dataset.

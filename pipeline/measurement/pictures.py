@@ -10,8 +10,10 @@ from components.charts import save_loss_curve, save_timestep_losses
 from components.counts import counted
 from components.data.reader import RowReader
 from components.data.shards import Split
-from components.figures import closest_pairs, grid, interpolation_sheet, save_animation
+from components.diffusion.schedule import Schedule
+from components.figures import closest_pairs, grid, interpolation_sheet
 from components.model.spec import read_spec
+from components.process import Moment, all_schedules, forward_picture, gif_bytes, reverse_frames, save_schedules
 from components.report.page import write_report
 from components.report.records import Estimate, Number, Picture, Report, Section, Verdict
 from components.scratch import scratch
@@ -24,7 +26,8 @@ from pipeline.tracking import git_commit
 from pipeline.training.notebook import read_metrics
 
 GRID_COLUMNS = 12
-ANIMATION_SEEDS, ANIMATION_COLUMNS, ANIMATION_FRAMES = range(16), 8, 40
+ANIMATION_SEEDS, ANIMATION_COLUMNS, ANIMATION_FRAMES = range(16), 4, 40
+FORWARD_IMAGES = 4
 PAIRS, PAIR_STEPS = ((0, 1), (2, 3), (4, 5), (6, 7)), 9
 LOSS_TIMESTEPS, ROWS_AT_ONCE = 20, 64
 MOST_PAIRS = 16
@@ -33,6 +36,8 @@ SEEDS_AT_ONCE, ROWS_IN_A_PART = 4, 500
 FILES = {
     "grid": "grid.png",
     "animation": "denoising.gif",
+    "forward": "forward.png",
+    "schedule": "schedule.png",
     "interpolation": "interpolation.png",
     "loss_curve": "loss.png",
     "timesteps": "timesteps.png",
@@ -73,7 +78,8 @@ def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: Tra
     with scratch("pictures") as staging:
         paths = {name: staging / file for name, file in FILES.items()}
         grid(space.tiles(images), GRID_COLUMNS).save(paths["grid"])
-        save_animation(paths["animation"], [grid(space.tiles(frame), ANIMATION_COLUMNS) for frame in frames])
+        paths["animation"].write_bytes(gif_bytes(reverse_frames(space, frames, ANIMATION_COLUMNS)))
+        _draw_forward(bench, samples, paths["forward"], paths["schedule"])
         if between is not None:
             tiles = space.tiles(between.reshape(-1, *space.shape))
             sheet = interpolation_sheet(tiles.reshape(*between.shape[:2], *tiles.shape[1:]), pairs, BETWEEN)
@@ -85,8 +91,18 @@ def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: Tra
         return Pictures(folder, {name: path.read_bytes() for name, path in paths.items() if path.is_file()})
 
 
-def _draw_animation(bench: Bench, samples: SampleSet, seeds: range) -> list[np.ndarray]:
-    """Returns the estimates of x_0 while seeds are drawn: rows (len(seeds), *shape) for each of some steps."""
+def _draw_forward(bench: Bench, samples: SampleSet, forward: Path, schedules: Path) -> None:
+    """Draws what the noise of the model's process does to some rows to train on, and its schedule among the others."""
+    space, diffusion = bench.manifest.space, read_spec(Location.of(samples.checkpoint)).diffusion
+    count = bench.manifest.num_train
+    numbers = np.linspace(0, count - 1, min(count, FORWARD_IMAGES if space.one_tile_per_row else space.rows_in_a_picture)).round().astype(int)
+    rows = RowReader(Location.of(bench.shards.path), bench.manifest).rows(numbers)
+    forward_picture(space, Schedule(diffusion), rows, f"{diffusion.betas} schedule, T = {diffusion.num_steps}").save(forward)
+    save_schedules(schedules, all_schedules(diffusion.num_steps))
+
+
+def _draw_animation(bench: Bench, samples: SampleSet, seeds: range) -> list[Moment]:
+    """Returns what some steps see while seeds are drawn."""
     size = SEEDS_AT_ONCE if bench.manifest.space.one_tile_per_row else ROWS_IN_A_PART
     parts = [list(seeds[first : first + size]) for first in range(0, len(seeds), size)]
     found = []
@@ -94,7 +110,8 @@ def _draw_animation(bench: Bench, samples: SampleSet, seeds: range) -> list[np.n
         for part, frames in zip(parts, bench.team.map("animation", ((samples, part, ANIMATION_FRAMES) for part in parts)), strict=True):
             found.append(frames)
             advance(len(part))
-    return [np.concatenate(frames) for frames in zip(*found, strict=True)]
+    whole = [(moments[0], [moment.x_t for moment in moments], [moment.x_0 for moment in moments]) for moments in zip(*found, strict=True)]
+    return [replace(moment, x_t=np.concatenate(x_t), x_0=np.concatenate(x_0)) for moment, x_t, x_0 in whole]
 
 
 def _draw_between(bench: Bench, samples: SampleSet, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -212,6 +229,7 @@ def _sections(evaluation: Evaluation, pictures: Pictures, space: Space) -> list[
     last = seeds_shown(space)[: evaluation.metric.unit.num_samples][-1]
     sections = [
         Section("Samples", f"Seeds from 0 to {last} for every model, so that pages can be laid side by side.", _shown(pictures, _SAMPLES)),
+        Section("Process", "", _shown(pictures, _PROCESS)),
         Section("Training", "", _shown(pictures, _TRAINING)),
     ]
     if evaluation.memorisation is not None:
@@ -233,12 +251,20 @@ def _sections(evaluation: Evaluation, pictures: Pictures, space: Space) -> list[
 
 _SAMPLES = {
     "grid": ("Samples.", "One seed each, the same order on every page.", False),
-    "animation": ("From noise to images.", "The network's estimate of the final image after every evaluation.", False),
+    "animation": (
+        "From noise to samples.",
+        "x_t, and the network's estimate of x_0; points in the colour of where they end.",
+        False,
+    ),
     "interpolation": ("Between pairs of seeds.", "Neighbours should change gradually; a jump or a blur in the middle is a fault.", False),
 }
 _TRAINING = {
     "loss_curve": ("The loss over training steps.", "", True),
     "timesteps": ("The loss at single noise levels.", "Held-out images far above training images mean overfitting.", True),
+}
+_PROCESS = {
+    "forward": ("What the noise of the process does to data.", "The same noise at every t, the signal-to-noise ratio beneath.", False),
+    "schedule": ("The schedules that there are.", "This model's is named above.", True),
 }
 _COPIES = {"copies": ("The samples nearest to a training image, and that image.", "Equal pairs are copies; alike ones are the data's own regularity.", False)}
 

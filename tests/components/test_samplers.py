@@ -62,7 +62,7 @@ def test_every_sampler_evaluates_the_network_as_often_as_asked(recipe: Recipe):
             visited.append(int(t))
             return toy_network(x_t, t)
 
-        x_0 = sample(watched, schedule, [5], SHAPE, replace(recipe, steps=steps), on_step=lambda index, x_0, shown=shown: shown.insert(index, x_0))
+        x_0 = sample(watched, schedule, [5], SHAPE, replace(recipe, steps=steps), on_step=lambda level, x_t, x_0, shown=shown: shown.insert(level.index, x_0))
         assert len(visited) == len(set(visited)) == len(shown) == steps
         assert visited == sorted(visited, reverse=True)
         assert torch.equal(shown[-1], x_0)
@@ -93,8 +93,8 @@ def test_a_network_that_answers_in_the_same_memory_draws_the_same(recipe: Recipe
     recipe = replace(recipe, threshold="none")
     shown: list[torch.Tensor] = []
     expected: list[torch.Tensor] = []
-    sample(reusing, make_schedule(prediction), [1, 2], SHAPE, recipe, on_step=lambda _, x_0: shown.append(x_0))
-    sample(toy_network, make_schedule(prediction), [1, 2], SHAPE, recipe, on_step=lambda _, x_0: expected.append(x_0))
+    sample(reusing, make_schedule(prediction), [1, 2], SHAPE, recipe, on_step=lambda level, x_t, x_0: shown.append(x_0))
+    sample(toy_network, make_schedule(prediction), [1, 2], SHAPE, recipe, on_step=lambda level, x_t, x_0: expected.append(x_0))
     assert torch.equal(torch.stack(shown), torch.stack(expected))
 
 
