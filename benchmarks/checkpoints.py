@@ -31,7 +31,7 @@ from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from pipeline.config import RunConfig, load_config
 from pipeline.training.checkpoint_writer import CheckpointWriter
-from pipeline.training.notebook import Attempt, NotebookWriter
+from pipeline.training.metrics_log import Attempt, MetricsLogWriter
 from pipeline.training.plan import TrainPlan
 from pipeline.training.trainer import Trainer, make_trainer
 from workflows.cli import find_preset
@@ -80,7 +80,7 @@ def measure(config: RunConfig, folder: Location, options: argparse.Namespace, de
     trainer = make_trainer(plan, manifest, device, None)
     attempt = Attempt(folder)
     place, beside, in_place = folder / "step_000000000-0000", [], []
-    with CheckpointWriter(attempt, NotebookWriter(attempt), trainer.spec, config.train, print) as writer:
+    with CheckpointWriter(attempt, MetricsLogWriter(attempt), trainer.spec, config.train, print) as writer:
         for _ in range(options.rounds + 1):
             beside.append(one_round(trainer, options, lambda: writer.save(trainer.everything()), lambda: bool(checkpoints(folder))))
             writer.finish()

@@ -3,7 +3,7 @@
     python benchmarks/launch.py [--preset cifar10-small] [--workers 1 2] [--steps 60] [--rounds 3] [section.key=value ...]
 
 Both run the Trainer, its batches from shards on disk, and DDP over gloo or NCCL; torchrun without curve, checkpoints, heartbeats or watchdog. The data
-are the built-in digits, at the size and in the colours of the preset. The rate is the median over stretches of ten steps, the first one left out.
+are the built-in digits, at the size and in the colours of the preset. The rate is the median over windows of ten steps, the first one left out.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pipeline.training.plan import TrainPlan
 from pipeline.training.trainer import make_batch_plan, make_trainer
 from workflows.cli import find_preset
 
-STRETCH = 10
+WINDOW = 10
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
 
 def settings(options: argparse.Namespace, workers: int) -> list[str]:
     """Returns the settings of both."""
-    steps = [f"train.steps={options.steps}", f"train.log_every={STRETCH}", f"train.checkpoint_every={options.steps}", f"train.sample_every={options.steps * 2}"]
+    steps = [f"train.steps={options.steps}", f"train.log_every={WINDOW}", f"train.checkpoint_every={options.steps}", f"train.sample_every={options.steps * 2}"]
     return ["data.source=digits", f"cluster.num_workers={workers}", *steps, *options.overrides]
 
 
@@ -107,9 +107,9 @@ def work(options: argparse.Namespace) -> None:
     rates, started = [], time.perf_counter()
     for batch in on_device(batches.batches(RowReader(dataset, manifest), range(options.steps), lanes), device):
         loss, _ = trainer.update(batch)
-        if trainer.step % STRETCH == 0:
+        if trainer.step % WINDOW == 0:
             float(loss)
-            rates.append(STRETCH * config.train.global_batch_size / (time.perf_counter() - started))
+            rates.append(WINDOW * config.train.global_batch_size / (time.perf_counter() - started))
             started = time.perf_counter()
     torch.distributed.destroy_process_group()
     if rank == 0:

@@ -211,17 +211,17 @@ CONTENDERS: dict[str, Callable[[Path, int, int, Path], Measurement]] = {
 }
 
 
-def measure(contender: str, folder: Path, size: int, workers: int) -> Measurement:
+def measure(rival: str, folder: Path, size: int, workers: int) -> Measurement:
     """Runs a contender in a process of its own, with nothing cached."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         environment = {**os.environ, **OFFLINE, "HF_HOME": scratch, "PYTHONPATH": str(ROOT), "TMPDIR": tempfile.gettempdir()}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of Ray's processes compiles again what it imports
-        arguments = ["--contender", contender, str(folder), str(size), str(workers), scratch]
+        arguments = ["--contender", rival, str(folder), str(size), str(workers), scratch]
         command = [sys.executable, str(Path(__file__).resolve()), *arguments]
         # From the root, for Ray's workers import from the current folder before any other.
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{contender} failed over {folder}: {done.stderr[-4000:]}")
+        raise RuntimeError(f"{rival} failed over {folder}: {done.stderr[-4000:]}")
     return Measurement(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -347,8 +347,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Runs the rounds and prints the table; or, as a child, runs one contender and prints its measurement."""
     options = parse()
-    if options.contender:
-        name, folder, size, workers, scratch = options.contender
+    if options.rival:
+        name, folder, size, workers, scratch = options.rival
         print(json.dumps(asdict(CONTENDERS[name](Path(folder), int(size), int(workers), Path(scratch)))))
         return
     contenders = [name for name in CONTENDERS if not (options.without_datasets and name.startswith("datasets"))]

@@ -2,7 +2,7 @@
 
     python benchmarks/tracking.py [--preset cifar10-small] [--log-every 1] [--steps 60] [--rounds 5] [--store server|sqlite]
 
-A tracked round writes its notebook and system metrics, and another process delivers them while it trains, as the driver does; a bare round
+A tracked round writes its metrics log and system metrics, and another process delivers them while it trains, as the driver does; a bare round
 does none of that. Both run the loop of pipeline/training/loop.py with one worker, on noise for images. The time of a round is that from its
 first step's start to its last one's end. MLflow's own server, or SQLite in the delivering process, takes its share of the same CPUs.
 """
@@ -32,8 +32,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from servers import mlflow_server
 from support import write_dataset
 
-from cluster.board import Board
 from cluster.config import ClusterConfig
+from cluster.key_value_store import KeyValueStore
 from components.data.batches import Batch
 from components.data.reader import RowReader
 from components.data.shards import read_manifest
@@ -41,11 +41,11 @@ from components.storage import Location
 from pipeline.config import RunConfig, load_config
 from pipeline.context import Reporter, StageContext
 from pipeline.tracking import connect
-from pipeline.training.follow import Follower
-from pipeline.training.loop import Stretch, Worker
-from pipeline.training.notebook import Attempt, NotebookWriter, read_metrics
+from pipeline.training.heartbeat import Heartbeat
+from pipeline.training.loop import MetricsWindow, Worker
+from pipeline.training.metrics_log import Attempt, MetricsLogWriter, read_metrics
+from pipeline.training.metrics_relay import MetricsRelay
 from pipeline.training.plan import TrainPlan
-from pipeline.training.pulse import Pulse
 from pipeline.training.system_watch import SystemWatch
 from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer
 from workflows.cli import find_preset
@@ -100,7 +100,7 @@ def measure(config: RunConfig, folder: Path, options: argparse.Namespace) -> Non
     dataset = Location.of(folder / "dataset" / "noise")
     write_dataset(dataset, [np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)], ["noise"])
     meter, processes = Meter(), 0.0
-    for owner, name in ((Stretch, "line"), (NotebookWriter, "append"), (NotebookWriter, "flush"), (SystemWatch, "look"), (SystemWatch, "_note")):
+    for owner, name in ((MetricsWindow, "line"), (MetricsLogWriter, "append"), (MetricsLogWriter, "flush"), (SystemWatch, "look"), (SystemWatch, "_note")):
         meter.wrap(owner, name)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     lines = 0
@@ -156,8 +156,8 @@ def run(trainer: Trainer, plan: TrainPlan, dataset: Location, attempt: Attempt |
     with ExitStack() as stack:
         if watch:
             stack.enter_context(watch)
-        pulse = Pulse(Board("benchmark"), 1, 0, 1, node_id="", node="", first=0)
-        worker = Worker(trainer, make_batch_plan(plan, manifest), RowReader(dataset, manifest), pulse, watch, 0, 1)
+        heartbeat = Heartbeat(KeyValueStore("benchmark"), 1, 0, 1, node_id="", node="", first=0)
+        worker = Worker(trainer, make_batch_plan(plan, manifest), RowReader(dataset, manifest), heartbeat, watch, 0, 1)
         worker.lead(attempt) if attempt else worker.follow()
 
 
@@ -190,7 +190,7 @@ def deliver(storage: Path, uri: str, steps: int) -> None:
     context = StageContext(root, root / "train", "", storage.name, ClusterConfig(storage=str(root)), Reporter())
     tracking.log_metrics(run_id, [(0, 0, {"first": 0.0})])  # what the first request of a process takes is no line's cost
     before = time.process_time()
-    with Follower(context, tracking, run_id, steps):
+    with MetricsRelay(context, tracking, run_id, steps):
         print("ready", flush=True)
         sys.stdin.read()
     print(time.process_time() - before, flush=True)
@@ -213,8 +213,8 @@ def report(config: RunConfig, options: argparse.Namespace, meter: Meter, seconds
     spread = [max(values) / min(values) for values in seconds.values()]
     print(f"slowest / fastest round: bare {spread[1]:.3f}, tracked {spread[0]:.3f}")
     per_line = bare * config.train.log_every
-    on_its_way = ("Stretch.line", "NotebookWriter.append", "SystemWatch.look")
-    beside = sum(meter.cpu[label] for label in ("NotebookWriter.flush", "SystemWatch._note")) / lines
+    on_its_way = ("MetricsWindow.line", "MetricsLogWriter.append", "SystemWatch.look")
+    beside = sum(meter.cpu[label] for label in ("MetricsLogWriter.flush", "SystemWatch._note")) / lines
     for what, cost in (
         ("the training thread, time", sum(meter.wall[label] for label in on_its_way) / lines),
         ("the training thread, CPU", sum(meter.cpu[label] for label in on_its_way) / lines),

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from .ahead import Ahead
+from .background_start import BackgroundStart
 from .config import ClusterConfig, ClusterError, HeadLostError
 from .machine import this_machine
 from .tree import stage_tree
@@ -32,11 +32,11 @@ _ENVIRONMENT = {
 OBJECT_STORE_BYTES = 512 << 20
 LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _local: dict[str, Any] = {}  # options of a Ray of our own
-_ahead: list[Ahead] = []  # its start, where that was begun before it was needed
+_ahead: list[BackgroundStart] = []  # its start, where that was begun before it was needed
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it in the driver of a submitted job, which brings its working tree along
 
 
-def start_ahead(config: ClusterConfig, modules: Sequence[str]) -> None:
+def start_in_background(config: ClusterConfig, modules: Sequence[str]) -> None:
     """Begins to start a Ray of our own, for a training that comes for certain; `connect` waits for it.
 
     Args:
@@ -55,7 +55,7 @@ def start_ahead(config: ClusterConfig, modules: Sequence[str]) -> None:
             _local.pop("_system_config", None)
 
     if config.address == "local" and not _ahead:
-        _ahead.append(Ahead(start))
+        _ahead.append(BackgroundStart(start))
 
 
 def connect(config: ClusterConfig) -> None:

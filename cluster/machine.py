@@ -75,7 +75,7 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-class Gauges:
+class SystemMetrics:
     """Reads what this machine does: CPU, memory, disk, network since it was made, and every GPU.
 
     The names are those that MLflow's page of system metrics groups and labels. What cannot be read is left out.

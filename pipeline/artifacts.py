@@ -299,7 +299,7 @@ class PairedTest(_Record):
         return f"{self.difference:+.4g} ± {1.645 * self.standard_error:.2g} (90 %)"
 
 
-class Contest(_Record):
+class ChampionTest(_Record):
     """What the gate knows of candidate and champion, besides their own numbers."""
 
     champion_version: int
@@ -327,7 +327,7 @@ class Registration(Receipt):
     """Why the champion fell or stayed, in a sentence."""
     previous_champion: int | None
     metric: Metric
-    contest: Contest | None = None
+    champion_test: ChampionTest | None = None
     """The paired test with the champion, where there was one of the same unit."""
 
 

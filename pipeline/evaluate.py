@@ -13,11 +13,11 @@ from pipeline.artifacts import Evaluation, Metric, ShardSet, Standing, TrainedMo
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.leaderboard import VIEW_TAG, view, view_key
-from pipeline.measurement.bench import Bench, EvaluateConfig, open_bench
-from pipeline.measurement.draw import SampleSet, checksum_of
-from pipeline.measurement.keep import keep_samples
+from pipeline.measurement.evaluator import EvaluateConfig, Evaluator, open_evaluator
 from pipeline.measurement.measure import Sampled, measure_distance
 from pipeline.measurement.pictures import draw_pictures, write_page
+from pipeline.measurement.sample_dataset import keep_samples
+from pipeline.measurement.sampling_actor import SampleSet, checksum_of
 from pipeline.tracking import Tracking
 
 ELECTION_SEEDS = 2**62
@@ -30,23 +30,23 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
     Raises:
         DataError: if the checkpoint, the dataset, or a file of weights or statistics is not whole.
     """
-    with open_bench(config, shards, context) as opened:
+    with open_evaluator(config, shards, context) as opened:
         opened.reference()
         samples, election = _elect(opened, model)
-        bench = replace(opened, policy="elected") if election else opened
+        evaluator = replace(opened, policy="elected") if election else opened
         pixels = context.folder / "pixels"
-        drawn = bench.draw(samples, config.seeds, pixels, need=config.keep_samples)
-        numbers = bench.measure(samples)
-        pictures = draw_pictures(bench, samples, numbers, model, pixels)
+        drawn = evaluator.draw(samples, config.seeds, pixels, need=config.keep_samples)
+        numbers = evaluator.measure(samples)
+        pictures = draw_pictures(evaluator, samples, numbers, model, pixels)
     for warning in numbers.warnings:
         context.reporter.line(f"  [yellow]warning[/] {warning}")
     with context.reporter.part("keeping the samples"):
-        kept = _keep(bench, samples, pixels) if config.keep_samples else None
+        kept = _keep(evaluator, samples, pixels) if config.keep_samples else None
     pixels.remove_tree()
     evaluation = Evaluation(
         inputs=context.inputs,
         folder=str(context.folder),
-        settings=bench.config.model_dump(mode="json"),
+        settings=evaluator.config.model_dump(mode="json"),
         checkpoint=samples.checkpoint,
         weights=samples.weights,
         weights_sha256=checksum_of(Location.of(samples.checkpoint), samples.weights),
@@ -72,9 +72,9 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
     return evaluation
 
 
-def _keep(bench: Bench, samples: SampleSet, pixels: Location) -> str:
+def _keep(evaluator: Evaluator, samples: SampleSet, pixels: Location) -> str:
     names = read_spec(Location.of(samples.checkpoint)).label_names
-    return str(keep_samples(bench.context.storage, samples, pixels, bench.config.seeds, bench.manifest.space, list(names)))
+    return str(keep_samples(evaluator.context.storage, samples, pixels, evaluator.config.seeds, evaluator.manifest.space, list(names)))
 
 
 def decided_by(config: EvaluateConfig, model: TrainedModel) -> list[str]:
@@ -110,28 +110,28 @@ def forget(folder: Location) -> None:
             (folder / name).remove()
 
 
-def _elect(bench: Bench, model: TrainedModel) -> tuple[SampleSet, tuple[Standing, ...]]:
+def _elect(evaluator: Evaluator, model: TrainedModel) -> tuple[SampleSet, tuple[Standing, ...]]:
     """Returns the samples of the average that is measured: the main one of the last checkpoint, or the best of all where there is an election.
 
     Candidates are compared on seeds of their own, so that the winner's number is not the luckiest of several.
     """
-    last, count = Location.of(model.path), bench.config.election_samples
+    last, count = Location.of(model.path), evaluator.config.election_samples
     standing = _standing(model) if count else []
     if len(standing) < 2:
-        return bench.samples_of(last, "ema"), ()
-    reference, unit = bench.reference()
+        return evaluator.samples_of(last, "ema"), ()
+    reference, unit = evaluator.reference()
     seeds = range(ELECTION_SEEDS, ELECTION_SEEDS + count)
     unit = unit.model_copy(update={"num_samples": count, "first_seed": ELECTION_SEEDS, "weights": "elected"})
     found = []
     for folder, weights in standing:
-        samples = bench.samples_of(folder, weights)
-        bench.draw(samples, seeds)
-        distance = measure_distance(Sampled(samples.folder, bench.team.identities[0], seeds), reference)
+        samples = evaluator.samples_of(folder, weights)
+        evaluator.draw(samples, seeds)
+        distance = measure_distance(Sampled(samples.folder, evaluator.actor_pool.identities[0], seeds), reference)
         metric = Metric(value=distance.value, unit=unit, standard_error=distance.standard_error)
         found.append(Standing(checkpoint=str(folder), weights=weights, step=checkpoint_step(folder), metric=metric))
-        bench.context.reporter.line(f"  election    {folder.name} {weights}: {metric.name} {metric.value:.4g}")
+        evaluator.context.reporter.line(f"  election    {folder.name} {weights}: {metric.name} {metric.value:.4g}")
     found.sort(key=lambda standing: standing.metric.value)
-    return bench.samples_of(Location.of(found[0].checkpoint), found[0].weights), tuple(found)
+    return evaluator.samples_of(Location.of(found[0].checkpoint), found[0].weights), tuple(found)
 
 
 def publish(evaluation: Evaluation, model: TrainedModel, tracking: Tracking, run_id: str) -> None:

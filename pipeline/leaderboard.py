@@ -8,7 +8,7 @@ import json
 import re
 
 from pipeline.artifacts import Evaluation
-from pipeline.training.follow import PICTURES_KEY
+from pipeline.training.metrics_relay import PICTURES_KEY
 
 VIEW_TAG = "mlflow.sharedViewState."
 MOST_CHARACTERS = 5000

@@ -45,7 +45,7 @@ from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
 from pipeline.lease import alone
-from pipeline.spread import Row, Work, spread
+from pipeline.parallel_map import Row, Work, parallel_map
 
 MIN_ROWS = 2
 STATE, WORK = "state.json", "work"
@@ -236,7 +236,7 @@ class _Making:
         work = Work(partial(_decode_rows, task=self._task()), end_decoders, MOST_CHUNKS)
         with (
             self.context.reporter.progress("opening files", todo, "files") as advance,
-            self._spread([{"chunk": number} for number in range(len(chunks))], work) as done,
+            self._parallel_map([{"chunk": number} for number in range(len(chunks))], work) as done,
         ):
             for row in done:
                 results[row["chunk"]] = read_results(row["result"])
@@ -252,7 +252,7 @@ class _Making:
         rows = [_packing_row(number, packing) for number, packing in enumerate(packings(settled, groups))]
         names = [""] * len(groups)
         work = Work(partial(_pack_rows, task=self._task()), end_decoders)
-        with self.context.reporter.progress("writing shards", len(groups), "shards") as advance, self._spread(rows, work) as done:
+        with self.context.reporter.progress("writing shards", len(groups), "shards") as advance, self._parallel_map(rows, work) as done:
             for row in done:
                 shard = Shard.model_validate_json(row["shard"])
                 names[row["group"]] = shard.name
@@ -263,8 +263,8 @@ class _Making:
     def _task(self) -> Task:
         return Task(self.listed.source, self.space, str(self.folder), str(self.work))
 
-    def _spread(self, rows: Sequence[Row], work: Work) -> "contextlib.closing[Generator[Row]]":
-        return contextlib.closing(spread(rows, work, self.context.cluster))
+    def _parallel_map(self, rows: Sequence[Row], work: Work) -> "contextlib.closing[Generator[Row]]":
+        return contextlib.closing(parallel_map(rows, work, self.context.cluster))
 
     def _conclude(self, settled: pa.Table, held_out: np.ndarray) -> str:
         """Writes the dataset, then what the next run starts from; returns the dataset's name."""

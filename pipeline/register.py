@@ -11,7 +11,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from components.names import why_no_model_name
-from pipeline.artifacts import Contest, Evaluation, Metric, Registration, ShardSet, TrainedModel
+from pipeline.artifacts import ChampionTest, Evaluation, Metric, Registration, ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.lease import alone
 from pipeline.registry.decide import Ask, Decision, decide, why_not_compared
@@ -101,23 +101,23 @@ def register(
         decision=move.why,
         previous_champion=move.previous if promoted else move.champion,
         metric=evaluation.metric,
-        contest=move.contest,
+        champion_test=move.champion_test,
     )
 
 
 def _judge(
     config: RegistryConfig, evaluation: Evaluation, number: int | None, ask: Ask, tracking: Tracking, equal_terms: bool
-) -> tuple[Decision, Contest | None]:
+) -> tuple[Decision, ChampionTest | None]:
     """Returns the decision about a candidate beside a champion, and the test that it was made by."""
-    metric, contest = evaluation.metric, None
+    metric, champion_test = evaluation.metric, None
     champion = None if number is None else read_champion(tracking, config.model_name, number)
     if champion is not None and (equal_terms or not why_not_compared(metric, champion)):
-        contest = ask(champion)
-        if equal_terms and isinstance(contest, Contest):
-            champion = replace(champion, metric=Metric(value=contest.test.champion, unit=metric.unit))
+        champion_test = ask(champion)
+        if equal_terms and isinstance(champion_test, ChampionTest):
+            champion = replace(champion, metric=Metric(value=champion_test.test.champion, unit=metric.unit))
     copies = evaluation.memorisation is not None and evaluation.memorisation.copies
-    decision = decide(metric, champion, contest, config.min_gain, copies=copies)
-    return decision, contest if isinstance(contest, Contest) else None
+    decision = decide(metric, champion, champion_test, config.min_gain, copies=copies)
+    return decision, champion_test if isinstance(champion_test, ChampionTest) else None
 
 
 @contextmanager
@@ -203,9 +203,9 @@ def _tell(made: Made, move: Move, address: Address, tracking: Tracking) -> None:
     """Writes the reason and the description to the version, and where the version is to the run."""
     client, page = tracking.client, version_page(made, move, address)
     tags = {DECISION_TAG: move.why}
-    if move.contest is not None:
-        test = move.contest.test
-        tags |= {"champion.version": str(move.contest.champion_version), "champion.value": repr(test.champion)}
+    if move.champion_test is not None:
+        test = move.champion_test.test
+        tags |= {"champion.version": str(move.champion_test.champion_version), "champion.value": repr(test.champion)}
         tags |= {"champion.difference": repr(test.difference), "champion.difference_standard_error": repr(test.standard_error)}
     for key, value in as_tags(tags).items():
         client.set_model_version_tag(address.name, str(address.version), key, value)

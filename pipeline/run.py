@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.markup import escape
 
-from cluster.connect import start_ahead
+from cluster.connect import start_in_background
 from components.counts import counted
 from components.errors import DataError
 from components.ingest.folders import Found
@@ -19,18 +19,18 @@ from pipeline import evaluate as evaluate_stage
 from pipeline import preprocess as preprocess_stage
 from pipeline import register as register_stage
 from pipeline import train as train_stage
-from pipeline.artifacts import STAGES, AnyReceipt, Contest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
+from pipeline.artifacts import STAGES, AnyReceipt, ChampionTest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
 from pipeline.config import RunConfig, config_digest, digest_of, flat_result_fields, model_name_of, public_tree
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
 from pipeline.lease import HeldError, alone, held
-from pipeline.measurement.contest import Contender, contest
 from pipeline.measurement.extractors import check_extractor, check_files
+from pipeline.measurement.paired_test import Rival, compare_with_champion
 from pipeline.names import check_cache, check_namesake
+from pipeline.preflight import check_cluster
 from pipeline.ray_session import ray_session
-from pipeline.ready import check_cluster
 from pipeline.registry.decide import Champion
-from pipeline.registry.versions import fetch_checkpoint, rival_of_other_images
+from pipeline.registry.versions import champion_of_other_images, fetch_checkpoint
 from pipeline.registry.versions import is_intact as registered_intact
 from pipeline.retraining.attempts import Start
 from pipeline.tracked_run import TrackedRun
@@ -61,7 +61,7 @@ class StageReport(BaseModel):
 
 
 @dataclass(frozen=True)
-class Given:
+class FixedInputs:
     """What an attempt at retraining fixes before its run.
 
     Attributes:
@@ -84,7 +84,7 @@ class Pipeline:
     storage: Location
     reports: dict[StageName, StageReport]
     listed: preprocess_stage.Listed | None = None
-    given: Given | None = None
+    given: FixedInputs | None = None
 
     def context(self, stage: StageName, inputs: str) -> StageContext:
         """Returns where a stage with these inputs writes and runs."""
@@ -145,7 +145,7 @@ def run(
     until: StageName = "register",
     start_from: StageName | None = None,
     reporter: Reporter | None = None,
-    given: Given | None = None,
+    given: FixedInputs | None = None,
 ) -> dict[StageName, StageReport]:
     """Runs the stages up to `until`; those from `start_from` on are run even where their receipts match.
 
@@ -169,7 +169,7 @@ def run(
             check_cache(config.cluster.cache, is_used=not storage.is_local)
         with ray_session(config.cluster, storage, name, reporter.line):
             if until != "preprocess" and _is_first_training(pipeline):
-                start_ahead(config.cluster, train_stage.IMPORTED)
+                start_in_background(config.cluster, train_stage.IMPORTED)
             tracking = connect(storage) if until != "preprocess" else None
             (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(public_tree(config), sort_keys=False))
             if config.cluster.address != "local":
@@ -205,7 +205,7 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
     if until in ("evaluate", "register"):
         check_extractor(pipeline.config.evaluate, shards, pipeline.storage)
     if until == "register":
-        _tell_of_other_images(pipeline, tracking, shards)
+        _warn_about_other_images(pipeline, tracking, shards)
     inputs = _train_inputs(pipeline, shards)
     with TrackedRun(pipeline.config, pipeline.context("train", inputs), tracking, shards) as tracked:
         model = _train(pipeline, shards, tracked, inputs)
@@ -216,11 +216,11 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
             _register(pipeline, shards, model, evaluation, tracked)
 
 
-def _tell_of_other_images(pipeline: Pipeline, tracking: Tracking, shards: ShardSet) -> None:
+def _warn_about_other_images(pipeline: Pipeline, tracking: Tracking, shards: ShardSet) -> None:
     """Says before the training where the run's model would enter a competition with models of other images, in which nobody can win."""
     name, own = pipeline.config.registry.model_name, model_name_of(pipeline.config.data.source)
     with translated(tracking.uri):
-        rival = rival_of_other_images(tracking, name, shards.source, shards.digest)
+        rival = champion_of_other_images(tracking, name, shards.source, shards.digest)
     if rival is not None:
         advice, theirs = f"registry.model_name={own}" if own != name else "another registry.model_name", rival.tags["dataset.source"]
         pipeline.reporter.line(
@@ -316,9 +316,9 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
         run_id = tracked.open()
         measured = model.model_copy(update={"config_digest": config_digest(pipeline.config)})
 
-        def ask(champion: Champion) -> Contest | str:
+        def ask(champion: Champion) -> ChampionTest | str:
             model_uri = f"models:/{config.model_name}/{champion.version}"
-            candidate = Contender("candidate", evaluation.samples, lambda: (Location.of(evaluation.checkpoint), evaluation.weights))
+            candidate = Rival("candidate", evaluation.samples, lambda: (Location.of(evaluation.checkpoint), evaluation.weights))
             settings, unit = pipeline.config.evaluate, evaluation.metric.unit
 
             def fetch_champion() -> tuple[Location, str]:
@@ -326,9 +326,9 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
                     return fetch_checkpoint(tracking, model_uri, pipeline.storage), "ema"
 
             kept = champion.samples if champion.metric is not None and champion.metric.unit == unit else None
-            contender = Contender(f"champion v{champion.version}", kept or "", fetch_champion)
+            rival = Rival(f"champion v{champion.version}", kept or "", fetch_champion)
             try:
-                return contest(settings, unit, candidate, contender, shards, min_gain=config.min_gain, version=champion.version, context=context)
+                return compare_with_champion(settings, unit, candidate, rival, shards, min_gain=config.min_gain, version=champion.version, context=context)
             except DataError as error:  # a registry that is away says nothing about the champion: that ends the call, and the next one asks again
                 return str(error)
 

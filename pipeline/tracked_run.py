@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 
-from components.data.copies import Copies
+from components.data.shard_cache import ShardCache
 from components.data.shards import MANIFEST, QUARANTINE, SHARDS, Manifest, read_manifest, shard_location
 from components.data.summary import dataset_sheet, quarantine_by_reason
 from components.scratch import scratch
@@ -22,7 +22,7 @@ from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.provenance import ENVIRONMENT_FILES, write_environment
 from pipeline.tracking import Tracking, git_commit, public_uri
-from pipeline.training.follow import LAST_DELIVERY_S, LEAVING_S, Delivery, forget_deliveries, in_haste
+from pipeline.training.metrics_relay import LAST_DELIVERY_S, LEAVING_S, Delivery, forget_deliveries, in_a_hurry
 
 RUN_FILE = "mlflow_run.json"
 CONFIG_FOLDER, CONFIG_FILES = "config", ("config.yaml",)
@@ -147,7 +147,7 @@ class TrackedRun:
             (dataset / name).download(folder / name)
         cluster = self._config.cluster
         picture, lines = (folder / name for name in DATASET_FILES)
-        dataset_sheet(dataset, manifest, Copies.of(cluster.cache, cluster.cache_bytes)).save(picture)
+        dataset_sheet(dataset, manifest, ShardCache.of(cluster.cache, cluster.cache_bytes)).save(picture)
         reasons = {reason: asdict(found) for reason, found in quarantine_by_reason(dataset, manifest).items()}
         lines.write_text(json.dumps(reasons, indent=2) + "\n", encoding="utf-8")
 
@@ -161,7 +161,7 @@ class TrackedRun:
         if self._run_id is None:
             return
         status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        if not in_haste(error):
+        if not in_a_hurry(error):
             with self._context.reporter.part("ending the run in MLflow"):
                 self._try_to_end(self._run_id, status)
             return

@@ -11,10 +11,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 
-from cluster.board import Board
 from cluster.connect import connect
 from cluster.interrupt import interruptible
-from cluster.lookout import waiting_aloud
+from cluster.key_value_store import KeyValueStore
+from cluster.node_watch import reporting_missing_nodes
 from cluster.nodes import count
 from cluster.placement import Placement, fewer_for_gpus, place, run_config, scaling_config
 from components.counts import counted
@@ -31,12 +31,12 @@ from pipeline.context import StageContext
 from pipeline.errors import ConfigError
 from pipeline.retraining.attempts import Start
 from pipeline.tracking import Tracking, public_uri
-from pipeline.training.follow import Follower
-from pipeline.training.notebook import attempts_so_far, read_metrics
+from pipeline.training.heartbeat import REASON
+from pipeline.training.metrics_log import attempts_so_far, read_metrics
+from pipeline.training.metrics_relay import MetricsRelay
 from pipeline.training.plan import TrainConfig, TrainFailure, TrainOutcome, TrainPlan, differences
-from pipeline.training.pulse import REASON
-from pipeline.training.restarts import note_end, take_end
-from pipeline.training.vigil import Vigil
+from pipeline.training.restarts import pop_end, record_end
+from pipeline.training.watchdog import Watchdog
 
 MIN_LABELS = 2
 IMPORTED = ("ray.train.torch", "torch._dynamo")
@@ -105,7 +105,7 @@ def train(
     context.reporter.line(_derived(config, placement, None if before else start, shards.space.noun))
     tell_unfinished(context, settings)
     _sweep(context.folder)
-    with Follower(context, tracking, run_id, config.steps):
+    with MetricsRelay(context, tracking, run_id, config.steps):
         outcome = _fit(plan, placement, context, before)
     _sweep(context.folder)
     with suppress(OSError):  # the last worker to write may have been killed before it did this
@@ -151,24 +151,24 @@ def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
 def _fit(plan: TrainPlan, placement: Placement, context: StageContext, before: int) -> TrainOutcome:
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from pipeline.training.controller import Witness
-    from pipeline.training.fit import HereTrainer, train_loop
+    from pipeline.training.controller import FailureObserver
+    from pipeline.training.fit import InProcessTrainer, train_loop
     from pipeline.training.process_group import ProcessGroupConfig
 
-    board, ended = Board(plan.folder), take_end(context.folder)
-    board.clear()
+    store, ended = KeyValueStore(plan.folder), pop_end(context.folder)
+    store.clear()
     if before:
-        board.put(REASON, ended)
+        store.put(REASON, ended)
     with scratch("ray-train") as bookkeeping:
         alone = context.cluster.address == "local" and not context.cluster.is_elastic
-        trainer = (HereTrainer if alone else DataParallelTrainer)(
+        trainer = (InProcessTrainer if alone else DataParallelTrainer)(
             train_loop,  # pyrefly: ignore[bad-argument-type]  (its return value is the result's, as Ray documents)
             train_loop_config={"plan": plan.model_dump_json()},
             scaling_config=scaling_config(context.cluster, placement),
-            run_config=run_config(context.cluster, bookkeeping=str(bookkeeping), name=context.folder.name, callbacks=[Witness(board)]),
+            run_config=run_config(context.cluster, bookkeeping=str(bookkeeping), name=context.folder.name, callbacks=[FailureObserver(store)]),
             backend_config=ProcessGroupConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=plan.group_timeout_s),
         )
-        with _watched(plan, context, board, before), waiting_aloud(context.cluster, context.reporter.line), _interruptible():
+        with _watched(plan, context, store, before), reporting_missing_nodes(context.cluster, context.reporter.line), _interruptible():
             result: Any = trainer.fit()
     outcome = TypeAdapter(TrainOutcome | TrainFailure).validate_json(result.return_value)
     if isinstance(outcome, TrainFailure):
@@ -177,15 +177,15 @@ def _fit(plan: TrainPlan, placement: Placement, context: StageContext, before: i
 
 
 @contextmanager
-def _watched(plan: TrainPlan, context: StageContext, board: Board, before: int) -> Iterator[None]:
+def _watched(plan: TrainPlan, context: StageContext, store: KeyValueStore, before: int) -> Iterator[None]:
     """Watches the workers during a block, raises what is wrong with them, and leaves a line for the next start where the block ends before its time."""
     tell, timeout = context.reporter.line, plan.train.hang_timeout_s
-    with interruptible() as interrupt, Vigil(board, context.cluster, timeout, before=before, tell=tell, interrupt=interrupt) as vigil:
+    with interruptible() as interrupt, Watchdog(store, context.cluster, timeout, before=before, tell=tell, interrupt=interrupt) as watchdog:
         try:
             yield
         except BaseException as error:
-            note_end(context.folder, vigil.why(error))
-            vigil.explain()
+            record_end(context.folder, watchdog.why(error))
+            watchdog.explain()
             raise
 
 

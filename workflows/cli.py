@@ -11,12 +11,12 @@ from typing import IO, TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from workflows.data import data_app
-from workflows.ending import Terminated, heeding_requests_to_end
 from workflows.models import models_app
 from workflows.options import Commands
 from workflows.schedule.command import schedule_app
 from workflows.show import show_app
 from workflows.streams import open_missing, stdout_to_stderr, unread_is_fine
+from workflows.termination import Terminated, handling_termination
 
 if TYPE_CHECKING:
     from pipeline.artifacts import StageName
@@ -159,7 +159,7 @@ def _resumable(stdout: IO[str], said: str) -> Iterator[None]:
         said: what a person is told.
     """
     try:
-        with heeding_requests_to_end(1, 2, stdout.fileno()):
+        with handling_termination(1, 2, stdout.fileno()):
             yield
     except KeyboardInterrupt as interrupt:
         with contextlib.suppress(OSError):  # who would have read it may have gone

@@ -29,8 +29,8 @@ from components.storage import Location
 from pipeline.config import load_sections
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
-from pipeline.measurement.bench import EvaluateConfig, open_bench
 from pipeline.measurement.compare import Comparison, Entrant, Result, compare, shard_set_of
+from pipeline.measurement.evaluator import EvaluateConfig, open_evaluator
 from pipeline.measurement.extractors import check_extractor, check_files
 from pipeline.measurement.pictures import unit_of
 from pipeline.ray_session import ray_session
@@ -270,10 +270,11 @@ def write_statistics(dataset: str, out: Location, called: str, split: str, setti
     check_files(config)
     check_extractor(config, shards, root)
     context = _context(root, cluster, "reference", (dataset, split))
-    with ray_session(cluster, root, context.run_name, context.reporter.line), open_bench(config, shards, context) as bench:
-        reals = bench.reals(0, "train" if split == "train" else "holdout")
+    with ray_session(cluster, root, context.run_name, context.reporter.line), open_evaluator(config, shards, context) as evaluator:
+        real_features = evaluator.real_features(0, "train" if split == "train" else "holdout")
     try:
-        reals.reference.save(out)
+        real_features.reference.save(out)
     except OSError as error:
         raise ConfigError(f"--out {called} cannot be written ({error.strerror}); name a file in a folder with write permission") from error
-    return f"{called}: mu and sigma of {reals.identity.name} over {counted(reals.num_rows, f'{split} image')} of dataset {found.manifest.digest}"
+    name, count = real_features.identity.name, real_features.num_rows
+    return f"{called}: mu and sigma of {name} over {counted(count, f'{split} image')} of dataset {found.manifest.digest}"

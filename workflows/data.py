@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from components.data.catalog import Dataset
-    from components.data.changes import Change, Changes
+    from components.data.diff import Change, DatasetDiff
     from components.data.shards import Manifest
     from components.data.summary import Reason
 
@@ -84,11 +84,11 @@ def diff(
 ) -> None:
     """Say what changed from one dataset to another: rows, labels, splits, quarantine, recipe."""
     from components.data.catalog import find_dataset
-    from components.data.changes import changes
+    from components.data.diff import diff_datasets
 
     root = storage_of(storage)
     one, other = find_dataset(before, root), find_dataset(after, root)
-    found = changes(one, other)
+    found = diff_datasets(one, other)
     if as_json:
         _print_json({"before": _line(one), "after": _line(other), "equal": found.equal, "other_pixels": found.other_pixels, **asdict(found)})
     else:
@@ -254,7 +254,7 @@ _HAPPENED = {
 }
 
 
-def _print_changes(before: "Dataset", after: "Dataset", changes: "Changes") -> None:
+def _print_changes(before: "Dataset", after: "Dataset", changes: "DatasetDiff") -> None:
     console = _console()
     for word, dataset in (("from", before), ("to  ", after)):
         console.print(f"{word} {dataset.name}: {dataset.manifest.source}, {counted(dataset.manifest.num_rows, 'row', ',')}", soft_wrap=True, markup=False)
@@ -273,7 +273,7 @@ def _print_changes(before: "Dataset", after: "Dataset", changes: "Changes") -> N
         console.print("yet the digests differ: the same files were decoded to other pixels, or limits of the recipe changed")
 
 
-def _settings_table(changes: "Changes") -> "Table":
+def _settings_table(changes: "DatasetDiff") -> "Table":
     table = _table("setting", "before", "after")
     for name, (old, new) in changes.settings.items():
         _add(table, name, old, new)

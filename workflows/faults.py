@@ -20,7 +20,7 @@ from components.model.retention import checkpoints
 from components.storage import Location
 from pipeline.artifacts import TrainedModel
 from pipeline.errors import ConfigError
-from pipeline.training.notebook import METRICS_FOLDER, attempts_so_far, open_metrics
+from pipeline.training.metrics_log import METRICS_FOLDER, attempts_so_far, open_metrics
 from workflows.processes import Family
 
 Kind = Literal[
@@ -314,9 +314,9 @@ def damage(checkpoint: Path, kind: Kind, draw: int) -> None:
 
 def raw_curve(folder: Location) -> list[tuple[int, float]]:
     """Returns every point of the loss curve as it was written down, a step that two starts wrote twice."""
-    notebook, points = folder / METRICS_FOLDER, []
-    for name in notebook.files():
-        lines = [json.loads(line) for line in (notebook / name).read_text().splitlines()]
+    metrics_log, points = folder / METRICS_FOLDER, []
+    for name in metrics_log.files():
+        lines = [json.loads(line) for line in (metrics_log / name).read_text().splitlines()]
         points += [(line["step"], line["metrics"]["train/loss"]) for line in lines if "train/loss" in line["metrics"]]
     return sorted(points)
 

@@ -14,7 +14,7 @@ READY_TIMEOUT_S = 180
 _LINES_SHOWN = 5
 
 
-def heed_signals() -> None:
+def handle_signals() -> None:
     """Makes a closed terminal and SIGTERM the same as Ctrl-C, but for what whoever started this has it ignore, as nohup does."""
     for number in ASKED_TO_END:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -61,7 +61,7 @@ def becomes_ready(server: "subprocess.Popen[bytes]", health: str) -> bool:
     raise TimeoutError
 
 
-def last_words(log: str) -> str:
+def last_output(log: str) -> str:
     """Returns the last lines of what a server wrote, in one."""
     said = [line for line in log.splitlines() if line.strip()]
     return " | ".join(said[-_LINES_SHOWN:]) or "nothing"

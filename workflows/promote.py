@@ -9,13 +9,13 @@ from cluster.config import ClusterConfig
 from components.data.catalog import find_dataset
 from components.errors import DataError
 from components.storage import Location
-from pipeline.artifacts import Contest, Metric
+from pipeline.artifacts import ChampionTest, Metric
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError, RegistryError
-from pipeline.measurement.bench import EvaluateConfig
 from pipeline.measurement.compare import shard_set_of
-from pipeline.measurement.contest import Contender, contest
+from pipeline.measurement.evaluator import EvaluateConfig
 from pipeline.measurement.extractors import check_files
+from pipeline.measurement.paired_test import Rival, compare_with_champion
 from pipeline.ray_session import ray_session
 from pipeline.registry.decide import Champion, Decision, decide, why_not_compared
 from pipeline.registry.gate import Judge
@@ -37,20 +37,20 @@ def judge_of(version: "ModelVersion", tracking: Tracking, storage: Location, rep
         raise RegistryError(f"version={version.version} of {version.name} carries no metric to compare by; --force --why REASON moves the alias all the same")
     gain = float(version.tags.get(GAIN_TAG, 0.0))
 
-    def judge(number: int | None) -> tuple[Decision, Contest | None]:
+    def judge(number: int | None) -> tuple[Decision, ChampionTest | None]:
         champion = None if number is None else read_champion(tracking, version.name, number)
-        found: Contest | str | None = None
+        found: ChampionTest | str | None = None
         if champion is not None and not why_not_compared(metric, champion):
             found = _contest(version, metric, champion, gain, tracking, storage, reporter)
         decision = decide(metric, champion, found, gain, copies=version.tags.get("memorisation.copies") == "True")
-        return decision, found if isinstance(found, Contest) else None
+        return decision, found if isinstance(found, ChampionTest) else None
 
     return judge
 
 
 def _contest(
     version: "ModelVersion", metric: Metric, champion: Champion, min_gain: float, tracking: Tracking, storage: Location, reporter: Reporter
-) -> Contest | str:
+) -> ChampionTest | str:
     """Returns the paired test of a version with a champion of the same unit, or why there is none."""
     number = int(version.version)
     try:
@@ -59,7 +59,7 @@ def _contest(
         dataset = find_dataset(version.tags["dataset.digest"], storage)
         cluster = ClusterConfig(storage=str(storage))
         with ray_session(cluster, storage, "promote", reporter.line):
-            return contest(
+            return compare_with_champion(
                 settings,
                 metric.unit,
                 _contender(f"v{number}", version.name, number, version.tags.get(SAMPLES_TAG), tracking, storage),
@@ -75,5 +75,5 @@ def _contest(
         return f"v{number} does not say by which settings it was measured"
 
 
-def _contender(label: str, name: str, number: int, samples: str | None, tracking: Tracking, storage: Location) -> Contender:
-    return Contender(label, samples or "", lambda: (fetch_checkpoint(tracking, f"models:/{name}/{number}", storage), "ema"))
+def _contender(label: str, name: str, number: int, samples: str | None, tracking: Tracking, storage: Location) -> Rival:
+    return Rival(label, samples or "", lambda: (fetch_checkpoint(tracking, f"models:/{name}/{number}", storage), "ema"))

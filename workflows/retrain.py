@@ -14,14 +14,14 @@ from pipeline.measurement.compare import shard_set_of
 from pipeline.names import check_namesake
 from pipeline.retraining.alerts import next_failures, raises_alert
 from pipeline.retraining.attempts import Attempt, Journal, State
-from pipeline.retraining.checks import look_at_data, look_at_plan
+from pipeline.retraining.checks import check_new_data, check_planned_hours
 from pipeline.retraining.guards import Finding
 from pipeline.retraining.latest import Latest, find_latest
+from pipeline.retraining.notifications import tell
 from pipeline.retraining.start import find_start, restored
 from pipeline.retraining.summary import AttemptSummary, Outcome, headline
-from pipeline.retraining.telling import tell
 from pipeline.retraining.webhook import check_url
-from pipeline.run import Given, StageReport, check_storage, run
+from pipeline.run import FixedInputs, StageReport, check_storage, run
 from pipeline.tracking import connect, translated
 
 EXIT_CODES: Mapping[Outcome, int] = {"promoted": 0, "open": 0, "kept": 10, "skipped": 11, "stopped": 12}
@@ -145,7 +145,7 @@ def _summary(call: Call, told: Told, started: datetime, failures: int, is_alert:
     }
     if attempt is not None:
         start = attempt.start
-        facts |= {name: getattr(attempt, name) for name in ("new_images", "removed_images", "quarantined", "metric", "contest", "model", "report")}
+        facts |= {name: getattr(attempt, name) for name in ("new_images", "removed_images", "quarantined", "metric", "champion_test", "model", "report")}
         facts |= {"attempt": attempt.number, "dataset_before": attempt.before_digest, "dataset_after": attempt.dataset_digest}
         facts |= {"start": f"{start.weights} of {start.model}" if start else None, "steps": attempt.steps, "device_hours": attempt.device_hours}
         facts |= {"version": attempt.version, "champion": attempt.champion, "run_link": attempt.run_link}
@@ -196,7 +196,7 @@ def _begin(call: Call) -> Attempt | Told:
     name, tracking = config.registry.model_name, connect(call.storage)
     latest = find_latest(attempts, model_name=name, config_digest=config_digest(config), settings=call.settings, tracking=tracking, storage=call.storage)
     attempt = _planned(call, attempts, latest, shards)
-    found, drift = look_at_data(config, latest, shards, call.journal.place(attempt.number))
+    found, drift = check_new_data(config, latest, shards, call.journal.place(attempt.number))
     news = (drift.new_images, drift.removed_images, drift.quarantined) if drift else (shards.num_rows, None, shards.quarantined)
     attempt = attempt.model_copy(update=dict(zip(("new_images", "removed_images", "quarantined"), news, strict=True)))
     if found is not None and found.kind == "stop":
@@ -205,7 +205,7 @@ def _begin(call: Call) -> Attempt | Told:
         return Told("skipped", old, None, reports)
     start = find_start(config.retrain.start, name, config.model, config.diffusion, shards, tracking=tracking, storage=call.storage)
     attempt = attempt.model_copy(update={"start": start})
-    found = look_at_plan(_plan_of(call, attempt), latest, call.reporter)
+    found = check_planned_hours(_plan_of(call, attempt), latest, call.reporter)
     if found is not None:
         return _stop(call, attempt, found, reports)
     call.journal.write(attempt)
@@ -256,7 +256,7 @@ def _carry_on(call: Call, attempt: Attempt) -> Told:
     """Runs the stages of an attempt, those that are done in no time, and ends it after the last."""
     if call.until == "preprocess":
         return Told("open", "the dataset is made", attempt)
-    given = Given(shard_set_of(Location.of(attempt.dataset)), attempt.start)
+    given = FixedInputs(shard_set_of(Location.of(attempt.dataset)), attempt.start)
     reports = run(_plan_of(call, attempt), attempt.run_name, until=call.until, reporter=call.reporter, given=given)
     if call.until != "register":
         return Told("open", f"done up to {call.until}", attempt, reports)
@@ -279,7 +279,7 @@ def _result(attempt: Attempt, reports: Mapping[StageName, StageReport]) -> Attem
         update={
             "model": registration.uri,
             "metric": evaluation.metric,
-            "contest": registration.contest,
+            "champion_test": registration.champion_test,
             "mlflow_run_id": registration.mlflow_run_id,
             "mlflow_uri": registration.tracking_uri,
             "steps": trained.steps,

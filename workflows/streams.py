@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import IO
 
-from workflows.ending import lead_nowhere
+from workflows.termination import detach_streams
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def unread_is_fine(stream: IO[str]) -> Iterator[None]:
         yield
         stream.flush()
     except (BrokenPipeError, SystemExit):  # rich makes an exit of it
-        lead_nowhere(stream.fileno())
+        detach_streams(stream.fileno())
 
 
 def open_missing() -> None:

@@ -14,7 +14,7 @@ import typer
 from components.storage import Location
 from pipeline.errors import RegistryError
 from pipeline.tracking import connect, public_uri, tracking_uri, ui_link
-from workflows.foreground import ASKED_TO_END, HOST, READY_TIMEOUT_S, becomes_ready, check_free, heed_signals, last_words
+from workflows.foreground import ASKED_TO_END, HOST, READY_TIMEOUT_S, becomes_ready, check_free, handle_signals, last_output
 
 _ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
@@ -34,7 +34,7 @@ def serve(storage: Location, port: int) -> None:
         return
     check_free(port)
     connect(storage, create=False)
-    heed_signals()
+    handle_signals()
     try:
         with tempfile.TemporaryFile() as log, _server(storage, uri, port, log) as server:
             typer.echo("starting MLflow, which takes some seconds", err=True)
@@ -89,4 +89,4 @@ def _wait_until_ready(server: Server, port: int, log: IO[bytes]) -> None:
 def _ended(code: int, log: IO[bytes]) -> RegistryError:
     """Returns what to say of a server that ended by itself: its last lines."""
     log.seek(0)
-    return RegistryError(f"the MLflow server ended with code {code}; it said: {last_words(log.read().decode(errors='replace'))}")
+    return RegistryError(f"the MLflow server ended with code {code}; it said: {last_output(log.read().decode(errors='replace'))}")

@@ -26,7 +26,7 @@ DIFFERENCES_TOLD = 5
 
 
 @dataclass(frozen=True)
-class Ending:
+class TrainingEnd:
     """What a training ended with.
 
     Attributes:
@@ -42,7 +42,7 @@ class Ending:
     pages: int
 
 
-def ending_of(trial: Trial) -> Ending:
+def training_end_of(trial: Trial) -> TrainingEnd:
     """Returns what a training ended with; the checkpoint's files are read, and not only their manifest."""
     # Each training has a store of its own below its storage root, and MLflow leaves the address of the last one here.
     os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -50,7 +50,7 @@ def ending_of(trial: Trial) -> Ending:
     logged = [(point.step, point.value) for point in tracking.client.get_metric_history(model.mlflow_run_id, LOSS)]
     experiments = [experiment.experiment_id for experiment in tracking.client.search_experiments()]
     checksums = verify(Path(model.path))
-    return Ending(checksums, tuple(raw_curve(Location.of(model.folder))), tuple(sorted(logged)), len(tracking.client.search_runs(experiments)))
+    return TrainingEnd(checksums, tuple(raw_curve(Location.of(model.folder))), tuple(sorted(logged)), len(tracking.client.search_runs(experiments)))
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Compared:
         return not self.difference
 
 
-def compare(undisturbed: Ending, disturbed: Ending) -> list[Compared]:
+def compare(undisturbed: TrainingEnd, disturbed: TrainingEnd) -> list[Compared]:
     """Compares file by file and point by point."""
     names = sorted(undisturbed.checksums | disturbed.checksums)
     files = [_compare_file(name, undisturbed.checksums.get(name, "missing"), disturbed.checksums.get(name, "missing")) for name in names]
@@ -197,7 +197,7 @@ def contrast(folder: Path, preset: str, settings: Sequence[str], faults: Sequenc
     share_datasets(straight, hurt)
     reporter.line(f"the same with {counted(len(faults), 'fault')} in {hurt.folder}")
     disturbed = Ordeal(hurt, list(faults)).run()
-    compared = compare(ending_of(straight), ending_of(hurt))
+    compared = compare(training_end_of(straight), training_end_of(hurt))
     temporary = [f"{trial.folder.name}/{name}" for trial in (straight, hurt) for name in trial.temporary_files()]
     mapped_by_none = without_owner(shared_memory_files() - shared_memory)
     left = Left((*undisturbed.processes, *disturbed.processes), tuple(mapped_by_none), tuple(temporary))

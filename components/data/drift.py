@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from ..spaces.space import Space
 from .catalog import Dataset
-from .changes import matches
-from .copies import Copies
+from .diff import matches
 from .reader import RowReader
+from .shard_cache import ShardCache
 from .shards import read_rows
 from .summary import NO_LABEL, hash_ranks, read_bad
 
@@ -132,7 +132,7 @@ class _Side:
         return {entry["values"]: entry["counts"] for entry in counts.to_pylist()}
 
 
-def measure_drift(before: Dataset, after: Dataset, *, copies: Copies | None = None) -> Drift:
+def measure_drift(before: Dataset, after: Dataset, *, copies: ShardCache | None = None) -> Drift:
     """Compares the images that are new in a dataset with those of the dataset before.
 
     Args:
@@ -260,7 +260,7 @@ def _histogram(before: np.ndarray, new: np.ndarray) -> Histogram:
     return Histogram(before=counts[0], new=counts[1], mean_before=means[0], mean_new=means[1])
 
 
-def _measures(side: _Side, space: Space, copies: Copies | None) -> tuple[np.ndarray, np.ndarray]:
+def _measures(side: _Side, space: Space, copies: ShardCache | None) -> tuple[np.ndarray, np.ndarray]:
     """Returns two numbers of each sampled row, from 0 to 1, such as mean and standard deviation of an image's grey values."""
     found = np.empty((len(side.sample), 2))
     for places, rows in _batches(side.dataset, side.rows["split"], side.sample, copies):
@@ -268,7 +268,7 @@ def _measures(side: _Side, space: Space, copies: Copies | None) -> tuple[np.ndar
     return found[:, 0], found[:, 1]
 
 
-def rows_of(dataset: Dataset, numbers: np.ndarray, copies: Copies | None = None) -> np.ndarray:
+def rows_of(dataset: Dataset, numbers: np.ndarray, copies: ShardCache | None = None) -> np.ndarray:
     """Returns rows (len(numbers), *shape) by their number in the list of rows, of any split."""
     space = dataset.manifest.space
     out = np.empty((len(numbers), *space.shape), space.dtype)
@@ -278,7 +278,7 @@ def rows_of(dataset: Dataset, numbers: np.ndarray, copies: Copies | None = None)
     return out
 
 
-def _batches(dataset: Dataset, splits: pa.ChunkedArray, rows: np.ndarray, copies: Copies | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _batches(dataset: Dataset, splits: pa.ChunkedArray, rows: np.ndarray, copies: ShardCache | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields all of some rows, a bounded number of bytes at a time: their places among `rows`, and what they hold."""
     per_batch = max(1, BATCH_BYTES // dataset.manifest.space.row_bytes)
     for split in dataset.manifest.splits:

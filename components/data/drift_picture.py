@@ -10,8 +10,8 @@ from ..charts import COLOURS, DASHES, INK, draw_frame, plain, shortened
 from ..counts import counted
 from ..figures import Strip, contact_sheet
 from .catalog import Dataset
-from .copies import Copies
 from .drift import CHANCE, Distance, Drift, LabelCount, rows_of
+from .shard_cache import ShardCache
 from .summary import NO_LABEL
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ BEFORE, NEW, ALARM = COLOURS[0], COLOURS[1], "#be242c"
 
 
 def drift_picture(
-    drift: Drift, before: Dataset, after: Dataset, *, max_label_drift: float, max_brightness_drift: float, copies: Copies | None = None
+    drift: Drift, before: Dataset, after: Dataset, *, max_label_drift: float, max_brightness_drift: float, copies: ShardCache | None = None
 ) -> Image.Image:
     """Returns a picture for the person who must decide whether new images are as they should be.
 

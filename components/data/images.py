@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..errors import DataError
 from ..spaces.pixels import PixelSpace
-from .containers import declared_sizes, ends_early, identify, identify_unread, num_components, png_lacks_rows
+from .image_headers import declared_sizes, ends_early, identify, identify_unread, num_components, png_lacks_rows
 
 if TYPE_CHECKING:
     from PIL.ImageCms import ImageCmsTransform

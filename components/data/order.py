@@ -4,7 +4,7 @@ The global batch of a step is cut into lanes. Training walks through a stream of
 belongs to step p // global_batch_size and to lane (p % global_batch_size) // rows_per_lane. Every epoch visits each row exactly once.
 
 A small dataset is permuted as a whole each epoch. A large one is permuted so that a lane reads few places of the disk at a time:
-blocks of consecutive rows are permuted, each lane takes its own stretch of them, and rows are permuted within windows of the stretch.
+blocks of consecutive rows are permuted, each lane takes its own range of them, and rows are permuted within windows of the range.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ..spaces.space import Space
 from ..storage import Location
-from .copies import Copies
+from .shard_cache import ShardCache
 from .shards import Manifest, Split, column_rows, shard_location
 
 CACHE_BYTES = 3 << 29
@@ -30,9 +30,9 @@ class RowReader:
         copies: where shards that are not on a file system are copied to; a temporary folder by default.
     """
 
-    def __init__(self, folder: Location, manifest: Manifest, split: Split = "train", cache_bytes: int = CACHE_BYTES, copies: Copies | None = None) -> None:
+    def __init__(self, folder: Location, manifest: Manifest, split: Split = "train", cache_bytes: int = CACHE_BYTES, copies: ShardCache | None = None) -> None:
         self._folder, self._manifest, self._split = folder, manifest, split
-        self._copies = copies or Copies.of()
+        self._copies = copies or ShardCache.of()
         self._shards, self._places = self._copies.use(folder / manifest.rows_file, manifest.rows_sha256, lambda path: _places(path, split))
         self._files: OrderedDict[int, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()

@@ -12,9 +12,9 @@ from ..counts import counted
 from ..errors import DataError
 from ..figures import Strip, contact_sheet, titled
 from ..storage import Location
-from .copies import Copies
 from .images import to_image
 from .reader import RowReader
+from .shard_cache import ShardCache
 from .shards import QUARANTINE, QUARANTINE_SCHEMA, Manifest, check_whole, read_rows, read_table
 
 SHEET_LABELS, SHEET_COLUMNS = 10, 10
@@ -87,7 +87,7 @@ def hash_ranks(hashes: pa.ChunkedArray) -> np.ndarray:
     return np.frombuffer(array.buffers()[1], np.uint64, len(array) * 4, array.offset * 32)[3::4]
 
 
-def dataset_sheet(folder: Location, manifest: Manifest, copies: Copies | None = None) -> Image.Image:
+def dataset_sheet(folder: Location, manifest: Manifest, copies: ShardCache | None = None) -> Image.Image:
     """Returns a picture of a dataset: up to ten labels with ten images each, or a hundred images where there are no labels.
 
     Raises:
@@ -117,7 +117,7 @@ def _caption(manifest: Manifest, num_shown: int) -> str:
     return f"{counted(manifest.num_rows, space.noun, ',')}, {space.description}{labels}, dataset {manifest.digest}"
 
 
-def _read(folder: Location, manifest: Manifest, splits: pa.ChunkedArray, numbers: np.ndarray, copies: Copies | None) -> np.ndarray:
+def _read(folder: Location, manifest: Manifest, splits: pa.ChunkedArray, numbers: np.ndarray, copies: ShardCache | None) -> np.ndarray:
     """Returns rows of any split, (len(numbers), *shape)."""
     out = np.empty((len(numbers), *manifest.space.shape), manifest.space.dtype)
     encoded = splits.combine_chunks().dictionary_encode()

@@ -43,7 +43,7 @@ class TorchvisionSource:
             return np.asarray(dataset[int(path.rpartition("#")[2])][0])
         except MemoryError:
             raise
-        # CelebA lies in a file for each image, which torchvision has Pillow read; there is no telling what that raises.
+        # CelebA lies in a file for each image, which torchvision has Pillow read; nobody knows what that raises.
         except Exception as error:
             is_content = isinstance(error, UnidentifiedImageError) or not isinstance(error, OSError) or error.errno is None
             raise DataError(_why_bad(error), "corrupt" if is_content else "unreadable") from error

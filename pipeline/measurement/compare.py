@@ -11,9 +11,9 @@ from components.diffusion.recipe import Recipe
 from components.storage import Location
 from pipeline.artifacts import Metric, PairedTest, ShardSet
 from pipeline.context import StageContext
-from pipeline.measurement.bench import Bench, EvaluateConfig, as_metric, open_bench
-from pipeline.measurement.draw import SampleSet
+from pipeline.measurement.evaluator import EvaluateConfig, Evaluator, as_metric, open_evaluator
 from pipeline.measurement.measure import Sampled, measure_distance, measure_floor, paired_test
+from pipeline.measurement.sampling_actor import SampleSet
 
 GRID_IMAGES = 16
 
@@ -78,27 +78,27 @@ def compare(entrants: Sequence[Entrant], recipes: Sequence[Recipe], config: Eval
         DataError: if a checkpoint, the dataset or a file of weights is not whole, or a model makes other images than the dataset's.
     """
     shards = shard_set_of(dataset)
-    with open_bench(config, shards, context) as bench:
-        recipes = [replace(recipe, precision=bench.config.recipe.precision) for recipe in recipes]
-        bench.reference()
-        results = [result for recipe in recipes for result in _by_recipe(bench, entrants, recipe)]
-        space = bench.manifest.space
+    with open_evaluator(config, shards, context) as evaluator:
+        recipes = [replace(recipe, precision=evaluator.config.recipe.precision) for recipe in recipes]
+        evaluator.reference()
+        results = [result for recipe in recipes for result in _by_recipe(evaluator, entrants, recipe)]
+        space = evaluator.manifest.space
         seeds = range(GRID_IMAGES if space.one_tile_per_row else space.rows_in_a_picture)
-        pixels = tuple(space.tiles(bench.pixels(_samples(bench, entrant, recipes[0]), seeds)) for entrant in entrants)
-        floor = measure_floor(bench.reals(0, "train"), bench.holdout(0), config.num_samples)
+        pixels = tuple(space.tiles(evaluator.pixels(_samples(evaluator, entrant, recipes[0]), seeds)) for entrant in entrants)
+        floor = measure_floor(evaluator.real_features(0, "train"), evaluator.holdout(0), config.num_samples)
     return Comparison(tuple(results), pixels, None if floor is None else floor.value)
 
 
-def _by_recipe(bench: Bench, entrants: Sequence[Entrant], recipe: Recipe) -> list[Result]:
-    reference, unit = bench.reference()
+def _by_recipe(evaluator: Evaluator, entrants: Sequence[Entrant], recipe: Recipe) -> list[Result]:
+    reference, unit = evaluator.reference()
     unit = unit.model_copy(update={"sampler": recipe.describe(), "steps": recipe.steps})
     drawn = []
     for entrant in entrants:
-        bench.context.reporter.line(f"  {entrant.name}: {unit.drawn_by}")
-        samples = _samples(bench, entrant, recipe)
-        bench.draw(samples, bench.config.seeds)
+        evaluator.context.reporter.line(f"  {entrant.name}: {unit.drawn_by}")
+        samples = _samples(evaluator, entrant, recipe)
+        evaluator.draw(samples, evaluator.config.seeds)
         drawn.append(samples)
-    sampled = [Sampled(samples.folder, bench.team.identities[0], bench.config.seeds) for samples in drawn]
+    sampled = [Sampled(samples.folder, evaluator.actor_pool.identities[0], evaluator.config.seeds) for samples in drawn]
     results = []
     for entrant, samples, mine in zip(entrants, drawn, sampled, strict=True):
         distance = measure_distance(mine, reference)
@@ -109,7 +109,7 @@ def _by_recipe(bench: Bench, entrants: Sequence[Entrant], recipe: Recipe) -> lis
                 sampler=recipe.sampler,
                 steps=recipe.steps,
                 metric=as_metric(distance, unit),
-                guards=tuple(_with_recipe(metric, recipe) for metric in bench.guards(samples)),
+                guards=tuple(_with_recipe(metric, recipe) for metric in evaluator.guards(samples)),
                 against_first=None if mine is sampled[0] else paired_test(mine, sampled[0], reference),
             )
         )
@@ -120,8 +120,8 @@ def _with_recipe(metric: Metric, recipe: Recipe) -> Metric:
     return metric.model_copy(update={"unit": metric.unit.model_copy(update={"sampler": recipe.describe(), "steps": recipe.steps})})
 
 
-def _samples(bench: Bench, entrant: Entrant, recipe: Recipe) -> SampleSet:
-    return bench.samples_of(entrant.checkpoint, entrant.weights, recipe)
+def _samples(evaluator: Evaluator, entrant: Entrant, recipe: Recipe) -> SampleSet:
+    return evaluator.samples_of(entrant.checkpoint, entrant.weights, recipe)
 
 
 def shard_set_of(dataset: Location) -> ShardSet:

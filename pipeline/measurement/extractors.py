@@ -14,12 +14,12 @@ from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
 from pipeline.lease import held
-from pipeline.measurement.draw import ExtractorChoice, Kind
-from pipeline.measurement.gauge import Gauge, gauges
-from pipeline.measurement.reals import read_reference
+from pipeline.measurement.reference_statistics import read_reference
+from pipeline.measurement.remote_progress import RemoteProgress, collecting_progress
+from pipeline.measurement.sampling_actor import ExtractorChoice, Kind
 
 if TYPE_CHECKING:
-    from pipeline.measurement.bench import EvaluateConfig
+    from pipeline.measurement.evaluator import EvaluateConfig
 
 MIN_CLASSES = 2
 CLASSIFIER_ROWS, CLASSIFIER_BYTES, PIXELS_PER_THREAD = 100_000, 2 << 30, 4096
@@ -146,12 +146,12 @@ def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -
     what = "training the classifier whose features measure the samples, once for this dataset"
     context.reporter.line(f"  {what}")
     progress = context.reporter.progress("training the classifier", 100, "%")
-    with held(context.storage / "locks" / f"classifier-{name}", wait=True), progress as advance, gauges(advance) as pieces:
+    with held(context.storage / "locks" / f"classifier-{name}", wait=True), progress as advance, collecting_progress(advance) as pieces:
         if not (folder / RECORD).is_file():
             try:
                 options: dict[str, Any] = {"num_cpus": 1} | dict(placement.per_sampler)
                 task = ray.remote(**options)(make_classifier)
-                ray.get(task.remote(shards.path, str(folder), threads, pieces.gauge(name), "cuda" if placement.use_gpu else "cpu"))
+                ray.get(task.remote(shards.path, str(folder), threads, pieces.progress(name), "cuda" if placement.use_gpu else "cpu"))
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, DataError):
                     raise error.cause from error
@@ -159,11 +159,11 @@ def _classifier(shards: ShardSet, context: StageContext, placement: Placement) -
     return folder
 
 
-def make_classifier(dataset: str, folder: str, threads: int, gauge: Gauge, device: str) -> None:
+def make_classifier(dataset: str, folder: str, threads: int, progress: RemoteProgress, device: str) -> None:
     """Trains the classifier of a dataset, up to CLASSIFIER_ROWS and CLASSIFIER_BYTES of its labelled rows, and moves it into place.
 
     Args:
-        gauge: where it says how much of it is done, in percent.
+        progress: where it says how much of it is done, in percent.
     """
     import torch
 
@@ -179,7 +179,7 @@ def make_classifier(dataset: str, folder: str, threads: int, gauge: Gauge, devic
     most = min(CLASSIFIER_ROWS, max(MIN_CLASSES, CLASSIFIER_BYTES // manifest.space.row_bytes))
     labelled = labelled[:: -(-len(labelled) // most)]  # spread over all labels, by which rows are sorted
     with scratch("classifier") as staging:
-        tell = gauge.tell()
+        tell = progress.tell()
         train_classifier(
             manifest.space.for_features(reader.rows(labelled)), classes[labelled].astype(np.int64), staging / "made", lambda share: tell(100 * share), device
         )

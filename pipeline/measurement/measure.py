@@ -8,13 +8,13 @@ import numpy as np
 
 from components.storage import Location
 from pipeline.artifacts import Floor, Memorisation, Metric, MetricUnit, PairedTest
-from pipeline.measurement.draw import SEEDS_PER_PART, Identity, features_file, logits_file, parts_of, read_parts
-from pipeline.measurement.reals import Reals, is_energy
+from pipeline.measurement.reference_statistics import RealFeatures, is_energy
+from pipeline.measurement.sampling_actor import SEEDS_PER_PART, Identity, features_file, logits_file, parts_of, read_parts
 
 if TYPE_CHECKING:
     from components.metrics.frechet import FeatureStats, Reference
     from components.metrics.memorisation import Pair
-    from pipeline.measurement.reals import AnyReference
+    from pipeline.measurement.reference_statistics import AnyReference
 
 MOST_COMPARED = 10_000
 """Samples and real images of which pairs are compared: kernel distance, neighbours, copies."""
@@ -122,12 +122,12 @@ def _halves(sampled: Sampled, reference: "Reference") -> "tuple[FeatureStats, Fe
     return even, odd
 
 
-def measure_scores(sampled: Sampled, reals: Reals, unit: MetricUnit, device: str = "cpu") -> list[Metric]:
+def measure_scores(sampled: Sampled, real_features: RealFeatures, unit: MetricUnit, device: str = "cpu") -> list[Metric]:
     """Returns what is taken of pairs of features: kernel distance, precision and recall, density and coverage."""
     from components.metrics.kernel import kernel_distance
     from components.metrics.neighbours import neighbourhoods
 
-    fake, real = sampled.first(MOST_COMPARED), reals.spread(MOST_COMPARED)
+    fake, real = sampled.first(MOST_COMPARED), real_features.spread(MOST_COMPARED)
     if min(len(fake), len(real)) < FEWEST_COMPARED:
         return []
     found = neighbourhoods(fake, real, device=device)
@@ -156,7 +156,7 @@ def measure_inception_score(sampled: Sampled, unit: MetricUnit) -> list[Metric]:
     return [Metric(kind="inception_score", value=score.mean, spread=score.standard_deviation, unit=unit)]
 
 
-def measure_floor(train: Reals, holdout: Reals | None, num_samples: int) -> Floor | None:
+def measure_floor(train: RealFeatures, holdout: RealFeatures | None, num_samples: int) -> Floor | None:
     """Returns what real images score: held-out ones against the training split where there are any, else one half of it against the other."""
     if holdout is not None:
         measured, reference = holdout.spread(num_samples), train.reference
@@ -189,7 +189,7 @@ def _reference_like(reference: "AnyReference", features: np.ndarray) -> "AnyRefe
     return EnergyReference.of(features) if isinstance(reference, EnergyReference) else Reference.of(FeatureStats.of(features, reference.mean))
 
 
-def find_copies(sampled: Sampled, train: Reals, holdout: Reals | None, device: str = "cpu") -> "tuple[Memorisation, tuple[Pair, ...]] | None":
+def find_copies(sampled: Sampled, train: RealFeatures, holdout: RealFeatures | None, device: str = "cpu") -> "tuple[Memorisation, tuple[Pair, ...]] | None":
     """Returns how many samples are copies of training images, and the closest pairs; None where there are too few images to tell."""
     from components.metrics.memorisation import QUANTILE, Calibration, memorisation
 

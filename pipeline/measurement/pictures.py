@@ -20,10 +20,10 @@ from components.scratch import scratch
 from components.spaces.space import Space
 from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
-from pipeline.measurement.bench import Bench, Numbers
-from pipeline.measurement.draw import RealSet, SampleSet
+from pipeline.measurement.evaluator import Evaluator, Numbers
+from pipeline.measurement.sampling_actor import RealSet, SampleSet
 from pipeline.tracking import git_commit
-from pipeline.training.notebook import read_metrics
+from pipeline.training.metrics_log import read_metrics
 
 GRID_COLUMNS = 12
 ANIMATION_SEEDS, ANIMATION_COLUMNS, ANIMATION_FRAMES = range(16), 4, 40
@@ -62,104 +62,104 @@ def seeds_shown(space: Space) -> range:
     return range(space.rows_in_a_picture)
 
 
-def draw_pictures(bench: Bench, samples: SampleSet, numbers: Numbers, model: TrainedModel, pixels: Location) -> Pictures:
+def draw_pictures(evaluator: Evaluator, samples: SampleSet, numbers: Numbers, model: TrainedModel, pixels: Location) -> Pictures:
     """Draws what the page shows and writes it to the stage's folder; where few samples are measured, fewer are drawn to be looked at.
 
     Args:
         pixels: folder with the pixels of samples, as far as they were drawn.
     """
-    folder, few = bench.context.folder, bench.config.num_samples
-    space = bench.manifest.space
-    images = bench.pixels(samples, seeds_shown(space)[:few], bench.config.seeds, pixels)
-    frames = _draw_animation(bench, samples, (ANIMATION_SEEDS if space.one_tile_per_row else seeds_shown(space))[:few])
+    folder, few = evaluator.context.folder, evaluator.config.num_samples
+    space = evaluator.manifest.space
+    images = evaluator.pixels(samples, seeds_shown(space)[:few], evaluator.config.seeds, pixels)
+    frames = _draw_animation(evaluator, samples, (ANIMATION_SEEDS if space.one_tile_per_row else seeds_shown(space))[:few])
     pairs = PAIRS[: max(1, few // 2)]
-    between = _draw_between(bench, samples, pairs) if space.one_tile_per_row else None
+    between = _draw_between(evaluator, samples, pairs) if space.one_tile_per_row else None
     lines = [line for line in read_metrics(Location.of(model.folder)) if "train/loss" in line.metrics]
     with scratch("pictures") as staging:
         paths = {name: staging / file for name, file in FILES.items()}
         grid(space.tiles(images), GRID_COLUMNS).save(paths["grid"])
         paths["animation"].write_bytes(gif_bytes(reverse_frames(space, frames, ANIMATION_COLUMNS)))
-        _draw_forward(bench, samples, paths["forward"], paths["schedule"])
+        _draw_forward(evaluator, samples, paths["forward"], paths["schedule"])
         if between is not None:
             tiles = space.tiles(between.reshape(-1, *space.shape))
             sheet = interpolation_sheet(tiles.reshape(*between.shape[:2], *tiles.shape[1:]), pairs, BETWEEN)
             sheet.save(paths["interpolation"])
         save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines])
-        _draw_timesteps(bench, samples, paths["timesteps"])
-        _draw_copies(bench, samples, numbers, paths["copies"], pixels)
+        _draw_timesteps(evaluator, samples, paths["timesteps"])
+        _draw_copies(evaluator, samples, numbers, paths["copies"], pixels)
         folder.upload(staging)
         return Pictures(folder, {name: path.read_bytes() for name, path in paths.items() if path.is_file()})
 
 
-def _draw_forward(bench: Bench, samples: SampleSet, forward: Path, schedules: Path) -> None:
+def _draw_forward(evaluator: Evaluator, samples: SampleSet, forward: Path, schedules: Path) -> None:
     """Draws what the noise of the model's process does to some rows to train on, and its schedule among the others."""
-    space, diffusion = bench.manifest.space, read_spec(Location.of(samples.checkpoint)).diffusion
-    count = bench.manifest.num_train
+    space, diffusion = evaluator.manifest.space, read_spec(Location.of(samples.checkpoint)).diffusion
+    count = evaluator.manifest.num_train
     numbers = np.linspace(0, count - 1, min(count, FORWARD_IMAGES if space.one_tile_per_row else space.rows_in_a_picture)).round().astype(int)
-    rows = RowReader(Location.of(bench.shards.path), bench.manifest).rows(numbers)
+    rows = RowReader(Location.of(evaluator.shards.path), evaluator.manifest).rows(numbers)
     forward_picture(space, Schedule(diffusion), rows, f"{diffusion.betas} schedule, T = {diffusion.num_steps}").save(forward)
     save_schedules(schedules, all_schedules(diffusion.num_steps))
 
 
-def _draw_animation(bench: Bench, samples: SampleSet, seeds: range) -> list[Moment]:
+def _draw_animation(evaluator: Evaluator, samples: SampleSet, seeds: range) -> list[Moment]:
     """Returns what some steps see while seeds are drawn."""
-    size = SEEDS_AT_ONCE if bench.manifest.space.one_tile_per_row else ROWS_IN_A_PART
+    size = SEEDS_AT_ONCE if evaluator.manifest.space.one_tile_per_row else ROWS_IN_A_PART
     parts = [list(seeds[first : first + size]) for first in range(0, len(seeds), size)]
     found = []
-    with bench.context.reporter.progress("drawing an animation", len(seeds), f"{bench.manifest.space.noun}s") as advance:
-        for part, frames in zip(parts, bench.team.map("animation", ((samples, part, ANIMATION_FRAMES) for part in parts)), strict=True):
+    with evaluator.context.reporter.progress("drawing an animation", len(seeds), f"{evaluator.manifest.space.noun}s") as advance:
+        for part, frames in zip(parts, evaluator.actor_pool.map("animation", ((samples, part, ANIMATION_FRAMES) for part in parts)), strict=True):
             found.append(frames)
             advance(len(part))
     whole = [(moments[0], [moment.x_t for moment in moments], [moment.x_0 for moment in moments]) for moments in zip(*found, strict=True)]
     return [replace(moment, x_t=np.concatenate(x_t), x_0=np.concatenate(x_0)) for moment, x_t, x_0 in whole]
 
 
-def _draw_between(bench: Bench, samples: SampleSet, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+def _draw_between(evaluator: Evaluator, samples: SampleSet, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
     """Returns images between pairs of seeds: pixels (len(pairs), PAIR_STEPS, C, H, W)."""
     found = []
-    with bench.context.reporter.progress("drawing between seeds", len(pairs) * PAIR_STEPS, "images") as advance:
-        for rows in bench.team.map("interpolate", ((samples, [pair], PAIR_STEPS) for pair in pairs)):
+    with evaluator.context.reporter.progress("drawing between seeds", len(pairs) * PAIR_STEPS, "images") as advance:
+        for rows in evaluator.actor_pool.map("interpolate", ((samples, [pair], PAIR_STEPS) for pair in pairs)):
             found.append(rows)
             advance(PAIR_STEPS)
     return np.concatenate(found)
 
 
-def _draw_timesteps(bench: Bench, samples: SampleSet, path: Path) -> None:
+def _draw_timesteps(evaluator: Evaluator, samples: SampleSet, path: Path) -> None:
     """Draws the loss at single noise levels, on training and on held-out images: as many as samples are measured, up to `evaluate.loss_images`."""
-    noun = f"{bench.manifest.space.noun}s"
+    noun = f"{evaluator.manifest.space.noun}s"
     splits: dict[str, Split] = {f"training {noun}": "train", f"held-out {noun}": "holdout"}
     num_steps = read_spec(Location.of(samples.checkpoint)).diffusion.num_steps
     timesteps = sorted(set(np.linspace(0, num_steps - 1, LOSS_TIMESTEPS).round().astype(int).tolist()))
-    curves = {name: _losses(bench, samples, split, timesteps) for name, split in splits.items() if bench.manifest.splits.get(split, 0)}
+    curves = {name: _losses(evaluator, samples, split, timesteps) for name, split in splits.items() if evaluator.manifest.splits.get(split, 0)}
     save_timestep_losses(path, timesteps, curves)
 
 
-def _losses(bench: Bench, samples: SampleSet, split: Split, timesteps: Sequence[int]) -> list[float]:
+def _losses(evaluator: Evaluator, samples: SampleSet, split: Split, timesteps: Sequence[int]) -> list[float]:
     """Returns the loss at some time steps; all actors work on it, and how many they are is no part of the result."""
-    count = bench.manifest.splits[split]
-    rows = np.linspace(0, count - 1, min(bench.config.loss_images, bench.config.num_samples, count)).round().astype(int).tolist()
-    real = RealSet(bench.context.storage, bench.shards.path, split)
+    count = evaluator.manifest.splits[split]
+    rows = np.linspace(0, count - 1, min(evaluator.config.loss_images, evaluator.config.num_samples, count)).round().astype(int).tolist()
+    real = RealSet(evaluator.context.storage, evaluator.shards.path, split)
     pieces = [(index, first) for index in range(len(timesteps)) for first in range(0, len(rows), ROWS_AT_ONCE)]
     work = ((samples, real, rows[first : first + ROWS_AT_ONCE], first, timesteps[index]) for index, first in pieces)
     sums = np.zeros(len(timesteps))
     what = "the loss at each noise level" if split == "train" else "the same on held-out images"
-    with bench.context.reporter.progress(what, len(timesteps) * len(rows), f"{bench.manifest.space.noun}s") as advance:
-        for (index, first), loss in zip(pieces, bench.team.map("loss_at", work), strict=True):
+    with evaluator.context.reporter.progress(what, len(timesteps) * len(rows), f"{evaluator.manifest.space.noun}s") as advance:
+        for (index, first), loss in zip(pieces, evaluator.actor_pool.map("loss_at", work), strict=True):
             sums[index] += loss
             advance(len(rows[first : first + ROWS_AT_ONCE]))
     return (sums / len(rows)).tolist()
 
 
-def _draw_copies(bench: Bench, samples: SampleSet, numbers: Numbers, path: Path, pixels: Location) -> None:
+def _draw_copies(evaluator: Evaluator, samples: SampleSet, numbers: Numbers, path: Path, pixels: Location) -> None:
     """Draws the samples that are nearest to a training image, beside it."""
-    space = bench.manifest.space
+    space = evaluator.manifest.space
     if numbers.copies is None or not space.one_tile_per_row:
         return
     verdict, found = numbers.copies
     pairs = found[:MOST_PAIRS]
-    seeds = [bench.config.first_seed + pair.sample for pair in pairs]
-    ours = bench.pixels(samples, seeds, bench.config.seeds, pixels)
-    theirs = RowReader(Location.of(bench.shards.path), bench.manifest).rows(np.asarray([pair.training_row for pair in pairs]))
+    seeds = [evaluator.config.first_seed + pair.sample for pair in pairs]
+    ours = evaluator.pixels(samples, seeds, evaluator.config.seeds, pixels)
+    theirs = RowReader(Location.of(evaluator.shards.path), evaluator.manifest).rows(np.asarray([pair.training_row for pair in pairs]))
     closest_pairs(space.tiles(ours), space.tiles(theirs), [pair.distance for pair in pairs], verdict.threshold).save(path)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from pipeline.artifacts import Contest
+from pipeline.artifacts import ChampionTest
 from pipeline.context import Reporter
 from pipeline.errors import RegistryError
 from pipeline.registry.decide import Decision
@@ -10,7 +10,7 @@ from pipeline.registry.ledger import Ledger
 from pipeline.registry.move import Move
 from pipeline.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, alias_of, has_version, newest_version, set_alias
 
-Judge = Callable[[int | None], tuple[Decision, Contest | None]]
+Judge = Callable[[int | None], tuple[Decision, ChampionTest | None]]
 """Measures a version beside the champion of that number and decides."""
 
 
@@ -24,10 +24,10 @@ def pass_gate(ledger: Ledger, version: int, judge: Judge, reporter: Reporter) ->
         if (made := ledger.about(version)) is not None:
             return made
         champion = last.champion if last else None
-        decision, contest = (Decision(True, "is champion already"), None) if champion == version else judge(champion)
+        decision, champion_test = (Decision(True, "is champion already"), None) if champion == version else judge(champion)
         before = last.champions if last else ()
         champions = _behind(before, version) if decision.promote else before
-        move = ledger.append(last, "promoted" if decision.promote else "kept", version, champions, decision.reason, contest=contest)
+        move = ledger.append(last, "promoted" if decision.promote else "kept", version, champions, decision.reason, champion_test=champion_test)
         if move is not None:
             return move
         reporter.line("  another process decided about the champion meanwhile; deciding anew")
@@ -47,11 +47,11 @@ def promote(ledger: Ledger, version: int, judge: Judge | None, why: str) -> Move
         last = ledger.settle()
         if last is not None and last.champion == version:
             raise RegistryError(f"version={version} of {ledger.name} is champion already; `ddpm models show {ledger.name}` says since when")
-        decision, contest = (Decision(True, ""), None) if judge is None else judge(last.champion if last else None)
+        decision, champion_test = (Decision(True, ""), None) if judge is None else judge(last.champion if last else None)
         if not decision.promote:
             raise RegistryError(f"version={version} of {ledger.name} is not promoted: {decision.reason}; --force --why REASON moves the alias all the same")
         words = "; ".join(part for part in (why, decision.reason if judge else "not measured beside the champion") if part)
-        move = ledger.append(last, "promoted by hand", version, _behind(last.champions if last else (), version), words, contest=contest)
+        move = ledger.append(last, "promoted by hand", version, _behind(last.champions if last else (), version), words, champion_test=champion_test)
         if move is not None:
             ledger.settle()
             return move

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
-from pipeline.artifacts import Contest
+from pipeline.artifacts import ChampionTest
 from pipeline.errors import RegistryError
 from pipeline.registry.move import Kind, Move
 from pipeline.registry.page import is_ours, model_page
@@ -78,7 +78,7 @@ class Ledger:
         champions: tuple[int, ...],
         why: str,
         *,
-        contest: Contest | None = None,
+        champion_test: ChampionTest | None = None,
         who: str | None = None,
     ) -> Move | None:
         """Writes the entry behind the last one; returns None where another process was first.
@@ -97,7 +97,7 @@ class Ledger:
             who=who or whoami(self.tracking),
             when=datetime.now(UTC).isoformat(timespec="milliseconds"),
             why=_UNPRINTABLE.sub(" ", why)[:MOST_WORDS],
-            contest=contest,
+            champion_test=champion_test,
         )
         try:
             self.tracking.client.log_param(self.run_id, f"{_MOVE}{move.number:06d}", move.model_dump_json(), synchronous=True)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.artifacts import Contest
+from pipeline.artifacts import ChampionTest
 
 Kind = Literal["promoted", "kept", "promoted by hand", "rolled back", "outside"]
 
@@ -26,7 +26,7 @@ class Move(BaseModel):
     who: str
     when: str
     why: str
-    contest: Contest | None = None
+    champion_test: ChampionTest | None = None
 
     @property
     def champion(self) -> int | None:

@@ -67,7 +67,7 @@ def version_page(made: Made, move: Move | None, address: Address) -> str:
 def _headline(metric: Metric, move: Move | None) -> str:
     """Returns the one line that the list of versions shows."""
     unit = metric.unit
-    before = f" (champion v{move.contest.champion_version}: {move.contest.test.champion:.4g})" if move and move.contest else ""
+    before = f" (champion v{move.champion_test.champion_version}: {move.champion_test.test.champion:.4g})" if move and move.champion_test else ""
     became = {"promoted": ": became champion", "kept": ": champion kept"}.get(move.kind, "") if move else ""
     return f"{metric.name} {metric.value:.4g}{_error(metric)}{before}{became} - {counted(unit.num_samples, 'sample')}, {unit.drawn_by}"
 
@@ -87,8 +87,8 @@ def _numbers(made: Made, move: Move | None) -> list[tuple[str, str]]:
             f"against {counted(unit.reference_count, made.shards.space.noun)} ({unit.reference_split}) of {unit.reference_digest[:16]}",
         ),
     ]
-    if move and move.contest:
-        rows.append(("against the champion", move.contest.in_words))
+    if move and move.champion_test:
+        rows.append(("against the champion", move.champion_test.in_words))
     if evaluation.floor is not None:
         rows.append((f"real {made.shards.space.noun}s score", f"{evaluation.floor.value:.4g} ({evaluation.floor.count} {evaluation.floor.measured})"))
     rows += [(guard.name, f"{guard.value:.4g}{_error(guard)}") for guard in evaluation.guards]

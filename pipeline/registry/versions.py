@@ -59,7 +59,7 @@ def set_alias(tracking: Tracking, name: str, alias: str, version: int) -> None:
     tracking.client.set_registered_model_alias(name, alias, str(version))
 
 
-def rival_of_other_images(tracking: Tracking, name: str, source: str, digest: str) -> "ModelVersion | None":
+def champion_of_other_images(tracking: Tracking, name: str, source: str, digest: str) -> "ModelVersion | None":
     """Returns the version that a candidate of a model would be measured against, if it was trained on images of another source; None otherwise.
 
     Args:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from components.errors import DataError
 from components.storage import Location
-from pipeline.artifacts import Contest, Metric
+from pipeline.artifacts import ChampionTest, Metric
 from pipeline.retraining.summary import Outcome
 from pipeline.tracking import ui_link
 
@@ -62,7 +62,7 @@ class Attempt(_Record):
     device_hours: float | None = None
     model: str | None = None
     metric: Metric | None = None
-    contest: Contest | None = None
+    champion_test: ChampionTest | None = None
     mlflow_run_id: str | None = None
     mlflow_uri: str | None = None
     experiment_id: str | None = None

@@ -1,9 +1,9 @@
 """The guards, asked about real data and a real plan."""
 
 from components.data.catalog import Dataset
-from components.data.copies import Copies
 from components.data.drift import Drift, measure_drift
 from components.data.drift_picture import drift_picture
+from components.data.shard_cache import ShardCache
 from components.scratch import scratch
 from components.storage import Location
 from pipeline.artifacts import ShardSet
@@ -15,7 +15,7 @@ from pipeline.retraining.latest import Latest
 PICTURE = "drift.png"
 
 
-def look_at_data(config: RunConfig, latest: Latest | None, shards: ShardSet, place: Location) -> tuple[Finding | None, Drift | None]:
+def check_new_data(config: RunConfig, latest: Latest | None, shards: ShardSet, place: Location) -> tuple[Finding | None, Drift | None]:
     """Returns what the guards say of what is new since the last training, and what that is; nothing before the first.
 
     Args:
@@ -26,7 +26,7 @@ def look_at_data(config: RunConfig, latest: Latest | None, shards: ShardSet, pla
     """
     if latest is None or latest.dataset is None:
         return None, None
-    limits, copies = config.retrain, Copies.of(config.cluster.cache, config.cluster.cache_bytes)
+    limits, copies = config.retrain, ShardCache.of(config.cluster.cache, config.cluster.cache_bytes)
     after = Dataset.of(Location.of(shards.path))
     drift = measure_drift(latest.dataset, after, copies=copies)
     found = check_data(
@@ -48,7 +48,7 @@ def look_at_data(config: RunConfig, latest: Latest | None, shards: ShardSet, pla
     return found, drift
 
 
-def look_at_plan(config: RunConfig, latest: Latest | None, reporter: Reporter) -> Finding | None:
+def check_planned_hours(config: RunConfig, latest: Latest | None, reporter: Reporter) -> Finding | None:
     """Returns why the planned training is over its budget, None where it is not; says where that cannot be told."""
     found = check_budget(
         steps=config.train.steps,

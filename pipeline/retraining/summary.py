@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from pydantic_core import from_json
 
 from components.counts import counted
-from pipeline.artifacts import Contest, Metric
+from pipeline.artifacts import ChampionTest, Metric
 from pipeline.progress import duration
 
 Outcome = Literal["promoted", "kept", "skipped", "stopped", "open", "abandoned", "failed"]
@@ -47,7 +47,7 @@ class AttemptSummary(BaseModel):
     device_hours: float | None = None
     """Devices times hours of training."""
     metric: Metric | None = None
-    contest: Contest | None = None
+    champion_test: ChampionTest | None = None
     """The paired test with the champion."""
     version: int | None = None
     """In the model registry."""
@@ -72,7 +72,7 @@ def headline(summary: AttemptSummary) -> str:
     alert = f"ALERT, {summary.failures} failures in a row: " if summary.is_alert else ""
     if summary.metric is None or summary.outcome not in ("promoted", "kept"):
         return f"{alert}{who}: {summary.outcome}: {_shortened(summary.reason)}"
-    parts = [f"{_number(summary.metric, summary.contest)}", *_news(summary), duration(summary.seconds)]
+    parts = [f"{_number(summary.metric, summary.champion_test)}", *_news(summary), duration(summary.seconds)]
     return f"{alert}{who}: {summary.outcome}{_versions(summary)}: {', '.join(parts)}"
 
 
@@ -82,8 +82,8 @@ def _versions(summary: AttemptSummary) -> str:
     return "" if summary.champion is None else f" champion v{summary.champion}"
 
 
-def _number(metric: Metric, contest: Contest | None) -> str:
-    against = f" (champion v{contest.champion_version}: {contest.test.champion:.4g})" if contest else ""
+def _number(metric: Metric, champion_test: ChampionTest | None) -> str:
+    against = f" (champion v{champion_test.champion_version}: {champion_test.test.champion:.4g})" if champion_test else ""
     return f"{metric.name} {metric.value:.4g}{against}"
 
 
@@ -135,7 +135,7 @@ def _training(summary: AttemptSummary) -> Facts:
 
 
 def _result(summary: AttemptSummary) -> Facts:
-    metric, contest = summary.metric, summary.contest
+    metric, champion_test = summary.metric, summary.champion_test
     if metric is None:
         return []
     error = "" if metric.standard_error is None else f" ± {1.96 * metric.standard_error:.2g} (95 %)"
@@ -148,7 +148,7 @@ def _result(summary: AttemptSummary) -> Facts:
             f"against {counted(unit.reference_count, 'image', ',')} ({unit.reference_split}) of `{unit.reference_digest[:16]}`",
         ),
     ]
-    return [*facts, ("against the champion", contest.in_words)] if contest else facts
+    return [*facts, ("against the champion", champion_test.in_words)] if champion_test else facts
 
 
 def _places(summary: AttemptSummary) -> Facts:

@@ -12,7 +12,7 @@ from components.model.checkpoint import Resumable, TrainingState, write_checkpoi
 from components.model.retention import checkpoint_name, prune
 from components.model.spec import DenoiserSpec
 from components.storage import Location
-from pipeline.training.notebook import Attempt, NotebookWriter
+from pipeline.training.metrics_log import Attempt, MetricsLogWriter
 from pipeline.training.plan import LAST_WRITE_S, TrainConfig
 
 RETRY_S = 2.0
@@ -32,13 +32,13 @@ class CheckpointWriter:
         newest: the last checkpoint that is whole.
     """
 
-    def __init__(self, attempt: Attempt, notebook: NotebookWriter, spec: DenoiserSpec, config: TrainConfig, tell: Callable[[str], None]) -> None:
+    def __init__(self, attempt: Attempt, metrics_log: MetricsLogWriter, spec: DenoiserSpec, config: TrainConfig, tell: Callable[[str], None]) -> None:
         """Prepares the writing; the copies are made when the first checkpoint is due.
 
         Args:
             tell: is given what keeps a checkpoint from being written, and an empty text when that is over.
         """
-        self._attempt, self._notebook, self._spec, self._config, self._tell = attempt, notebook, spec, config, tell
+        self._attempt, self._metrics_log, self._spec, self._config, self._tell = attempt, metrics_log, spec, config, tell
         self.newest: Location | None = None
         self._copies: dict[str, dict[str, torch.Tensor]] = {}
         self._changed = threading.Condition()
@@ -145,7 +145,7 @@ class CheckpointWriter:
         if self._copied is not None:
             self._copied.synchronize()
         # What a restart from this checkpoint would not log again has to be written down before it.
-        self._notebook.flush()
+        self._metrics_log.flush()
         self._attempt.check()
         folder, record = self._attempt.folder, everything.state.record
         path = folder / checkpoint_name(record.step, self._attempt.number)

@@ -5,24 +5,24 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 
-from cluster.board import Board
-from pipeline.training.pulse import REASON
+from cluster.key_value_store import KeyValueStore
+from pipeline.training.heartbeat import REASON
 
 _MOST = 300
 
 
-class Witness(UserCallback):
-    """Puts on the board why workers failed, for the next start to write down; runs in the controller's process."""
+class FailureObserver(UserCallback):
+    """Puts on the key-value store why workers failed, for the next start to write down; runs in the controller's process."""
 
-    def __init__(self, board: Board) -> None:
-        """Writes to a board."""
-        self._board = board
+    def __init__(self, store: KeyValueStore) -> None:
+        """Writes to a key-value store."""
+        self._store = store
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Notes the first worker that died, or else the first that raised, unless a reason is known already."""
         try:
-            if not self._board.get(REASON):
-                self._board.put(REASON, told(worker_exceptions))
+            if not self._store.get(REASON):
+                self._store.put(REASON, told(worker_exceptions))
         except Exception:  # whatever it is, a note is not worth the run: Ray would end it
             return
 

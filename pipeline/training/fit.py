@@ -38,15 +38,15 @@ def train_loop(config: dict[str, Any]) -> str:
     return train_loop(config)
 
 
-class HereTrainer(DataParallelTrainer):
+class InProcessTrainer(DataParallelTrainer):
     """A trainer whose controller is this process: for a Ray of our own and a fixed number of workers."""
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, _NEEDLESS)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Result:
-        options["scaling_policy"] = _WorkersOfThisMachine(self.train_run_context.scaling_config)
-        with _no_meeting_place():
+        options["scaling_policy"] = _LocalWorkers(self.train_run_context.scaling_config)
+        with _without_synchronization_actor():
             return _interruptible(_control(options))
 
 
@@ -81,7 +81,7 @@ def _interruptible(work: Coroutine[Any, Any, Result]) -> Result:
         raise
 
 
-class _WorkersOfThisMachine(FixedScalingPolicy):
+class _LocalWorkers(FixedScalingPolicy):
     """Asks no autoscaler for machines."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -120,17 +120,17 @@ class _Controller(TrainController):
 
 
 @contextmanager
-def _no_meeting_place() -> Iterator[None]:
+def _without_synchronization_actor() -> Iterator[None]:
     """Keeps groups of workers that start during a block from starting a process to meet in: ours meet in their process group."""
     meeting_place = worker_group.SynchronizationActor
-    worker_group.SynchronizationActor = _Never(meeting_place)  # pyrefly: ignore[bad-assignment]
+    worker_group.SynchronizationActor = _NoActor(meeting_place)  # pyrefly: ignore[bad-assignment]
     try:
         yield
     finally:
         worker_group.SynchronizationActor = meeting_place
 
 
-class _Never:
+class _NoActor:
     """An actor that waits for ever for something no machine has, and so takes no process."""
 
     def __init__(self, kind: Any) -> None:

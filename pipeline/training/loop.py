@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.board import Board
+from cluster.key_value_store import KeyValueStore
 from cluster.machine import cpu_model
 from components.counts import counted
 from components.data.batches import Batch, BatchPlan, on_device
-from components.data.copies import Copies
 from components.data.reader import RowReader
+from components.data.shard_cache import ShardCache
 from components.data.shards import Manifest, read_manifest
 from components.errors import DataError
 from components.figures import grid
@@ -26,18 +26,18 @@ from components.model.retention import newest_whole_checkpoint
 from components.storage import Location
 from pipeline.training.arithmetic import compilations, prepare, threads_that_pay
 from pipeline.training.checkpoint_writer import CheckpointWriter, UnwritableError
-from pipeline.training.follow import samples_folder
-from pipeline.training.notebook import Attempt, MetricsLine, NotebookWriter, SupersededError, Ticket
+from pipeline.training.heartbeat import SAVED, TROUBLE, Heartbeat
+from pipeline.training.metrics_log import Attempt, MetricsLine, MetricsLogWriter, SupersededError, Ticket
+from pipeline.training.metrics_relay import samples_folder
 from pipeline.training.plan import TrainFailure, TrainOutcome, TrainPlan
-from pipeline.training.pulse import SAVED, TROUBLE, Pulse
-from pipeline.training.restarts import note_restart
+from pipeline.training.restarts import record_restart
 from pipeline.training.system_watch import SystemWatch
 from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer, sample_tiles
 
 GRID_COLUMNS = 8
 
 
-class Stretch:
+class MetricsWindow:
     """Averages over the steps since the last point of the curve; every worker has the same.
 
     Each step's loss is added up over the workers while the next step goes on, so that a checkpoint between two points can hold them.
@@ -50,13 +50,13 @@ class Stretch:
         self.reset()
 
     def reset(self) -> None:
-        """Starts a new stretch of steps."""
+        """Starts a new window of steps."""
         self._settle()
         self._losses: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._steps, self._waited, self._stood_still, self._started = 0, 0.0, 0.0, time.perf_counter()
 
-    def go_on(self, record: TrainingRecord, device: torch.device) -> None:
+    def resume(self, record: TrainingRecord, device: torch.device) -> None:
         """Takes over the steps that a checkpoint held."""
         self._losses = [torch.tensor(loss, device=device) for loss in record.open_losses]
         self._norms = [torch.tensor(norm, device=device) for norm in record.open_norms]
@@ -70,11 +70,11 @@ class Stretch:
         self._norms.append(norm)
         self._steps, self._waited = self._steps + 1, self._waited + waited
 
-    def stood_still(self, seconds: float) -> None:
+    def add_checkpoint_wait(self, seconds: float) -> None:
         """Notes time that training waited for a checkpoint."""
         self._stood_still += seconds
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """Leaves time out that went into something else than training."""
         self._started += seconds
 
@@ -89,7 +89,7 @@ class Stretch:
         self._sums = []
 
     def line(self, trainer: Trainer) -> MetricsLine:
-        """Returns what the notebook says of the stretch; values that are not finite are left out."""
+        """Returns what the metrics log says of the window; values that are not finite are left out."""
         self._settle()
         seconds = time.perf_counter() - self._started
         metrics = {
@@ -122,17 +122,17 @@ def train_loop(config: dict[str, Any]) -> str:
         trainer = make_trainer(plan, manifest, device, resumed)
     except DataError as error:
         return TrainFailure(failure=str(error)).model_dump_json()
-    board = Board(plan.folder)
+    store = KeyValueStore(plan.folder)
     if rank == 0:
-        note_restart(folder, board, attempt.number, trainer.step, world)
+        record_restart(folder, store, attempt.number, trainer.step, world)
     if world > 1:
         trainer.stepper.network = prepare_model(trainer.network, parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True})
     batch_plan = make_batch_plan(plan, manifest)
-    reader = RowReader(dataset, manifest, copies=Copies.of(plan.cache, plan.cache_bytes))
+    reader = RowReader(dataset, manifest, copies=ShardCache.of(plan.cache, plan.cache_bytes))
     node = {"node_id": ray.get_runtime_context().get_node_id(), "node": platform.node()}
     try:
-        with Pulse(board, attempt.number, rank, world, **node, first=trainer.step) as pulse, _watch(attempt, context) as watch:
-            worker = Worker(trainer, batch_plan, reader, pulse, watch, rank, world, plan.threads_asked_for)
+        with Heartbeat(store, attempt.number, rank, world, **node, first=trainer.step) as heartbeat, _watch(attempt, context) as watch:
+            worker = Worker(trainer, batch_plan, reader, heartbeat, watch, rank, world, plan.threads_asked_for)
             newest = (worker.lead(attempt) if rank == 0 else worker.follow()) or resumed
     except torch.OutOfMemoryError as error:
         return TrainFailure(failure=_no_room(plan, manifest, device, error)).model_dump_json()
@@ -196,7 +196,7 @@ class Worker:
     trainer: Trainer
     plan: BatchPlan
     reader: RowReader
-    pulse: Pulse
+    heartbeat: Heartbeat
     watch: SystemWatch | None
     rank: int
     world: int
@@ -205,9 +205,9 @@ class Worker:
 
     def follow(self) -> None:
         """Trains to the end; only the first worker writes."""
-        for stretch in self._steps():
+        for window in self._steps():
             if self._is_point():
-                stretch.reset()
+                window.reset()
 
     def lead(self, attempt: Attempt) -> Location | None:
         """Trains to the end, writes the curve, the pictures and the checkpoints, and returns the last checkpoint; None where all was done before.
@@ -217,59 +217,59 @@ class Worker:
         """
         if self.trainer.step == 0:
             self._draw(attempt)
-        with NotebookWriter(attempt) as notebook, self._checkpoints(attempt, notebook) as checkpoints:
-            self._lead(attempt, notebook, checkpoints)
-            self.pulse.phase = "ending"
+        with MetricsLogWriter(attempt) as metrics_log, self._checkpoints(attempt, metrics_log) as checkpoints:
+            self._lead(attempt, metrics_log, checkpoints)
+            self.heartbeat.phase = "ending"
             try:
                 newest = checkpoints.finish()
                 self._write_pictures(attempt)
                 return newest
             except UnwritableError as error:
                 right = "make room or mend it, and the same command goes on from the last checkpoint"
-                self.pulse.give_up(f"cluster.storage: {attempt.folder} cannot be written ({error}); {right}")
+                self.heartbeat.give_up(f"cluster.storage: {attempt.folder} cannot be written ({error}); {right}")
                 raise
 
-    def _lead(self, attempt: Attempt, notebook: NotebookWriter, checkpoints: CheckpointWriter) -> None:
+    def _lead(self, attempt: Attempt, metrics_log: MetricsLogWriter, checkpoints: CheckpointWriter) -> None:
         trainer, saved = self.trainer, ""
-        for stretch in self._steps():
+        for window in self._steps():
             if self._is_point():
-                notebook.append(stretch.line(trainer))
-                stretch.reset()
+                metrics_log.append(window.line(trainer))
+                window.reset()
             if trainer.step % trainer.config.sample_every == 0:
-                stretch.leave_out(self._draw(attempt))
-            wanted = self.pulse.wanted
+                window.exclude(self._draw(attempt))
+            wanted = self.heartbeat.wanted
             if self._is_checkpoint() or wanted != saved:
-                self.pulse.phase = "saving"
-                stretch.stood_still(checkpoints.save(trainer.everything(*stretch.open()), self._answer(wanted)))
+                self.heartbeat.phase = "saving"
+                window.add_checkpoint_wait(checkpoints.save(trainer.everything(*window.open()), self._answer(wanted)))
                 saved = wanted
 
-    def _checkpoints(self, attempt: Attempt, notebook: NotebookWriter) -> CheckpointWriter:
-        return CheckpointWriter(attempt, notebook, self.trainer.spec, self.trainer.config, lambda trouble: self.pulse.say(TROUBLE, trouble))
+    def _checkpoints(self, attempt: Attempt, metrics_log: MetricsLogWriter) -> CheckpointWriter:
+        return CheckpointWriter(attempt, metrics_log, self.trainer.spec, self.trainer.config, lambda trouble: self.heartbeat.say(TROUBLE, trouble))
 
     def _answer(self, wanted: str) -> Callable[[int], None] | None:
         """Returns what tells the driver that the checkpoint it asked for is whole."""
-        return (lambda step: self.pulse.say(SAVED, f"{wanted} {step}")) if wanted else None
+        return (lambda step: self.heartbeat.say(SAVED, f"{wanted} {step}")) if wanted else None
 
-    def _steps(self) -> Iterator[Stretch]:
+    def _steps(self) -> Iterator[MetricsWindow]:
         """Takes one step after the other, and gives the steps since the last point of the curve after each."""
-        trainer, lanes, stretch = self.trainer, self.plan.lanes_of(self.rank, self.world), Stretch(self.world)
+        trainer, lanes, window = self.trainer, self.plan.lanes_of(self.rank, self.world), MetricsWindow(self.world)
         trainer.stepper.share = len(lanes) * self.world / self.plan.order.lanes
         if trainer.resumed is not None:
-            stretch.go_on(trainer.resumed, trainer.device)
-        self.pulse.phase = "waiting for data"
+            window.resume(trainer.resumed, trainer.device)
+        self.heartbeat.phase = "waiting for data"
         if trainer.step < trainer.config.steps:
             self._begin(lanes)
         batches = self.plan.batches(self.reader, range(trainer.step, trainer.config.steps), lanes)
         for batch, waited in _timed(on_device(batches, trainer.device)):
-            self.pulse.phase = "computing"
+            self.heartbeat.phase = "computing"
             loss, norm = trainer.update(batch)
-            stretch.add(loss, norm, waited)
-            self.pulse.step = trainer.step
+            window.add(loss, norm, waited)
+            self.heartbeat.step = trainer.step
             if self.watch and self._is_point():
                 self.watch.look(trainer.step)
-            yield stretch
-            self.pulse.phase = "waiting for data"
-        self.pulse.phase = "ending"
+            yield window
+            self.heartbeat.phase = "waiting for data"
+        self.heartbeat.phase = "ending"
 
     def _begin(self, lanes: range) -> None:
         """Decides on micro-batches, warms up what has to be, and says how it is computed."""
@@ -282,7 +282,7 @@ class Worker:
             images, part = counted(len(first.data), trainer.spec.space.noun), trainer.stepper.part
             passes = f"{images} of a worker in passes of {part}" if part else f"{images} of a worker in one pass"
             threads = f", {counted(torch.get_num_threads(), 'thread')}" if trainer.device.type == "cpu" else ""
-            self.pulse.tell(f"{_name_of(trainer.device)}{threads}: {trainer.arithmetic}, {passes}")
+            self.heartbeat.tell(f"{_name_of(trainer.device)}{threads}: {trainer.arithmetic}, {passes}")
         with self._compiling() if trainer.arithmetic.compiled else contextlib.nullcontext():
             if self.world > 1 or trainer.arithmetic.compiled:
                 trainer.warm_up(first)
@@ -290,13 +290,13 @@ class Worker:
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:
         """Says how long a pass takes that compiles."""
-        started, self.pulse.phase = time.perf_counter(), "compiling"
+        started, self.heartbeat.phase = time.perf_counter(), "compiling"
         yield
         if self.trainer.device.type == "cuda":
             torch.cuda.synchronize()
-        self.pulse.phase = "waiting for data"
+        self.heartbeat.phase = "waiting for data"
         if self.rank == 0:
-            self.pulse.tell(f"compiled the step in {time.perf_counter() - started:.0f} s; kept in {compilations()} for the next start")
+            self.heartbeat.tell(f"compiled the step in {time.perf_counter() - started:.0f} s; kept in {compilations()} for the next start")
 
     def _is_checkpoint(self) -> bool:
         return self.trainer.step % self.trainer.config.checkpoint_every == 0 or self.trainer.step == self.trainer.config.steps
@@ -308,7 +308,7 @@ class Worker:
     def _draw(self, attempt: Attempt) -> float:
         """Draws the sample grid and returns how long that took; one that cannot be written now is written with the next."""
         started = time.perf_counter()
-        self.pulse.phase = "drawing samples"
+        self.heartbeat.phase = "drawing samples"
         self.pictures[self.trainer.step] = sample_tiles(self.trainer)
         with contextlib.suppress(OSError):
             self._write_pictures(attempt)

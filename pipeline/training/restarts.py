@@ -9,10 +9,10 @@ from contextlib import suppress
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cluster.board import Board, BoardLostError
+from cluster.key_value_store import KeyValueStore, StoreLostError
 from cluster.nodes import count
 from components.storage import Location
-from pipeline.training.pulse import BEATS, DRAINED, REASON, SAVE, TROUBLE, Beat
+from pipeline.training.heartbeat import BEATS, DRAINED, REASON, SAVE, TROUBLE, Beat
 
 FOLDER, _ENDED = "restarts", "ended.txt"
 KILLED = "the command was killed, or its machine was lost"
@@ -39,9 +39,9 @@ class Restart(BaseModel):
         return f"{self.time} from step {self.step} with {count(self.num_workers, 'worker')}: {self.reason}"
 
 
-def note_restart(folder: Location, board: Board, attempt: int, step: int, num_workers: int) -> None:
+def record_restart(folder: Location, store: KeyValueStore, attempt: int, step: int, num_workers: int) -> None:
     """Writes a start down, if it is not the first; a disk without room for it does not keep training from going on."""
-    reason = _take_reason(board, attempt, num_workers)
+    reason = _take_reason(store, attempt, num_workers)
     if attempt == 1:
         return
     with suppress(OSError):
@@ -50,15 +50,15 @@ def note_restart(folder: Location, board: Board, attempt: int, step: int, num_wo
         (folder / FOLDER / f"{attempt:04d}.json").write_text(restart.model_dump_json() + "\n")
 
 
-def _take_reason(board: Board, attempt: int, num_workers: int) -> str:
-    """Returns why this attempt starts, and takes off what the last one left on the board."""
-    with suppress(BoardLostError):
-        reasons = [board.get(key) for key in (DRAINED, REASON)]
+def _take_reason(store: KeyValueStore, attempt: int, num_workers: int) -> str:
+    """Returns why this attempt starts, and takes off what the last one left on the key-value store."""
+    with suppress(StoreLostError):
+        reasons = [store.get(key) for key in (DRAINED, REASON)]
         for key in (DRAINED, REASON, SAVE, TROUBLE):
-            board.put(key, "")
+            store.put(key, "")
         if reason := next(filter(None, reasons), None):
             return reason
-        earlier = [beat for beat in map(Beat.model_validate_json, board.below(BEATS).values()) if beat.attempt < attempt]
+        earlier = [beat for beat in map(Beat.model_validate_json, store.below(BEATS).values()) if beat.attempt < attempt]
         workers = max(earlier, key=lambda beat: beat.attempt).num_workers if earlier else num_workers
         if workers != num_workers:
             return f"the number of workers changed from {workers} to {num_workers}"
@@ -74,13 +74,13 @@ def restarts_of(folder: Location) -> list[Restart]:
     return found
 
 
-def note_end(folder: Location, reason: str) -> None:
+def record_end(folder: Location, reason: str) -> None:
     """Writes down why the command ends before the training does, for the next start to say."""
     with suppress(OSError):
         (folder / _ENDED).write_text(reason + "\n")
 
 
-def take_end(folder: Location) -> str:
+def pop_end(folder: Location) -> str:
     """Returns why the last command ended, once."""
     try:
         reason = (folder / _ENDED).read_text().strip()

@@ -3,15 +3,15 @@
 import threading
 import time
 
-from cluster.machine import Gauges
-from pipeline.training.notebook import Attempt, MetricsLine, NotebookWriter, system_folder
+from cluster.machine import SystemMetrics
+from pipeline.training.metrics_log import Attempt, MetricsLine, MetricsLogWriter, system_folder
 
 WATCH_EVERY_S = 10.0
 _LEAVE_S = 5.0
 
 
 class SystemWatch:
-    """Writes down what this machine does while a block trains, on behalf of an attempt, in a notebook of the node's own.
+    """Writes down what this machine does while a block trains, on behalf of an attempt, in a metrics log of the node's own.
 
     It reads and writes in a thread of its own, and a failure of any kind leaves a gap in the curves and nothing else.
     """
@@ -25,8 +25,8 @@ class SystemWatch:
         """
         self._attempt, self._node = attempt, node
         self._prefix = "system/" if alone else f"system/{node}/"
-        self._writer: NotebookWriter | None = None
-        self._gauges = Gauges()
+        self._writer: MetricsLogWriter | None = None
+        self._gauges = SystemMetrics()
         self._looked = -WATCH_EVERY_S
         self._thread: threading.Thread | None = None
 
@@ -42,7 +42,7 @@ class SystemWatch:
     def _note(self, step: int) -> None:
         try:
             metrics = {f"{self._prefix}{name}": value for name, value in self._gauges.read().items()}
-            self._writer = self._writer or NotebookWriter(self._attempt, system_folder(self._attempt.folder, self._node))
+            self._writer = self._writer or MetricsLogWriter(self._attempt, system_folder(self._attempt.folder, self._node))
             self._writer.append(MetricsLine(step=step, timestamp_ms=time.time_ns() // 1_000_000, metrics=metrics))
             self._writer.flush()
         except Exception:  # whatever it is, training goes on

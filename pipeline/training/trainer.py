@@ -136,7 +136,7 @@ class Trainer:
         now = self.everything()
         write_checkpoint(path, self.spec, now.ema, now.state, more_averages=now.more_averages)
 
-    def take_over(self, resumable: Resumable) -> None:
+    def load_state(self, resumable: Resumable) -> None:
         """Takes over everything from a checkpoint."""
         state = resumable.state
         self.network.load_state_dict(dict(state.weights))
@@ -183,7 +183,7 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
     stepper = Step(network, optimizer, [ema, *more.values()], schedule, arithmetic, plan.train.grad_clip, manifest.space)
     trainer = Trainer(plan.train, spec, plan.inputs, device, arithmetic, network, optimizer, ema, more, schedule, stepper, settings=plan.settings)
     if resumable is not None:
-        trainer.take_over(resumable)
+        trainer.load_state(resumable)
     return trainer
 
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from cluster import lookout
+from cluster import node_watch
 from cluster.config import ClusterConfig, ClusterError
 from cluster.nodes import Node, describe
 from cluster.placement import Placement, fewer_for_gpus, plan, scaling_config
@@ -130,12 +130,12 @@ def test_a_cluster_is_described_in_words():
 
 def test_a_lost_node_is_told_of_and_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch):
     nodes = [CPU]
-    monkeypatch.setattr(lookout, "living_nodes", lambda: nodes)
-    monkeypatch.setattr(lookout, "LOOK_S", 0.01)
-    monkeypatch.setattr(lookout.Lookout, "patience_s", 0.3)
+    monkeypatch.setattr(node_watch, "living_nodes", lambda: nodes)
+    monkeypatch.setattr(node_watch, "LOOK_S", 0.01)
+    monkeypatch.setattr(node_watch.NodeWatch, "patience_s", 0.3)
     told: list[str] = []
     gave_up = threading.Event()
-    with lookout.Lookout(ClusterConfig(address="auto", num_workers=16), told.append, gave_up.set) as watch:
+    with node_watch.NodeWatch(ClusterConfig(address="auto", num_workers=16), told.append, gave_up.set) as watch:
         assert not gave_up.wait(0.6)
         assert (told, watch.failure) == ([], None)
         nodes[0] = Node("s", "small", {"CPU": 1.0})

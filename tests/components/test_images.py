@@ -33,9 +33,9 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 def bicubic_weights(length: int, first: float, last: float, size: int) -> np.ndarray:
     """Returns the matrix (size, length) of the antialiased bicubic filter, a = -0.5, written from its formula."""
     scale = (last - first) / size
-    stretch = max(1.0, scale)
+    window = max(1.0, scale)
     centres = first + (np.arange(size) + 0.5) * scale
-    x = np.abs((np.arange(length)[None, :] + 0.5 - centres[:, None]) / stretch)
+    x = np.abs((np.arange(length)[None, :] + 0.5 - centres[:, None]) / window)
     near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
     return weights / weights.sum(axis=1, keepdims=True)

@@ -12,8 +12,8 @@ import pytest
 import ray_nodes
 from support import ROOT, write_dataset
 
-from components.data.copies import Copies
 from components.data.reader import RowReader
+from components.data.shard_cache import ShardCache
 from components.data.shards import Manifest, check_whole, column_rows, read_checked_shard, read_manifest, shard_location
 from components.errors import DataError
 from components.storage import Location
@@ -96,7 +96,7 @@ def test_a_dataset_is_the_same_wherever_it_lies(root: Location, tmp_path: Path):
     check_whole(root / "set", manifest)
     assert np.array_equal(column_rows(read_checked_shard(shard_location(root / "set", manifest.shards[1].name))["pixels"], manifest.space), pixels[20:40])
     rows = np.random.default_rng(1).permutation(60)
-    assert np.array_equal(RowReader(root / "set", manifest, copies=Copies(tmp_path / "copies", 1 << 20)).rows(rows), pixels[rows])
+    assert np.array_equal(RowReader(root / "set", manifest, copies=ShardCache(tmp_path / "copies", 1 << 20)).rows(rows), pixels[rows])
     shard_location(root / "set", manifest.shards[1].name).remove()
     with pytest.raises(DataError, match=rf"{manifest.shards[1].name} is missing"):
         check_whole(root / "set", manifest)
@@ -106,7 +106,7 @@ def test_copies_stay_within_their_limit_and_the_longest_unused_go_first(root: Lo
     if root.is_local:
         pytest.skip("files on disk are not copied")
     manifest, _ = make_dataset(root / "set")
-    copies = Copies(tmp_path / "copies", 2 * manifest.shards[0].bytes + 100)
+    copies = ShardCache(tmp_path / "copies", 2 * manifest.shards[0].bytes + 100)
     for shard in (0, 1, 0, 2):
         entry = manifest.shards[shard]
         copies.use(shard_location(root / "set", entry.name), entry.sha256, Path.read_bytes)
@@ -123,14 +123,14 @@ def test_a_copy_that_is_not_what_the_manifest_says_is_refused(root: Location, tm
     shard = shard_location(root / "set", manifest.shards[0].name)
     shard.write_bytes(b"other")
     with pytest.raises(DataError, match=rf"{shard.name} does not match the checksum"):
-        Copies(tmp_path / "copies", 1 << 20).use(shard, manifest.shards[0].sha256, Path.read_bytes)
+        ShardCache(tmp_path / "copies", 1 << 20).use(shard, manifest.shards[0].sha256, Path.read_bytes)
     assert not [path for path in (tmp_path / "copies").iterdir() if not path.name.endswith(".lock")]
 
 
 USE = """
 import json, sys
 from pathlib import Path
-from components.data.copies import Copies
+from components.data.shard_cache import Copies
 from components.storage import Location
 copies = Copies(Path(sys.argv[1]), 1)
 print(json.dumps([len(copies.use(Location.of(uri), sha256, Path.read_bytes)) for uri, sha256 in json.loads(sys.argv[2])]))

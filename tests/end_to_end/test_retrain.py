@@ -199,11 +199,11 @@ def test_the_killed_attempt_goes_on_from_its_checkpoint_with_its_number(week: We
 
 
 def test_candidate_and_champion_are_measured_on_the_same_new_reference(week: Week):
-    third, contest = attempt(week, 3), attempt(week, 3)["contest"]
+    third, champion_test = attempt(week, 3), attempt(week, 3)["champion_test"]
     assert third["metric"]["unit"]["reference_digest"] == third["dataset_digest"] != third["before_digest"]
-    assert contest["champion_version"] == 1
-    assert contest["test"]["candidate"] == pytest.approx(third["metric"]["value"])
-    assert contest["test"]["champion"] != attempt(week, 1)["metric"]["value"]
+    assert champion_test["champion_version"] == 1
+    assert champion_test["test"]["candidate"] == pytest.approx(third["metric"]["value"])
+    assert champion_test["test"]["champion"] != attempt(week, 1)["metric"]["value"]
 
 
 def test_every_day_with_news_is_told_once_signed_and_the_second_failure_in_a_row_is_an_alert(week: Week):

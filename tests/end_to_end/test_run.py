@@ -25,7 +25,7 @@ from support import ROOT, TINY
 from components.data.shards import read_manifest
 from components.data.summary import dataset_sheet
 from components.storage import Location
-from pipeline.training.notebook import read_metrics
+from pipeline.training.metrics_log import read_metrics
 
 Command = Callable[..., Any]
 STAGES = ["preprocess", "train", "evaluate", "register"]

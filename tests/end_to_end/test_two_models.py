@@ -38,8 +38,8 @@ def strong(home: Path, weak: dict[str, Any], command: Command) -> dict[str, Any]
 
 
 def test_a_better_model_is_promoted_on_two_blocks_of_common_seeds(weak: dict[str, Any], strong: dict[str, Any]):
-    contest = strong["register"]["contest"]
-    test, confirmation = contest["test"], contest["confirmation"]
+    champion_test = strong["register"]["champion_test"]
+    test, confirmation = champion_test["test"], champion_test["confirmation"]
     assert strong["register"]["promoted"] is True
     assert strong["register"]["decision"].startswith("better: ")
     assert test["candidate"] == pytest.approx(strong["evaluate"]["metric"]["value"])
@@ -87,7 +87,7 @@ def test_compare_shows_both_models_with_intervals_and_a_picture(home: Path, stro
     again = measured["ddpm-digits v2", "ddim, 4 steps"]
     assert again["metric"]["value"] == pytest.approx(strong["evaluate"]["metric"]["value"], rel=1e-9)
     test = measured["ddpm-digits v1", "ddim, 4 steps"]["against_first"]
-    assert test["difference"] == pytest.approx(-strong["register"]["contest"]["test"]["difference"], rel=1e-9)
+    assert test["difference"] == pytest.approx(-strong["register"]["champion_test"]["test"]["difference"], rel=1e-9)
     assert measured["ddpm-digits v1", "ddim, 4 steps"]["verdict"] == "worse"
     with Image.open(home / "compare" / "samples.png") as picture:
         assert picture.width > 500
@@ -160,7 +160,7 @@ def test_show_says_what_a_version_is_and_what_became_of_it(home: Path, strong: d
     assert (shown["name"], shown["version"], shown["aliases"]) == ("ddpm-digits", 2, ["champion"])
     assert (shown["value"], shown["standard_error"], shown["unit"]) == (metric["value"], metric["standard_error"], metric["unit"])
     assert shown["tags"]["champion.version"] == "1"
-    assert float(shown["tags"]["champion.difference"]) == strong["register"]["contest"]["test"]["difference"]
+    assert float(shown["tags"]["champion.difference"]) == strong["register"]["champion_test"]["test"]["difference"]
     assert shown["tags"]["memorisation.verdict"] == "no sign of copied training images"
     assert shown["settings"]["train.steps"] == "60"
     assert [(move["kind"], move["version"]) for move in shown["log"]] == [("promoted", 2), ("kept", 3)]
@@ -202,8 +202,8 @@ def test_a_rollback_and_a_promotion_move_the_alias_back_and_forth_and_are_logged
     again = command("models", "promote", "ddpm-digits/2", "--json", cwd=home)
     assert again.code == 0, again.stderr
     assert (again.json["champion"], again.json["kind"]) == (2, "promoted by hand")
-    assert again.json["contest"]["champion_version"] == 1
-    assert again.json["contest"]["confirmation"]["difference"] < 0
+    assert again.json["champion_test"]["champion_version"] == 1
+    assert again.json["champion_test"]["confirmation"]["difference"] < 0
     assert aliases(home, command) == {"champion": "2", "previous": "1", "candidate": "3"}
     forced = command("models", "promote", "ddpm-digits/3", "--force", "--why", "their statistics are trusted", cwd=home)
     assert forced.code == 0, forced.stderr

@@ -19,7 +19,7 @@ from pipeline.training.restarts import restarts_of
 from workflows.cli import RESUME, find_preset
 from workflows.faults import Fault, Kind, Ordeal, Trial, new_folder
 from workflows.processes import Family, shared_memory_files, without_owner
-from workflows.verify_resume import Ending, compare, ending_of, scaled_down, share_datasets
+from workflows.verify_resume import TrainingEnd, compare, scaled_down, share_datasets, training_end_of
 
 STEPS = 240
 SETTINGS = (
@@ -39,15 +39,15 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> Iterator[tuple[Trial, Ending]]:
+def undisturbed() -> Iterator[tuple[Trial, TrainingEnd]]:
     trial = Trial(str(find_preset("digits")), SETTINGS, new_folder() / "a")
     Ordeal(trial, []).run()
-    yield trial, ending_of(trial)
+    yield trial, training_end_of(trial)
     shutil.rmtree(trial.folder.parent)
 
 
 @pytest.fixture
-def trial(undisturbed: tuple[Trial, Ending]) -> Iterator[Trial]:
+def trial(undisturbed: tuple[Trial, TrainingEnd]) -> Iterator[Trial]:
     """The same training, to be disturbed."""
     folder = new_folder()
     disturbed = replace(undisturbed[0], folder=folder / "b")
@@ -56,8 +56,8 @@ def trial(undisturbed: tuple[Trial, Ending]) -> Iterator[Trial]:
     shutil.rmtree(folder)
 
 
-def unlike(undisturbed: tuple[Trial, Ending], trial: Trial) -> list[str]:
-    return [f"{one.what}: {one.difference}" for one in compare(undisturbed[1], ending_of(trial)) if not one.equal]
+def unlike(undisturbed: tuple[Trial, TrainingEnd], trial: Trial) -> list[str]:
+    return [f"{one.what}: {one.difference}" for one in compare(undisturbed[1], training_end_of(trial)) if not one.equal]
 
 
 def reasons(trial: Trial) -> list[str]:
@@ -81,7 +81,7 @@ def reasons(trial: Trial) -> list[str]:
         ("head killed", r"Ray's head has not answered for \d+ s|the command was killed, or its machine was lost", 2),
     ],
 )
-def test_the_end_is_that_of_an_undisturbed_training(undisturbed: tuple[Trial, Ending], trial: Trial, kind: Kind, reason: str, starts: int):
+def test_the_end_is_that_of_an_undisturbed_training(undisturbed: tuple[Trial, TrainingEnd], trial: Trial, kind: Kind, reason: str, starts: int):
     shared_memory = shared_memory_files()
     endured = Ordeal(trial, [Fault(kind, step=STEPS // 3, delay_s=0.2, draw=1)]).run()
     assert [one.kind for one in endured.struck] == [kind]
@@ -94,7 +94,7 @@ def test_the_end_is_that_of_an_undisturbed_training(undisturbed: tuple[Trial, En
     assert without_owner(shared_memory_files() - shared_memory) == []
 
 
-def test_asked_to_end_it_saves_where_it_is_and_says_that_it_is_to_be_resumed(undisturbed: tuple[Trial, Ending], trial: Trial):
+def test_asked_to_end_it_saves_where_it_is_and_says_that_it_is_to_be_resumed(undisturbed: tuple[Trial, TrainingEnd], trial: Trial):
     family = start_until(trial, STEPS // 3 + 7)
     try:
         family.main.terminate()
@@ -113,7 +113,7 @@ def test_asked_to_end_it_saves_where_it_is_and_says_that_it_is_to_be_resumed(und
     assert unlike(undisturbed, trial) == []
 
 
-def test_a_terminal_that_closes_has_a_checkpoint_saved_and_leaves_no_process(undisturbed: tuple[Trial, Ending], trial: Trial):
+def test_a_terminal_that_closes_has_a_checkpoint_saved_and_leaves_no_process(undisturbed: tuple[Trial, TrainingEnd], trial: Trial):
     family = start_until(trial, STEPS // 3 + 7, IN_A_TERMINAL)
     try:
         family.main.send_signal(signal.SIGUSR1)
@@ -143,7 +143,7 @@ def little_disk() -> Iterator[Path]:
 
 
 @pytest.fixture
-def on_little_disk(undisturbed: tuple[Trial, Ending], little_disk: Path) -> Iterator[Trial]:
+def on_little_disk(undisturbed: tuple[Trial, TrainingEnd], little_disk: Path) -> Iterator[Trial]:
     """The same training, its storage root on a small file system."""
     folder = new_folder()
     disturbed = replace(undisturbed[0], folder=folder / "b")
@@ -154,7 +154,7 @@ def on_little_disk(undisturbed: tuple[Trial, Ending], little_disk: Path) -> Iter
     shutil.rmtree(folder)
 
 
-def test_a_disk_that_is_full_for_a_while_costs_no_step(undisturbed: tuple[Trial, Ending], on_little_disk: Trial, little_disk: Path):
+def test_a_disk_that_is_full_for_a_while_costs_no_step(undisturbed: tuple[Trial, TrainingEnd], on_little_disk: Trial, little_disk: Path):
     family = start_until(on_little_disk, STEPS // 3)
     try:
         fill(little_disk)
@@ -168,7 +168,9 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(undisturbed: tuple[Trial,
     assert reasons(on_little_disk) == []
 
 
-def test_a_disk_that_stays_full_ends_the_command_with_one_line_and_nothing_is_lost(undisturbed: tuple[Trial, Ending], on_little_disk: Trial, little_disk: Path):
+def test_a_disk_that_stays_full_ends_the_command_with_one_line_and_nothing_is_lost(
+    undisturbed: tuple[Trial, TrainingEnd], on_little_disk: Trial, little_disk: Path
+):
     family = start_until(on_little_disk, STEPS // 3)
     try:
         fill(little_disk)
@@ -196,7 +198,7 @@ def start_until(trial: Trial, step: int, within: Sequence[str] = ()) -> Family:
 
 
 def last_step(trial: Trial) -> int:
-    from pipeline.training.notebook import read_metrics
+    from pipeline.training.metrics_log import read_metrics
 
     folder = trial.training_folder()
     lines = read_metrics(folder) if folder else []

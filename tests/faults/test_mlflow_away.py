@@ -14,8 +14,8 @@ from support import TINY, ddpm_command
 
 from components.storage import Location
 from pipeline.artifacts import TrainedModel
-from pipeline.training.follow import CURSOR_FILE
-from pipeline.training.notebook import read_metrics
+from pipeline.training.metrics_log import read_metrics
+from pipeline.training.metrics_relay import CURSOR_FILE
 
 EVERY = 5
 SECONDS = 400
@@ -66,7 +66,7 @@ class Site:
             kept.end()
 
     def written(self) -> list[tuple[int, float]]:
-        """Returns the loss curve in the training's own notebook."""
+        """Returns the loss curve in the training's own metrics log."""
         return [(line.step, line.metrics["train/loss"]) for line in read_metrics(self.folder)]
 
     def logged(self) -> list[tuple[int, float]]:

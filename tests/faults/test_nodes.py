@@ -18,7 +18,7 @@ from components.model.manifest import is_complete
 from components.model.retention import checkpoints
 from components.storage import Location
 from pipeline.artifacts import TrainedModel
-from pipeline.training.notebook import SYSTEM_FOLDER
+from pipeline.training.metrics_log import SYSTEM_FOLDER
 from pipeline.training.restarts import restarts_of
 from workflows.faults import raw_curve
 

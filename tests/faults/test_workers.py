@@ -10,7 +10,7 @@ from support import TINY
 
 from components.model.checkpoint import read_weights
 from components.storage import Location
-from pipeline.training.notebook import read_metrics
+from pipeline.training.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
 WORKERS = (1, 2, 4)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import Contest, Metric, MetricUnit, PairedTest
+from pipeline.artifacts import ChampionTest, Metric, MetricUnit, PairedTest
 from pipeline.retraining.summary import AttemptSummary, Outcome, headline, to_markdown, to_payload
 
 UNIT = MetricUnit(
@@ -39,7 +39,7 @@ MEASURED: dict[str, Any] = {
     "steps": 4000,
     "device_hours": 0.2014,
     "metric": Metric(value=3.1, unit=UNIT, standard_error=0.1),
-    "contest": Contest(
+    "champion_test": ChampionTest(
         champion_version=7,
         test=PairedTest(first_seed=0, num_samples=1000, candidate=3.1, champion=3.6, difference=-0.5, standard_error=0.1),
         confirmation=PairedTest(first_seed=1000, num_samples=1000, candidate=3.2, champion=3.6, difference=-0.4, standard_error=0.1),
@@ -56,7 +56,8 @@ MEASURED: dict[str, Any] = {
 def test_a_promoted_version_is_one_line_with_number_champion_news_and_time():
     expected = "digits #7: promoted v8: fd_dct8_v1_1000 3.1 (champion v7: 3.6), 214 new images, 12 min"
     assert headline(attempt("promoted", **MEASURED)) == expected
-    assert headline(attempt("promoted", **MEASURED | {"contest": None, "new_images": 1})) == "digits #7: promoted v8: fd_dct8_v1_1000 3.1, 1 new image, 12 min"
+    alone = attempt("promoted", **MEASURED | {"champion_test": None, "new_images": 1})
+    assert headline(alone) == "digits #7: promoted v8: fd_dct8_v1_1000 3.1, 1 new image, 12 min"
 
 
 def test_a_kept_champion_is_named_with_the_number_that_did_not_beat_it():

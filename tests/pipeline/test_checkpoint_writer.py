@@ -18,7 +18,7 @@ from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from pipeline.training import checkpoint_writer
 from pipeline.training.checkpoint_writer import CheckpointWriter, UnwritableError
-from pipeline.training.notebook import Attempt, MetricsLine, NotebookWriter, SupersededError, read_metrics
+from pipeline.training.metrics_log import Attempt, MetricsLine, MetricsLogWriter, SupersededError, read_metrics
 from pipeline.training.plan import TrainConfig
 
 SPEC = DenoiserSpec(model=UNetConfig(), diffusion=DiffusionConfig(), space=PixelSpace(image_size=32, mode="RGB"))
@@ -45,7 +45,7 @@ def test_a_checkpoint_holds_what_was_at_its_step_whatever_training_does_meanwhil
     write = checkpoint_module.write_checkpoint
     monkeypatch.setattr(checkpoint_writer, "write_checkpoint", lambda *args, **kwargs: (may_write.wait(), write(*args, **kwargs)))
     attempt = Attempt(folder)
-    with NotebookWriter(attempt) as notebook, CheckpointWriter(attempt, notebook, SPEC, CONFIG, print) as writer:
+    with MetricsLogWriter(attempt) as metrics_log, CheckpointWriter(attempt, metrics_log, SPEC, CONFIG, print) as writer:
         writer.save(everything(1, weights))
         weights += 7
         may_write.set()
@@ -68,9 +68,9 @@ def test_a_checkpoint_holds_what_was_at_its_step_whatever_training_does_meanwhil
 def test_what_a_restart_would_not_write_again_is_written_before_the_checkpoint(tmp_path: Path):
     folder = Location.of(tmp_path)
     attempt = Attempt(folder)
-    notebook = NotebookWriter(attempt)  # its own thread does not run
-    with CheckpointWriter(attempt, notebook, SPEC, CONFIG, print) as writer:
-        notebook.append(MetricsLine(step=1, timestamp_ms=0, metrics={"train/loss": 1.0}))
+    metrics_log = MetricsLogWriter(attempt)  # its own thread does not run
+    with CheckpointWriter(attempt, metrics_log, SPEC, CONFIG, print) as writer:
+        metrics_log.append(MetricsLine(step=1, timestamp_ms=0, metrics={"train/loss": 1.0}))
         writer.save(everything(1, torch.zeros(1)))
         writer.finish()
         assert [line.step for line in read_metrics(folder)] == [1]
@@ -78,7 +78,7 @@ def test_what_a_restart_would_not_write_again_is_written_before_the_checkpoint(t
 
 def test_the_driver_is_told_when_the_checkpoint_is_whole(tmp_path: Path):
     attempt, told = Attempt(Location.of(tmp_path)), []
-    with CheckpointWriter(attempt, NotebookWriter(attempt), SPEC, CONFIG, print) as writer:
+    with CheckpointWriter(attempt, MetricsLogWriter(attempt), SPEC, CONFIG, print) as writer:
         writer.save(everything(3, torch.zeros(1)), lambda step: told.append((step, [path.name for path in checkpoints(attempt.folder)])))
         writer.finish()
     assert told == [(3, ["step_000000003-0001"])]
@@ -93,7 +93,7 @@ def test_on_a_full_disk_training_goes_on_and_the_checkpoint_is_written_when_ther
         told.append(trouble)
         full.set()
 
-    with CheckpointWriter(attempt, NotebookWriter(attempt), SPEC, CONFIG, tell) as writer:
+    with CheckpointWriter(attempt, MetricsLogWriter(attempt), SPEC, CONFIG, tell) as writer:
         writer.save(everything(1, tensor))
         writer.finish()
         (little_disk / "other").write_bytes(bytes(2 << 20))
@@ -115,7 +115,7 @@ def test_a_disk_that_stays_full_is_told_at_the_end(little_disk: Path, monkeypatc
     monkeypatch.setattr(checkpoint_writer, "RETRY_S", 0.05)
     monkeypatch.setattr(checkpoint_writer, "LAST_WRITE_S", 0.5)
     attempt = Attempt(Location.of(little_disk))
-    with CheckpointWriter(attempt, NotebookWriter(attempt), SPEC, CONFIG, lambda trouble: None) as writer:
+    with CheckpointWriter(attempt, MetricsLogWriter(attempt), SPEC, CONFIG, lambda trouble: None) as writer:
         writer.save(everything(1, torch.rand(3_000_000)))
         with pytest.raises(UnwritableError, match="No space left on device"):
             writer.finish()
@@ -124,7 +124,7 @@ def test_a_disk_that_stays_full_is_told_at_the_end(little_disk: Path, monkeypatc
 
 def test_an_attempt_that_another_took_the_place_of_writes_no_checkpoint(tmp_path: Path):
     attempt = Attempt(Location.of(tmp_path))
-    with CheckpointWriter(attempt, NotebookWriter(attempt), SPEC, CONFIG, print) as writer:
+    with CheckpointWriter(attempt, MetricsLogWriter(attempt), SPEC, CONFIG, print) as writer:
         Attempt(attempt.folder)
         writer.save(everything(1, torch.zeros(1)))
         with pytest.raises(SupersededError):

@@ -16,7 +16,7 @@ SCRIPT = textwrap.dedent("""
     import torch
     from torch.nn.parallel import DistributedDataParallel
     from support import write_dataset
-    from cluster.board import Board
+    from cluster.key_value_store import KeyValueStore
     from components.data.reader import RowReader
     from components.data.shards import read_manifest
     from components.diffusion.config import DiffusionConfig
@@ -24,7 +24,7 @@ SCRIPT = textwrap.dedent("""
     from components.storage import Location
     from pipeline.training.loop import Worker
     from pipeline.training.plan import TrainConfig, TrainPlan
-    from pipeline.training.pulse import Pulse
+    from pipeline.training.heartbeat import Heartbeat
     from pipeline.training.trainer import make_batch_plan, make_trainer
 
     folder, rank, world, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -44,8 +44,8 @@ SCRIPT = textwrap.dedent("""
         )
         trainer = make_trainer(plan, manifest, torch.device("cpu"), resume_from)
         trainer.stepper.network = DistributedDataParallel(trainer.network, broadcast_buffers=False, gradient_as_bucket_view=True)
-        pulse = Pulse(Board("test"), 1, rank, world, node_id="", node="", first=trainer.step)
-        Worker(trainer, make_batch_plan(plan, manifest), RowReader(dataset, manifest), pulse, None, rank, world).follow()
+        heartbeat = Heartbeat(KeyValueStore("test"), 1, rank, world, node_id="", node="", first=trainer.step)
+        Worker(trainer, make_batch_plan(plan, manifest), RowReader(dataset, manifest), heartbeat, None, rank, world).follow()
         return trainer
 
     def digest(trainer):

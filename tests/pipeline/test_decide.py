@@ -3,7 +3,7 @@ import math
 import pytest
 from support import UNIT
 
-from pipeline.artifacts import Contest, Metric, MetricUnit, PairedTest
+from pipeline.artifacts import ChampionTest, Metric, MetricUnit, PairedTest
 from pipeline.registry.decide import Champion, Decision, decide, unlike_parts
 
 
@@ -21,9 +21,9 @@ def paired(difference: float, standard_error: float = 0.1) -> PairedTest:
     return PairedTest(first_seed=0, num_samples=1000, candidate=5 + difference, champion=5, difference=difference, standard_error=standard_error)
 
 
-def contest(first: float, second: float | None, standard_error: float = 0.1) -> Contest:
+def champion_test(first: float, second: float | None, standard_error: float = 0.1) -> ChampionTest:
     confirmation = None if second is None else paired(second, standard_error)
-    return Contest(champion_version=3, test=paired(first, standard_error), confirmation=confirmation)
+    return ChampionTest(champion_version=3, test=paired(first, standard_error), confirmation=confirmation)
 
 
 @pytest.mark.parametrize(
@@ -45,14 +45,14 @@ def contest(first: float, second: float | None, standard_error: float = 0.1) -> 
     ],
 )
 def test_the_champion_falls_only_to_a_gain_beyond_chance_on_both_blocks_of_seeds(first: float, second: float | None, min_gain: float, promote: bool):
-    decision = decide(metric(4), Champion(3, metric(5)), contest(first, second), min_gain)
+    decision = decide(metric(4), Champion(3, metric(5)), champion_test(first, second), min_gain)
     assert decision.promote is promote
     assert decision.reason.startswith("better: " if promote else "kept: ")
     assert "champion v3 has" in decision.reason
 
 
 def test_a_candidate_that_copies_training_images_is_kept_and_told_so():
-    decision = decide(metric(1), Champion(3, metric(5)), contest(-4, -4), 0.0, copies=True)
+    decision = decide(metric(1), Champion(3, metric(5)), champion_test(-4, -4), 0.0, copies=True)
     assert not decision.promote
     assert "copies training images" in decision.reason
 
@@ -77,7 +77,7 @@ def test_a_lower_number_alone_promotes_nobody():
 
 @pytest.mark.parametrize("standard_error", [math.nan, math.inf])
 def test_an_unknown_error_promotes_nobody(standard_error: float):
-    assert not decide(metric(1), Champion(3, metric(5)), contest(-4, -4, standard_error), 0.0).promote
+    assert not decide(metric(1), Champion(3, metric(5)), champion_test(-4, -4, standard_error), 0.0).promote
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_an_unknown_error_promotes_nobody(standard_error: float):
     ids=lambda part: next(iter(part)),
 )
 def test_numbers_of_unlike_units_are_never_compared_and_the_part_is_named(part: dict[str, object]):
-    decision = decide(metric(0.001, **part), Champion(3, metric(5)), contest(-5, -5), 0.0)
+    decision = decide(metric(0.001, **part), Champion(3, metric(5)), champion_test(-5, -5), 0.0)
     assert not decision.promote
     assert next(iter(part)) in decision.reason
     assert unlike_parts(UNIT, UNIT) == []
@@ -125,6 +125,6 @@ def test_a_unit_of_float32_is_written_as_it_was_before_there_was_a_choice():
 
 
 def test_a_champion_without_a_number_is_kept():
-    decision = decide(metric(1), Champion(2, None), contest(-5, -5), 0.0)
+    decision = decide(metric(1), Champion(2, None), champion_test(-5, -5), 0.0)
     assert not decision.promote
     assert "champion v2 carries no metric" in decision.reason

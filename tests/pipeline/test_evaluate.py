@@ -28,9 +28,14 @@ from components.networks.unet.config import UNetConfig
 from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from pipeline.context import Reporter, StageContext
-from pipeline.measurement.bench import Bench, EvaluateConfig
+from pipeline.measurement.actor_pool import ActorPool
 from pipeline.measurement.compare import shard_set_of
-from pipeline.measurement.draw import (
+from pipeline.measurement.evaluator import EvaluateConfig, Evaluator
+from pipeline.measurement.extractors import check_extractor
+from pipeline.measurement.measure import Sampled, find_copies, paired_test
+from pipeline.measurement.reference_statistics import RealFeatures
+from pipeline.measurement.sample_dataset import keep_samples
+from pipeline.measurement.sampling_actor import (
     ROWS_PER_PART,
     SEEDS_PER_PART,
     ExtractorChoice,
@@ -42,11 +47,6 @@ from pipeline.measurement.draw import (
     pixels_file,
     write_array,
 )
-from pipeline.measurement.extractors import check_extractor
-from pipeline.measurement.keep import keep_samples
-from pipeline.measurement.measure import Sampled, find_copies, paired_test
-from pipeline.measurement.reals import Reals
-from pipeline.measurement.team import Team
 from pipeline.registry.decide import unlike_parts
 
 SPEC = DenoiserSpec(
@@ -92,39 +92,39 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Location]:
 
 
 @pytest.fixture
-def bench(cluster: ClusterConfig, placement: Placement, dataset: Location, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
-    """Returns a function that opens a bench of some actors over a storage root, and closes the one before, whose CPUs they need."""
-    teams: list[Team] = []
+def evaluator(cluster: ClusterConfig, placement: Placement, dataset: Location, tmp_path: Path) -> Iterator[Callable[..., Evaluator]]:
+    """Returns a function that opens an evaluator of some actors over a storage root, and closes the one before, whose CPUs they need."""
+    teams: list[ActorPool] = []
 
-    def opened(actors: int = 1, storage: str = "storage", config: EvaluateConfig = CONFIG) -> Bench:
+    def opened(actors: int = 1, storage: str = "storage", config: EvaluateConfig = CONFIG) -> Evaluator:
         for before in teams:
             before.__exit__()
         teams.clear()
-        team = Team(replace(placement, num_samplers=actors), [ExtractorChoice("dct8")], cluster)
-        teams.append(team)
+        actor_pool = ActorPool(replace(placement, num_samplers=actors), [ExtractorChoice("dct8")], cluster)
+        teams.append(actor_pool)
         root = Location.of(tmp_path / storage)
         context = StageContext(root, root / "stage", "inputs", "run", cluster, Reporter())
-        return Bench(config, shard_set_of(dataset), read_manifest(dataset), team, context)
+        return Evaluator(config, shard_set_of(dataset), read_manifest(dataset), actor_pool, context)
 
     yield opened
-    for team in teams:
-        team.__exit__()
+    for actor_pool in teams:
+        actor_pool.__exit__()
 
 
-def evaluated(bench: Bench, model: Location) -> tuple[str, float]:
-    samples = bench.samples_of(model, "ema")
-    drawn = bench.draw(samples, CONFIG.seeds)
-    return drawn.sha256, bench.measure(samples).frechet[0].value
+def evaluated(evaluator: Evaluator, model: Location) -> tuple[str, float]:
+    samples = evaluator.samples_of(model, "ema")
+    drawn = evaluator.draw(samples, CONFIG.seeds)
+    return drawn.sha256, evaluator.measure(samples).frechet[0].value
 
 
-def test_one_two_and_three_actors_draw_the_same_samples_and_measure_the_same_distance(bench: Callable[..., Bench], models: list[Location]):
-    found = [evaluated(bench(actors, f"storage-{actors}"), models[0]) for actors in (1, 2, 3)]
+def test_one_two_and_three_actors_draw_the_same_samples_and_measure_the_same_distance(evaluator: Callable[..., Evaluator], models: list[Location]):
+    found = [evaluated(evaluator(actors, f"storage-{actors}"), models[0]) for actors in (1, 2, 3)]
     assert found[0] == found[1] == found[2]
 
 
-def test_bfloat16_has_samples_and_a_unit_of_its_own(bench: Callable[..., Bench], models: list[Location]):
+def test_bfloat16_has_samples_and_a_unit_of_its_own(evaluator: Callable[..., Evaluator], models: list[Location]):
     config = CONFIG.model_copy(update={"num_samples": 64, "threshold": "dynamic"})
-    one = bench(config=config)
+    one = evaluator(config=config)
     other = replace(one, config=config.model_copy(update={"precision": "bfloat16"}))
     samples, others = one.samples_of(models[0], "ema"), other.samples_of(models[0], "ema")
     assert samples.folder != others.folder
@@ -134,40 +134,40 @@ def test_bfloat16_has_samples_and_a_unit_of_its_own(bench: Callable[..., Bench],
     assert unlike_parts(other.reference()[1], one.reference()[1]) == ["precision bfloat16 against float32"]
 
 
-def test_auto_is_what_the_actors_hardware_says(bench: Callable[..., Bench]):
-    team = bench().team
-    assert [team.first("precision", wanted) for wanted in ("auto", "float32", "bfloat16")] == ["float32", "float32", "bfloat16"]
+def test_auto_is_what_the_actors_hardware_says(evaluator: Callable[..., Evaluator]):
+    actor_pool = evaluator().actor_pool
+    assert [actor_pool.first("precision", wanted) for wanted in ("auto", "float32", "bfloat16")] == ["float32", "float32", "bfloat16"]
 
 
 @pytest.mark.parametrize(("use_gpu", "device"), [(False, "cpu"), (True, "cuda")])
 def test_pairs_are_compared_here_or_where_the_gpu_is(placement: Placement, cluster: ClusterConfig, use_gpu: bool, device: str):
-    with Team(replace(placement, num_samplers=1, use_gpu=use_gpu), [ExtractorChoice("dct8")], cluster) as team:
-        process, where, given = team.compute(lambda given, device: (os.getpid(), device, given), 7)
+    with ActorPool(replace(placement, num_samplers=1, use_gpu=use_gpu), [ExtractorChoice("dct8")], cluster) as actor_pool:
+        process, where, given = actor_pool.compute(lambda given, device: (os.getpid(), device, given), 7)
     assert (process == os.getpid(), where, given) == (not use_gpu, device, 7)
 
 
-def test_the_batch_is_no_part_of_a_sample(bench: Callable[..., Bench], models: list[Location]):
-    one = bench()
+def test_the_batch_is_no_part_of_a_sample(evaluator: Callable[..., Evaluator], models: list[Location]):
+    one = evaluator()
     samples = one.samples_of(models[0], "ema")
-    chosen, *others = (one.team.first("draw", samples, list(range(70)), size) for size in (0, 1, 64, 70))
+    chosen, *others = (one.actor_pool.first("draw", samples, list(range(70)), size) for size in (0, 1, 64, 70))
     assert all(np.array_equal(chosen, other) for other in others)
 
 
-def test_the_distance_is_that_of_all_samples_and_all_rows(bench: Callable[..., Bench], models: list[Location], dataset: Location):
+def test_the_distance_is_that_of_all_samples_and_all_rows(evaluator: Callable[..., Evaluator], models: list[Location], dataset: Location):
     from components.metrics.features import DctExtractor
 
-    one = bench()
+    one = evaluator()
     _, distance = evaluated(one, models[0])
-    pixels = one.team.first("draw", one.samples_of(models[0], "ema"), list(CONFIG.seeds), 64)
+    pixels = one.actor_pool.first("draw", one.samples_of(models[0], "ema"), list(CONFIG.seeds), 64)
     reader = RowReader(dataset, read_manifest(dataset))
     extract = DctExtractor()
     fake, real = (FeatureStats.of(np.asarray(extract(torch.from_numpy(images))), np.zeros(32)) for images in (pixels.copy(), reader.rows(np.arange(600))))
     assert distance == pytest.approx(frechet_distance(fake, real), rel=1e-6)
 
 
-def test_an_actor_that_is_killed_changes_nothing(bench: Callable[..., Bench], models: list[Location]):
-    undisturbed = evaluated(bench(2, "undisturbed"), models[0])
-    other = bench(2, "disturbed")
+def test_an_actor_that_is_killed_changes_nothing(evaluator: Callable[..., Evaluator], models: list[Location]):
+    undisturbed = evaluated(evaluator(2, "undisturbed"), models[0])
+    other = evaluator(2, "disturbed")
     killed: list[int] = []
 
     def kill_one() -> None:
@@ -187,19 +187,19 @@ def test_an_actor_that_is_killed_changes_nothing(bench: Callable[..., Bench], mo
     assert killed
 
 
-def test_work_that_kills_every_actor_ends_with_a_message(bench: Callable[..., Bench]):
+def test_work_that_kills_every_actor_ends_with_a_message(evaluator: Callable[..., Evaluator]):
     with pytest.raises(ClusterError, match="sampling actors died 5 times of one piece of work"):
-        bench(2).team.first("__ray_terminate__")
+        evaluator(2).actor_pool.first("__ray_terminate__")
 
 
-def test_a_file_of_statistics_of_other_features_is_refused(bench: Callable[..., Bench], dataset: Location, tmp_path: Path):
-    reference, _ = bench().reference()
+def test_a_file_of_statistics_of_other_features_is_refused(evaluator: Callable[..., Evaluator], dataset: Location, tmp_path: Path):
+    reference, _ = evaluator().reference()
     assert isinstance(reference, Reference)
     other = replace(reference, unit='{"extractor": "fd_clf_deadbeef", "extractor_digest": "deadbeef"}')
     other.save(Location.of(tmp_path / "other.npz"))
     config = CONFIG.model_copy(update={"reference": str(tmp_path / "other.npz")})
     with pytest.raises(DataError, match=r"other\.npz is of extractor fd_clf_deadbeef, and fd_dct8_v1 decides"):
-        bench(config=config).reference()
+        evaluator(config=config).reference()
     short = replace(reference, mean=reference.mean[:7], covariance=reference.covariance[:7, :7], root=np.sqrt(np.diag(np.diag(reference.covariance[:7, :7]))))
     replace(short, covariance=short.root @ short.root).save(Location.of(tmp_path / "short.npz"))
     config = CONFIG.model_copy(update={"reference": str(tmp_path / "short.npz")})
@@ -216,14 +216,14 @@ def test_copies_among_the_samples_are_told(tmp_path: Path, copied: int, verdict:
     samples[:copied] = training[:copied]
     for part in parts_of(range(3000), SEEDS_PER_PART):
         write_array(features_file(folder, identity, part), samples[part.start : part.stop])
-    reals = []
+    real_features = []
     splits: dict[Split, np.ndarray] = {"train": training, "holdout": unseen}
     for split, values in splits.items():
         real = RealSet(folder / "real", "", split)
         for part in parts_of(range(len(values)), ROWS_PER_PART):
             write_array(real.features_file(identity, part), values[part.start : part.stop])
-        reals.append(Reals(real, identity, len(values), Reference.of(FeatureStats.of(values, np.zeros(16)))))
-    found = find_copies(Sampled(folder, identity, range(3000)), reals[0], reals[1])
+        real_features.append(RealFeatures(real, identity, len(values), Reference.of(FeatureStats.of(values, np.zeros(16)))))
+    found = find_copies(Sampled(folder, identity, range(3000)), real_features[0], real_features[1])
     assert found is not None
     assert verdict in found[0].verdict
     assert (found[0].num_samples, found[0].num_searched, found[0].calibration) == (3000, 4096, "2,048 held-out images")
@@ -243,18 +243,18 @@ def test_classes_are_drawn_as_often_as_the_training_images_have_them(tmp_path: P
     assert again.tolist() == labels[[1999, 7]].tolist()
 
 
-def test_what_was_drawn_before_is_not_drawn_again_and_what_is_missing_is(bench: Callable[..., Bench], models: list[Location]):
-    one = bench()
+def test_what_was_drawn_before_is_not_drawn_again_and_what_is_missing_is(evaluator: Callable[..., Evaluator], models: list[Location]):
+    one = evaluator()
     samples, parts = one.samples_of(models[0], "ema"), parts_of(CONFIG.seeds, 256)
     work = [(samples, part, 64) for part in parts]
     whole = evaluated(one, models[0])
-    assert [drawn for _, drawn in one.team.map("part", iter(work))] == [0, 0, 0]
-    features_file(samples.folder, one.team.identities[0], parts[1]).remove()
-    assert [drawn for _, drawn in one.team.map("part", iter(work))] == [0, 256, 0]
+    assert [drawn for _, drawn in one.actor_pool.map("part", iter(work))] == [0, 0, 0]
+    features_file(samples.folder, one.actor_pool.identities[0], parts[1]).remove()
+    assert [drawn for _, drawn in one.actor_pool.map("part", iter(work))] == [0, 256, 0]
     assert evaluated(one, models[0]) == whole
-    torn = features_file(samples.folder, one.team.identities[0], parts[2])
+    torn = features_file(samples.folder, one.actor_pool.identities[0], parts[2])
     torn.write_bytes(torn.read_bytes()[:-1])
-    assert [drawn for _, drawn in one.team.map("part", iter(work))] == [0, 0, 88]
+    assert [drawn for _, drawn in one.actor_pool.map("part", iter(work))] == [0, 0, 88]
     assert evaluated(one, models[0]) == whole
 
 
@@ -265,23 +265,23 @@ def test_overlapping_blocks_share_their_parts():
     assert parts_of(range(256, 512), 256) == [range(256, 512)]
 
 
-def test_kept_samples_are_a_dataset_of_the_same_contract(bench: Callable[..., Bench], models: list[Location]):
-    one = bench()
+def test_kept_samples_are_a_dataset_of_the_same_contract(evaluator: Callable[..., Evaluator], models: list[Location]):
+    one = evaluator()
     samples = one.samples_of(models[0], "ema")
     pixels_folder = one.context.folder / "pixels"
     one.draw(samples, CONFIG.seeds, pixels_folder, need=True)
     folder = keep_samples(one.context.storage, samples, pixels_folder, CONFIG.seeds, one.manifest.space, [])
     manifest = find_dataset(str(folder), one.context.storage).manifest
     pixels = RowReader(folder, manifest).rows(np.arange(600))
-    assert np.array_equal(pixels, one.team.first("draw", samples, list(CONFIG.seeds), 64))
+    assert np.array_equal(pixels, one.actor_pool.first("draw", samples, list(CONFIG.seeds), 64))
     assert manifest.num_rows == 600
     before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
     assert keep_samples(one.context.storage, samples, pixels_folder, CONFIG.seeds, one.manifest.space, []) == folder
     assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
 
 
-def test_pixels_that_were_kept_are_those_that_are_drawn_again(bench: Callable[..., Bench], models: list[Location]):
-    one = bench()
+def test_pixels_that_were_kept_are_those_that_are_drawn_again(evaluator: Callable[..., Evaluator], models: list[Location]):
+    one = evaluator()
     samples = one.samples_of(models[0], "ema")
     folder = one.context.folder / "pixels"
     one.draw(samples, CONFIG.seeds, folder)
@@ -290,15 +290,15 @@ def test_pixels_that_were_kept_are_those_that_are_drawn_again(bench: Callable[..
     assert np.array_equal(one.pixels(samples, seeds, CONFIG.seeds, folder), one.pixels(samples, seeds))
 
 
-def test_a_model_of_other_images_is_refused(bench: Callable[..., Bench], tmp_path: Path):
+def test_a_model_of_other_images_is_refused(evaluator: Callable[..., Evaluator], tmp_path: Path):
     spec = SPEC.model_copy(update={"image_size": 16})
     write_checkpoint(Location.of(tmp_path / "other"), spec, spec.build().state_dict())
     with pytest.raises(DataError, match=r"draws images of .1, 16, 16., and dataset .* holds .1, 8, 8."):
-        bench().samples_of(Location.of(tmp_path / "other"), "ema")
+        evaluator().samples_of(Location.of(tmp_path / "other"), "ema")
 
 
-def test_common_seeds_tell_a_small_difference_that_separate_errors_would_hide(bench: Callable[..., Bench], models: list[Location], tmp_path: Path):
-    one = bench()
+def test_common_seeds_tell_a_small_difference_that_separate_errors_would_hide(evaluator: Callable[..., Evaluator], models: list[Location], tmp_path: Path):
+    one = evaluator()
     torch.manual_seed(1)
     weights = {name: torch.randn_like(value) * 0.2 for name, value in SPEC.build().state_dict().items()}
     nearly = {name: value * (1.001 if "out" in name else 1.0) for name, value in weights.items()}
@@ -307,7 +307,7 @@ def test_common_seeds_tell_a_small_difference_that_separate_errors_would_hide(be
     for model in (models[0], Location.of(tmp_path / "nearly")):
         samples = one.samples_of(model, "ema")
         one.draw(samples, CONFIG.seeds)
-        sampled.append(Sampled(samples.folder, one.team.identities[0], CONFIG.seeds))
+        sampled.append(Sampled(samples.folder, one.actor_pool.identities[0], CONFIG.seeds))
     reference, _ = one.reference()
     test = paired_test(sampled[1], sampled[0], reference)
     alone = one.measure(one.samples_of(models[0], "ema")).frechet[0].standard_error

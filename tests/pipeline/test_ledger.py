@@ -17,7 +17,7 @@ from rich.console import Console
 from support import ROOT, UNIT
 
 from components.storage import Location
-from pipeline.artifacts import Contest, Metric, PairedTest, ShardSet
+from pipeline.artifacts import ChampionTest, Metric, PairedTest, ShardSet
 from pipeline.config import RunConfig, load_config
 from pipeline.context import Reporter
 from pipeline.errors import RegistryError
@@ -27,7 +27,7 @@ from pipeline.registry.decide import Champion, Decision, decide
 from pipeline.registry.gate import delete_version, pass_gate, promote, roll_back
 from pipeline.registry.ledger import LEDGER_TAG, Ledger
 from pipeline.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, alias_of, read_champion, set_alias
-from pipeline.run import Pipeline, _tell_of_other_images
+from pipeline.run import Pipeline, _warn_about_other_images
 from pipeline.tracking import Tracking, connect
 from workflows.cli import find_preset
 
@@ -68,7 +68,7 @@ def make_version(tracking: Tracking, tmp_path: Path) -> Callable[..., int]:
     return make
 
 
-def measured(tracking: Tracking, version: int, champion: int | None) -> tuple[Decision, Contest | None]:
+def measured(tracking: Tracking, version: int, champion: int | None) -> tuple[Decision, ChampionTest | None]:
     """Decides by the numbers of the tags, as if both tests had found them without error."""
     mine = read_champion(tracking, NAME, version).metric
     assert mine is not None
@@ -78,7 +78,7 @@ def measured(tracking: Tracking, version: int, champion: int | None) -> tuple[De
     assert theirs.metric is not None
     difference = mine.value - theirs.metric.value
     test = PairedTest(first_seed=0, num_samples=10, candidate=mine.value, champion=theirs.metric.value, difference=difference, standard_error=0)
-    found = Contest(champion_version=champion, test=test, confirmation=test)
+    found = ChampionTest(champion_version=champion, test=test, confirmation=test)
     return decide(mine, theirs, found, 0.0), found
 
 
@@ -103,8 +103,8 @@ def test_the_first_version_is_champion_a_better_one_follows_and_a_worse_one_does
     moves = log_of(tracking, NAME)
     assert [(move.kind, move.version, move.champion) for move in moves] == [("promoted", 1, 1), ("promoted", 2, 2), ("kept", 3, 2)]
     assert all("@" in move.who and move.when.startswith("20") and move.why for move in moves)
-    assert moves[1].contest is not None
-    assert moves[1].contest.champion_version == 1
+    assert moves[1].champion_test is not None
+    assert moves[1].champion_test.champion_version == 1
 
 
 def test_a_decision_is_made_once(tracking: Tracking, make_version: Callable[..., int]):
@@ -161,8 +161,8 @@ def test_two_processes_that_decide_at_once_never_both_decide_on_the_stale_champi
     moves = log_of(tracking, NAME)
     values = dict(zip((1, *versions), (20, 12, 13, 15, 11), strict=True))
     for before, move in pairwise(moves):
-        assert move.contest is not None
-        assert move.contest.champion_version == before.champion
+        assert move.champion_test is not None
+        assert move.champion_test.champion_version == before.champion
         assert (move.kind == "promoted") == (values[move.version or 0] < values[before.champion or 0])
     assert sorted(move.version or 0 for move in moves) == [1, *versions]
     assert aliases(tracking)[0] == versions[-1]
@@ -408,7 +408,7 @@ def test_a_run_on_other_images_than_the_champions_is_told_so_before_it_trains(tr
             tracking.client.set_model_version_tag(NAME, str(version), key, value)
     for source, digest, told in (("/dogs/images", "d06", True), ("/cats/images", "more", False), ("/moved/cats/images", "c0ffee", False)):
         pipeline, shards, said = a_run(config, source, digest, tmp_path)
-        _tell_of_other_images(pipeline, tracking, shards)
+        _warn_about_other_images(pipeline, tracking, shards)
         assert bool(said.getvalue()) is told
         if told:
             assert "version 2 of faces was trained on /cats/images, this run trains on /dogs/images" in said.getvalue()
@@ -417,5 +417,5 @@ def test_a_run_on_other_images_than_the_champions_is_told_so_before_it_trains(tr
 
 def test_the_first_run_of_a_model_is_told_nothing(tracking: Tracking, tmp_path: Path):
     pipeline, shards, said = a_run(load_config(find_preset("digits"), []), "/dogs/images", "d06", tmp_path)
-    _tell_of_other_images(pipeline, tracking, shards)
+    _warn_about_other_images(pipeline, tracking, shards)
     assert said.getvalue() == ""

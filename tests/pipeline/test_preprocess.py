@@ -149,7 +149,7 @@ def test_ray_data_makes_the_bytes_that_threads_make_even_when_a_worker_of_it_is_
     source = write_slow_images(tmp_path / "source", 120)
     monkeypatch.setattr("components.ingest.chunks.CHUNK_FILES", 4)
     stage(source, "by threads")
-    monkeypatch.setattr("pipeline.spread.HEAD_START_S", 0.0)
+    monkeypatch.setattr("pipeline.parallel_map.HEAD_START_S", 0.0)
     killer = Killer()
     killer.start()
     stage(source, "by Ray Data")

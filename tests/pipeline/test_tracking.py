@@ -15,7 +15,7 @@ from PIL import Image
 from support import TINY, Finished
 
 from cluster.config import ClusterConfig
-from cluster.machine import Gauges
+from cluster.machine import SystemMetrics
 from components.data.reader import RowReader
 from components.data.shards import read_manifest
 from components.model.retention import checkpoint_name, newest_whole_checkpoint
@@ -27,9 +27,9 @@ from pipeline.errors import RegistryError
 from pipeline.evaluate import PUBLISHED, publish
 from pipeline.tracked_run import RUN_FILE
 from pipeline.tracking import Tracking, connect
-from pipeline.training import follow, system_watch
-from pipeline.training.follow import CURSOR_FILE, Delivery, Follower, samples_folder
-from pipeline.training.notebook import Attempt, MetricsLine, NotebookReader, NotebookWriter, system_folder
+from pipeline.training import metrics_relay, system_watch
+from pipeline.training.metrics_log import Attempt, MetricsLine, MetricsLogReader, MetricsLogWriter, system_folder
+from pipeline.training.metrics_relay import CURSOR_FILE, Delivery, MetricsRelay, samples_folder
 from pipeline.training.system_watch import SystemWatch
 
 PLANTED = "planted-Secret-41c7"
@@ -56,7 +56,7 @@ def pictures_of(tracking: Tracking, run_id: str) -> list[str]:
     return [file.path for file in tracking.client.list_artifacts(run_id, "images") if file.path.endswith(".png")]
 
 
-def write_lines(writer: NotebookWriter, steps: range, key: str = "train/loss") -> None:
+def write_lines(writer: MetricsLogWriter, steps: range, key: str = "train/loss") -> None:
     for step in steps:
         writer.append(MetricsLine(step=step, timestamp_ms=time.time_ns() // 1_000_000, metrics={key: 1 / step}))
     writer.flush()
@@ -76,14 +76,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_and_started_again_has_every_step_once(context: StageContext, one_port: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(follow, "DELIVER_EVERY_S", 0.2)
+    monkeypatch.setattr(metrics_relay, "DELIVER_EVERY_S", 0.2)
     attempt = Attempt(context.folder)
-    metrics, machine = NotebookWriter(attempt), NotebookWriter(attempt, system_folder(context.folder, 0))
+    metrics, machine = MetricsLogWriter(attempt), MetricsLogWriter(attempt, system_folder(context.folder, 0))
     with ExitStack() as first, ExitStack() as second:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", first.enter_context(servers.mlflow_server(tmp_path / "mlflow")))
         tracking = connect(context.storage)
         run_id = tracking.open_run("ddpm-test", "outage", None)
-        with Follower(context, tracking, run_id, 3000):
+        with MetricsRelay(context, tracking, run_id, 3000):
             write_picture(context.folder, 0)
             write_lines(metrics, range(1, 1001))
             write_lines(machine, range(1, 3), "system/cpu")
@@ -112,13 +112,13 @@ def test_a_server_that_never_answers_does_not_keep_a_training_from_its_end(
 ):
     import mlflow
 
-    monkeypatch.setattr(follow, "LAST_DELIVERY_S", 0.5)
+    monkeypatch.setattr(metrics_relay, "LAST_DELIVERY_S", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10000")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         tracking = Tracking(uri, mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), None)
-        with Follower(context, tracking, "0" * 32, 10):
-            write_lines(NotebookWriter(Attempt(context.folder)), range(1, 11))
+        with MetricsRelay(context, tracking, "0" * 32, 10):
+            write_lines(MetricsLogWriter(Attempt(context.folder)), range(1, 11))
     assert "MLflow has not got all metrics yet; they wait in" in capsys.readouterr().err
 
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_that_a_worker_sets_aside_is_told_once_and_not_again_the_ne
     tracking = connect(context.storage)
     run_id = tracking.open_run("ddpm-test", "damaged", None)
     for step in (4, 8):
-        with Follower(context, tracking, run_id, 10):
+        with MetricsRelay(context, tracking, run_id, 10):
             (context.folder / checkpoint_name(step, 1) / "manifest.json").write_text("half a manif")
             assert newest_whole_checkpoint(context.folder) is None
         told = [line for line in capsys.readouterr().err.splitlines() if "damaged checkpoint" in line]
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_a_worker_sets_aside_is_told_once_and_not_again_the_ne
 def test_a_slow_server_gets_as_much_as_there_is_time_for_and_the_rest_the_next_time(context: StageContext):
     tracking = connect(context.storage)
     run_id = tracking.open_run("ddpm-test", "slow", None)
-    write_lines(NotebookWriter(Attempt(context.folder)), range(1, 2001))
+    write_lines(MetricsLogWriter(Attempt(context.folder)), range(1, 2001))
     answers = iter([True, False])
     delivery = Delivery(context.folder, tracking, run_id)
     assert not delivery.deliver(lambda: next(answers))
@@ -154,7 +154,7 @@ def test_a_watch_notes_what_a_machine_does_and_goes_on_where_an_earlier_attempt_
         for step in steps:
             with watch:
                 watch.look(step)
-    lines = NotebookReader(system_folder(context.folder, 1)).lines()
+    lines = MetricsLogReader(system_folder(context.folder, 1)).lines()
     assert [line.step for line in lines] == [2, 4, 6]
     assert {name.rpartition("/")[0] for line in lines for name in line.metrics} == {"system/1"}
 
@@ -171,11 +171,11 @@ def test_a_watch_that_fails_says_nothing_and_writes_nothing(context: StageContex
 def test_gauges_tell_a_busy_cpu_from_any_thread():
     import threading
 
-    gauges, found = Gauges(), {}
+    collecting_progress, found = SystemMetrics(), {}
     ended = time.process_time() + 1.0
     while time.process_time() < ended:
         pass
-    thread = threading.Thread(target=lambda: found.update(gauges.read()))
+    thread = threading.Thread(target=lambda: found.update(collecting_progress.read()))
     thread.start()
     thread.join()
     assert 0 < found["cpu_utilization_percentage"] <= 100

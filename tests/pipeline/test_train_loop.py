@@ -23,7 +23,7 @@ from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import Reporter, StageContext
 from pipeline.train import check_labels, tell_unfinished
-from pipeline.training.loop import Stretch
+from pipeline.training.loop import MetricsWindow
 from pipeline.training.plan import TrainConfig, TrainPlan
 from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer, sample_tiles
 
@@ -116,14 +116,14 @@ def test_a_training_that_begins_anew_says_which_one_stays_and_in_what_it_differs
 def test_a_point_of_the_curve_is_the_same_where_a_checkpoint_lay_between_its_steps():
     losses, norms = torch.rand(5), torch.rand(5)
     trainer = make_trainer(plan(), MANIFEST, CPU, None)
-    straight, before, after = Stretch(1), Stretch(1), Stretch(1)
+    straight, before, after = MetricsWindow(1), MetricsWindow(1), MetricsWindow(1)
     for index in range(5):
         straight.add(losses[index], norms[index], 0.0)
     for index in range(3):
         before.add(losses[index], norms[index], 0.0)
     open_losses, open_norms = before.open()
     record = TrainingRecord(step=3, train_digest="", precision="float32", open_losses=tuple(open_losses), open_norms=tuple(open_norms))
-    after.go_on(TrainingRecord.model_validate_json(record.model_dump_json()), CPU)
+    after.resume(TrainingRecord.model_validate_json(record.model_dump_json()), CPU)
     for index in range(3, 5):
         after.add(losses[index], norms[index], 0.0)
     assert [after.line(trainer).metrics[name] for name in ("train/loss", "train/gradient_norm")] == [

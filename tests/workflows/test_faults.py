@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from components.storage import Location
-from pipeline.training.notebook import Attempt, MetricsLine, NotebookWriter
+from pipeline.training.metrics_log import Attempt, MetricsLine, MetricsLogWriter
 from workflows.faults import DAMAGES, KILLS, Kind, damage, plan_faults, raw_curve
-from workflows.verify_resume import Ending, compare
+from workflows.verify_resume import TrainingEnd, compare
 
 Run = Callable[..., tuple[int, str, str]]
-ENDING = Ending({"weights.safetensors": "aa", "state.json": "bb"}, ((2, 0.5), (4, 0.25)), ((2, 0.5), (4, 0.25)), 1)
+ENDING = TrainingEnd({"weights.safetensors": "aa", "state.json": "bb"}, ((2, 0.5), (4, 0.25)), ((2, 0.5), (4, 0.25)), 1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 20])
@@ -49,8 +49,8 @@ def test_damage_cuts_a_file_short_or_turns_one_bit_of_it(tmp_path: Path, kind: K
 def test_a_curve_shows_a_step_that_two_attempts_wrote_down(tmp_path: Path):
     folder = Location.of(tmp_path)
     for step in (2, 4):
-        with NotebookWriter(Attempt(folder)) as notebook:
-            notebook.append(MetricsLine(step=step, timestamp_ms=1, metrics={"train/loss": 1 / step}))
+        with MetricsLogWriter(Attempt(folder)) as metrics_log:
+            metrics_log.append(MetricsLine(step=step, timestamp_ms=1, metrics={"train/loss": 1 / step}))
     assert raw_curve(folder) == [(2, 0.5), (4, 0.25)]
     (folder / "metrics" / "0003-00000.jsonl").write_text((folder / "metrics" / "0002-00000.jsonl").read_text())
     assert raw_curve(folder) == [(2, 0.5), (4, 0.25), (4, 0.25)]

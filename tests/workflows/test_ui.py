@@ -36,7 +36,7 @@ def opened(store: Tracking, port: int, env: Mapping[str, str] | None = None) -> 
     """Runs the command; kills it and what it started if a test leaves them."""
     assert store.artifacts is not None
     command = ddpm_command("ui", "--port", str(port), "--storage", str(store.artifacts.parent.parent))
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed_signals}
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": handle_signals}
     with subprocess.Popen(command, env=environment(env or {}), cwd=store.artifacts.parent, **options) as process:
         try:
             yield process
@@ -46,7 +46,7 @@ def opened(store: Tracking, port: int, env: Mapping[str, str] | None = None) -> 
             process.kill()
 
 
-def heed_signals() -> None:
+def handle_signals() -> None:
     """Undoes what a shell does to commands that it starts in the background, and nohup to all: they ignore Ctrl-C, or a closed terminal."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

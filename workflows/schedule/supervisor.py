@@ -15,7 +15,7 @@ import typer
 from components.storage import Location
 from pipeline.errors import ConfigError
 from pipeline.lease import HeldError, held
-from workflows.foreground import ASKED_TO_END, HOST, READY_TIMEOUT_S, becomes_ready, check_free, heed_signals, last_words
+from workflows.foreground import ASKED_TO_END, HOST, READY_TIMEOUT_S, becomes_ready, check_free, handle_signals, last_output
 from workflows.schedule import processes
 from workflows.schedule.plan import Plan
 
@@ -47,7 +47,7 @@ def supervise(plan: Plan, folder: Location) -> int:
         raise ConfigError(f"{folder} cannot be made ({error.strerror}); name a folder with write permission by --storage") from error
     try:
         with held(folder / "lock", wait=False):
-            heed_signals()
+            handle_signals()
             _supervise(plan, folder)
     except HeldError as error:
         raise ConfigError(f"--name {plan.name} is scheduled already by {error}; end that one, or choose another --name and --port") from error
@@ -177,7 +177,7 @@ def _watch(children: Mapping[str, Child], folder: Location) -> None:
 
 
 def _ended(name: str, code: int, folder: Location) -> SchedulerError:
-    return SchedulerError(f"Prefect's {name} ended with code {code}; it said: {last_words(_log(folder, name).read_text(errors='replace'))}")
+    return SchedulerError(f"Prefect's {name} ended with code {code}; it said: {last_output(_log(folder, name).read_text(errors='replace'))}")
 
 
 def main() -> None:

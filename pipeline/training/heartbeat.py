@@ -1,4 +1,4 @@
-"""What a training worker tells the driver while it trains, and what the driver asks of it: notes on the board, one look a second."""
+"""What a training worker tells the driver while it trains, and what the driver asks of it: notes on the key-value store, one look a second."""
 
 import os
 import threading
@@ -9,11 +9,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from cluster.board import Board, BoardLostError
+from cluster.key_value_store import KeyValueStore, StoreLostError
 
 BEAT_S = 1.0
 BEATS, SAVE, SAVED, TROUBLE, GIVEN_UP, DRAINED, REASON, TOLD = "beat/", "save", "saved", "trouble", "given-up", "drained", "reason", "told/"
-"""Keys of the board. Below TOLD are lines for a person. REASON says why the workers have to start again; it is there from then until they do."""
+"""Keys of the key-value store. Below TOLD are lines for a person. REASON says why the workers have to start again; it is there from then until they do."""
 
 
 Phase = Literal["starting", "compiling", "waiting for data", "computing", "drawing samples", "saving", "ending", "ended"]
@@ -43,7 +43,7 @@ class Beat(BaseModel):
     phase: Phase
 
 
-class Pulse:
+class Heartbeat:
     """Beats in a thread of its own during a block; the training thread only sets what it is at.
 
     Attributes:
@@ -52,24 +52,24 @@ class Pulse:
         wanted: name of the last checkpoint that the driver asked for out of turn; empty where it asked for none.
     """
 
-    def __init__(self, board: Board, attempt: int, rank: int, num_workers: int, *, node_id: str, node: str, first: int) -> None:
-        """Prepares the pulse of one worker.
+    def __init__(self, store: KeyValueStore, attempt: int, rank: int, num_workers: int, *, node_id: str, node: str, first: int) -> None:
+        """Prepares the heartbeat of one worker.
 
         Args:
             first: step that this attempt goes on from.
         """
-        self._board, self._number = board, 0
+        self._store, self._number = store, 0
         self._who = {"attempt": attempt, "rank": rank, "num_workers": num_workers, "node_id": node_id, "node": node, "pid": os.getpid(), "first": first}
         self.step, self.wanted = first, ""
         self.phase: Phase = "starting"
         self._lines = 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def say(self, key: str, note: str) -> None:
-        """Puts a note on the board, if the head answers."""
-        with suppress(BoardLostError):
-            self._board.put(key, note)
+        """Puts a note on the key-value store, if the head answers."""
+        with suppress(StoreLostError):
+            self._store.put(key, note)
 
     def tell(self, line: str) -> None:
         """Has the driver tell a person something."""
@@ -87,13 +87,13 @@ class Pulse:
         while not is_last:
             is_last = self._stop.wait(BEAT_S if self._number else 0)
             self._number += 1
-            with suppress(BoardLostError):
+            with suppress(StoreLostError):
                 beat = Beat.model_validate(self._who | {"number": self._number, "step": self.step, "phase": self.phase})
-                self._board.put(f"{BEATS}{beat.attempt}/{beat.rank}", beat.model_dump_json())
+                self._store.put(f"{BEATS}{beat.attempt}/{beat.rank}", beat.model_dump_json())
                 if beat.rank == 0:  # the one that writes checkpoints
-                    self.wanted = self._board.get(SAVE) or ""
+                    self.wanted = self._store.get(SAVE) or ""
 
-    def __enter__(self) -> "Pulse":
+    def __enter__(self) -> "Heartbeat":
         self._thread.start()
         return self
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.markup import escape
 
-from cluster.board import Board, BoardLostError
 from cluster.config import ClusterConfig, ClusterError, HeadLostError
 from cluster.interrupt import Interrupted
+from cluster.key_value_store import KeyValueStore, StoreLostError
 from cluster.nodes import count, draining_nodes, kill_process
 from pipeline.errors import ConfigError
-from pipeline.training.pulse import BEATS, DRAINED, GIVEN_UP, REASON, SAVE, SAVED, TROUBLE, Beat
-from pipeline.training.stillness import Stillness
+from pipeline.training.hang_detection import HangDetector
+from pipeline.training.heartbeat import BEATS, DRAINED, GIVEN_UP, REASON, SAVE, SAVED, TROUBLE, Beat
 
 LOOK_S, LAST_MOMENT_S = 0.5, 10.0
 HEAD_LOST_S = {True: 20.0, False: 45.0}
@@ -27,7 +27,7 @@ _LEAVING = "leaving"
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
-class Vigil:
+class Watchdog:
     """Watches during a block; the block's main thread is interrupted when there is nothing to wait for any more.
 
     SIGTERM and SIGHUP have the workers save before the command leaves; a second SIGTERM ends it at once. A terminal that closes sends several
@@ -39,7 +39,7 @@ class Vigil:
     """
 
     def __init__(
-        self, board: Board, config: ClusterConfig, hang_timeout_s: float, *, before: int, tell: Callable[[str], None], interrupt: Callable[[], None]
+        self, store: KeyValueStore, config: ClusterConfig, hang_timeout_s: float, *, before: int, tell: Callable[[str], None], interrupt: Callable[[], None]
     ) -> None:
         """Prepares the watch.
 
@@ -49,8 +49,8 @@ class Vigil:
             tell: is given lines for a person.
             interrupt: raises KeyboardInterrupt in the block's main thread.
         """
-        self._board, self._config, self._say, self._interrupt = board, config, tell, interrupt
-        self._stillness = Stillness(hang_timeout_s)
+        self._store, self._config, self._say, self._interrupt = store, config, tell, interrupt
+        self._hangs = HangDetector(hang_timeout_s)
         self._told_attempt = self._before = before
         self._told_trouble = ""
         self._condemned = before
@@ -62,7 +62,7 @@ class Vigil:
         self._asked: list[int] = []
         self.failure: Exception | None = None
         self.left = False
-        self._thread = threading.Thread(target=self._watch, name="vigil", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def _tell(self, line: str) -> None:
         """Tells a person, if there still is one: a closed pipe ends the process where rich finds it."""
@@ -74,7 +74,7 @@ class Vigil:
             try:
                 self._look()
                 self._lost_since = None
-            except BoardLostError:
+            except StoreLostError:
                 self._lost_since = self._lost_since or time.monotonic()
                 silent_s = time.monotonic() - self._lost_since
                 if silent_s >= HEAD_LOST_S[self._config.address == "local"] or self._leave.is_set():
@@ -90,20 +90,20 @@ class Vigil:
         beats = self._beats()
         self._tell_start(beats)
         self._tell_trouble()
-        if reason := self._board.get(GIVEN_UP):
+        if reason := self._store.get(GIVEN_UP):
             self.failure = ConfigError(reason)
         elif self._leave.is_set():
             self._go(beats)
-        elif self._board.get(REASON):
+        elif self._store.get(REASON):
             return  # a start is under way
-        elif hung := self._stillness.look(beats, time.monotonic()):
+        elif hung := self._hangs.look(beats, time.monotonic()):
             self._restart(hung)
         else:
             self._heed_draining(beats)
 
     def _beats(self) -> list[Beat]:
         """Returns the last beat of each worker of the newest attempt of this command, by rank."""
-        notes = [Beat.model_validate_json(note) for note in self._board.below(BEATS).values()]
+        notes = [Beat.model_validate_json(note) for note in self._store.below(BEATS).values()]
         newest = max((beat.attempt for beat in notes), default=0)
         return sorted((beat for beat in notes if beat.attempt == newest > self._before), key=lambda beat: beat.rank)
 
@@ -114,7 +114,7 @@ class Vigil:
         self._told_attempt = max(self._told_attempt, beats[0].attempt if beats else 0)
 
     def _tell_trouble(self) -> None:
-        trouble = self._board.get(TROUBLE) or ""
+        trouble = self._store.get(TROUBLE) or ""
         if trouble and trouble != self._told_trouble:
             self._tell(f"  [yellow]warning[/] a checkpoint cannot be written ({escape(trouble)}); training goes on, and it is tried again")
         elif trouble != self._told_trouble:
@@ -127,18 +127,18 @@ class Vigil:
             return
         named = ", ".join(f"worker {beat.rank} ({beat.node}, pid {beat.pid}, {beat.phase} after step {beat.step})" for beat in hung)
         reason = f"{named} made no step for too long (train.hang_timeout_s)"
-        self._board.put(REASON, reason)
+        self._store.put(REASON, reason)
         try:
             was_there = kill_process(hung[0].node_id, hung[0].pid)
         except ClusterError as error:
             self._tell(f"  [yellow]warning[/] {escape(str(error))}; it is tried again")
-            self._board.put(REASON, "")
+            self._store.put(REASON, "")
             return
         self._condemned = hung[0].attempt
         if was_there:
             self._tell(f"  [yellow]warning[/] {escape(reason)}; the workers start again")
         else:
-            self._board.put(REASON, "")
+            self._store.put(REASON, "")
 
     def _heed_draining(self, beats: Sequence[Beat]) -> None:
         """Has a checkpoint saved when a node with workers on it is to be taken away, and another shortly before it is."""
@@ -149,8 +149,8 @@ class Vigil:
             soon = 0 < deadline - time.time() < LAST_MOMENT_S
             if node_id in named and (node_id, soon) not in self._draining:
                 self._draining |= {(node_id, False), (node_id, soon)}
-                self._board.put(SAVE, f"{node_id} is drained{' now' if soon else ''}")
-                self._board.put(DRAINED, f"node {named[node_id]} was taken away")
+                self._store.put(SAVE, f"{node_id} is drained{' now' if soon else ''}")
+                self._store.put(DRAINED, f"node {named[node_id]} was taken away")
                 self._tell(f"  node {named[node_id]} is to be taken away{' now' if soon else ''}; saving a checkpoint")
 
     def _go(self, beats: Sequence[Beat]) -> None:
@@ -160,9 +160,9 @@ class Vigil:
             return
         if self._deadline is None:
             self._deadline = time.monotonic() + self._config.grace_s
-            self._board.put(SAVE, _LEAVING)
+            self._store.put(SAVE, _LEAVING)
             self._tell(f"  asked to end: saving a checkpoint, for at most {self._config.grace_s} s")
-        saved = self._board.get(SAVED) or ""
+        saved = self._store.get(SAVED) or ""
         name, _, step = saved.rpartition(" ")
         if name == _LEAVING:
             self._tell(f"  saved at step {step}")
@@ -198,7 +198,7 @@ class Vigil:
         if callable(handler):
             handler(self._asked[0], None)
 
-    def __enter__(self) -> "Vigil":
+    def __enter__(self) -> "Watchdog":
         if threading.current_thread() is threading.main_thread():
             for number in _ASKED_BY:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
@@ -210,7 +210,7 @@ class Vigil:
         self._ended.set()
         with suppress(Interrupted):  # the watch may have asked for it just now
             self._thread.join()
-        with suppress(BoardLostError):
+        with suppress(StoreLostError):
             if self.failure is None:
                 self._tell_start(self._beats())  # one that was too short for a look
         for number, handler in self._handlers.items():

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from cluster.ahead import Ahead
+from cluster.background_start import BackgroundStart
 
 
 def threads() -> set[threading.Thread]:
@@ -17,7 +17,7 @@ def test_who_waits_goes_on_when_it_has_started_and_the_thread_lives_until_the_en
     def start() -> None:
         may.wait(10)
 
-    ahead = Ahead(start)
+    ahead = BackgroundStart(start)
     (thread,) = threads() - before
     may.set()
     ahead.wait()
@@ -31,7 +31,7 @@ def test_what_keeps_it_from_starting_is_raised_where_it_is_waited_for_and_nowher
     def fail() -> None:
         raise OSError("no room")
 
-    ahead = Ahead(fail)
+    ahead = BackgroundStart(fail)
     ahead.settle()
     with pytest.raises(OSError, match="no room"):
         ahead.wait()

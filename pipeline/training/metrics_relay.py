@@ -1,6 +1,6 @@
-"""Follows a training run from the outside: the workers' notebooks become a progress bar and MLflow's curves.
+"""Follows a training run from the outside: the workers' metrics log become a progress bar and MLflow's curves.
 
-Workers only write files. One process, the driver's, speaks to MLflow, and a cursor beside each notebook says how far it came; so a server
+Workers only write files. One process, the driver's, speaks to MLflow, and a cursor beside each metrics log says how far it came; so a server
 that is slow or away costs training nothing, and a line is delivered once.
 """
 
@@ -13,16 +13,16 @@ from types import TracebackType
 
 from rich.markup import escape
 
-from cluster.board import Board, BoardLostError
 from cluster.config import HeadLostError
+from cluster.key_value_store import KeyValueStore, StoreLostError
 from components.model.retention import damage_of, damaged_checkpoints
 from components.scratch import scratch
 from components.storage import Location
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.tracking import BATCH_METRICS, Tracking
-from pipeline.training.notebook import SYSTEM_FOLDER, MetricsLine, NotebookReader, attempts_so_far, open_metrics
-from pipeline.training.pulse import BEATS, TOLD, Beat
+from pipeline.training.heartbeat import BEATS, TOLD, Beat
+from pipeline.training.metrics_log import SYSTEM_FOLDER, MetricsLine, MetricsLogReader, attempts_so_far, open_metrics
 from pipeline.training.restarts import restarts_of
 
 CURSOR_FILE = "delivered_step.txt"
@@ -38,17 +38,17 @@ def samples_folder(folder: Location) -> Location:
     return folder / "samples"
 
 
-def in_haste(error: BaseException | None) -> bool:
+def in_a_hurry(error: BaseException | None) -> bool:
     """Tells whether a block ends because somebody waits for the command to end; what is not delivered then waits for the next one."""
     return isinstance(error, KeyboardInterrupt | HeadLostError)
 
 
-class Follower:
+class MetricsRelay:
     """Reads a training folder while a block runs, and tries once to deliver what is left when it ends, for a minute at most."""
 
     def __init__(self, context: StageContext, tracking: Tracking, run_id: str, steps: int) -> None:
         self._context, self._steps = context, steps
-        self._reader, self._board = open_metrics(context.folder), Board(str(context.folder))
+        self._reader, self._store = open_metrics(context.folder), KeyValueStore(str(context.folder))
         self._before = attempts_so_far(context.folder)
         self._delivery = Delivery(context.folder, tracking, run_id)
         self._damaged = set(damaged_checkpoints(context.folder))
@@ -58,7 +58,7 @@ class Follower:
         self._showing = threading.Thread(target=self._show, name="progress", daemon=True)
         self._delivering = threading.Thread(target=self._deliver, name="delivery", daemon=True)
 
-    def __enter__(self) -> "Follower":
+    def __enter__(self) -> "MetricsRelay":
         self._showing.start()
         self._delivering.start()
         return self
@@ -69,7 +69,7 @@ class Follower:
         self._tell_damaged()
         self._tell_lines()
         with self._context.reporter.part("delivering metrics to MLflow"):
-            self._delivering.join(LEAVING_S if in_haste(error) else LAST_DELIVERY_S)
+            self._delivering.join(LEAVING_S if in_a_hurry(error) else LAST_DELIVERY_S)
         self._late.set()
         if not self._complete:
             self._context.reporter.line(f"  [yellow]warning[/] MLflow has not got all metrics yet; they wait in {self._context.folder}")
@@ -101,16 +101,16 @@ class Follower:
 
     def _tell_lines(self) -> None:
         """Says what the first worker has to say."""
-        with contextlib.suppress(BoardLostError):
-            for key, line in sorted(self._board.below(TOLD).items()):
+        with contextlib.suppress(StoreLostError):
+            for key, line in sorted(self._store.below(TOLD).items()):
                 if key not in self._told:
                     self._told.add(key)
                     self._context.reporter.line(f"  {escape(line)}")
 
     def _beat(self) -> Beat | None:
         """Returns the last beat of the first worker, of the newest start of this command's workers."""
-        with contextlib.suppress(BoardLostError, ValueError):
-            beats = [Beat.model_validate_json(note) for note in self._board.below(BEATS).values()]
+        with contextlib.suppress(StoreLostError, ValueError):
+            beats = [Beat.model_validate_json(note) for note in self._store.below(BEATS).values()]
             return max((beat for beat in beats if beat.rank == 0 and beat.attempt > self._before), key=lambda beat: beat.attempt, default=None)
         return None
 
@@ -137,11 +137,11 @@ class Delivery:
         self._channels = {"": _Channel(open_metrics(folder), folder / CURSOR_FILE)}
         self._told_restarts = 0
 
-    def deliver(self, go_on: Callable[[], bool] = lambda: True) -> bool:
+    def deliver(self, keep_going: Callable[[], bool] = lambda: True) -> bool:
         """Sends the lines and sample grids that the run has not got yet, and returns whether it has all now.
 
         Args:
-            go_on: asked before every request whether there is time for it.
+            keep_going: asked before every request whether there is time for it.
 
         Raises:
             RegistryError: if the store cannot be reached; the next call goes on from there.
@@ -150,15 +150,15 @@ class Delivery:
         system = self._folder / SYSTEM_FOLDER
         for node in system.folders():
             if node not in self._channels:
-                self._channels[node] = _Channel(NotebookReader(system / node), system / node / CURSOR_FILE)
+                self._channels[node] = _Channel(MetricsLogReader(system / node), system / node / CURSOR_FILE)
         for channel in self._channels.values():
             for batch in channel.fresh():
-                if not go_on():
+                if not keep_going():
                     return False
                 self._tracking.log_metrics(self._run_id, [(line.timestamp_ms, line.step, line.metrics) for line in batch])
                 channel.note(batch[-1].step)
         self._send_restarts()
-        return self._send_pictures(go_on)
+        return self._send_pictures(keep_going)
 
     def _send_restarts(self) -> None:
         """Tags the run with the starts of its workers after the first: when, from which step, and why."""
@@ -167,12 +167,12 @@ class Delivery:
             self._tracking.tag_run(self._run_id, {f"restart.{restart.attempt:04d}": str(restart) for restart in restarts})
             self._told_restarts = len(restarts)
 
-    def _send_pictures(self, go_on: Callable[[], bool]) -> bool:
+    def _send_pictures(self, keep_going: Callable[[], bool]) -> bool:
         folder = samples_folder(self._folder)
         names = folder.files()
         for name in names:
             if name.endswith(".png") and name + _DELIVERED not in names:
-                if not go_on():
+                if not keep_going():
                     return False
                 self._send_picture(folder / name)
         return True
@@ -188,9 +188,9 @@ class Delivery:
 
 
 class _Channel:
-    """A notebook, and how far a run has it."""
+    """A metrics log, and how far a run has it."""
 
-    def __init__(self, reader: NotebookReader, cursor: Location) -> None:
+    def __init__(self, reader: MetricsLogReader, cursor: Location) -> None:
         self._reader, self._cursor = reader, cursor
         self._delivered: int | None = None
 
@@ -221,8 +221,8 @@ class _Channel:
 def forget_deliveries(folder: Location) -> None:
     """Makes the next delivery send everything, because the run is a new one."""
     system = folder / SYSTEM_FOLDER
-    for notebook in (folder, *(system / node for node in system.folders())):
-        (notebook / CURSOR_FILE).remove()
+    for metrics_log in (folder, *(system / node for node in system.folders())):
+        (metrics_log / CURSOR_FILE).remove()
     for name in samples_folder(folder).files():
         if name.endswith(_DELIVERED):
             (samples_folder(folder) / name).remove()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from cluster.config import ClusterConfig, ClusterError
 from cluster.placement import Placement
 from components.errors import DataError
-from pipeline.measurement.draw import ExtractorChoice, Identity, Sampler
+from pipeline.measurement.sampling_actor import ExtractorChoice, Identity, Sampler
 
 Result = TypeVar("Result")
 MOST_DEATHS = 5
@@ -26,7 +26,7 @@ class _Call:
     deaths: int = 0
 
 
-class Team:
+class ActorPool:
     """The actors of an evaluation. Work is dealt to whoever is free; results come back in the order of the work.
 
     An actor that dies, with its node or alone, is replaced, and its work is dealt again; no actor is waited for while others are there.
@@ -44,10 +44,10 @@ class Team:
         self._running: dict[Any, tuple[_Call, Any]] = {}
         self._deaths = 0
         for _ in range(placement.num_samplers):
-            self._hire()
+            self._start_actor()
         self.identities: list[Identity] = self.first("identities")
 
-    def __enter__(self) -> "Team":
+    def __enter__(self) -> "ActorPool":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,10 +83,10 @@ class Team:
                 arguments = next(work, None)
                 exhausted = arguments is None
                 if arguments is not None:
-                    self._deal(_Call(started, method, arguments))
+                    self._assign(_Call(started, method, arguments))
                     started += 1
             while self._free and again:
-                self._deal(again.popleft())
+                self._assign(again.popleft())
             for call, result, died in self._settle():
                 if died:
                     again.append(call)
@@ -96,13 +96,13 @@ class Team:
                 yield ready.pop(expected)
                 expected += 1
 
-    def _hire(self) -> None:
+    def _start_actor(self) -> None:
         import ray
 
         actor: Any = ray.remote(max_restarts=0, **self._placement.per_sampler)(Sampler).remote(*self._arguments)
         self._joining[actor.identities.remote()] = actor
 
-    def _deal(self, call: _Call) -> None:
+    def _assign(self, call: _Call) -> None:
         actor = self._free.popleft()
         self._running[getattr(actor, call.method).remote(*call.arguments)] = (call, actor)
 
@@ -146,7 +146,7 @@ class Team:
         if self._deaths > 3 * self._placement.num_samplers:
             raise ClusterError(f"sampling actors died {self._deaths} times, the last time: {_shortened(error)}") from error
         ray.kill(actor)
-        self._hire()
+        self._start_actor()
 
 
 def _shortened(error: Exception) -> str:

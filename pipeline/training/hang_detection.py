@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from pipeline.training.heartbeat import Beat, Phase
 from pipeline.training.plan import LAST_WRITE_S
-from pipeline.training.pulse import Beat, Phase
 
 SILENT_S, SLOWEST_TIMES, LONG_TIMES = 10.0, 5.0, 10.0
 LONG_AT_LEAST_S = 2 * LAST_WRITE_S  # the last checkpoint may be tried for a minute
@@ -24,7 +24,7 @@ class _Seen:
     phase: Phase
 
 
-class Stillness:
+class HangDetector:
     """Watches the beats of one run, attempt after attempt.
 
     An attempt stands still when none of its workers has finished a step for the limit, or for five times its longest step so far where

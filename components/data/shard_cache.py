@@ -19,7 +19,7 @@ _ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class Copies:
+class ShardCache:
     """A folder of copies, named by the SHA-256 of their content.
 
     Attributes:
@@ -30,7 +30,7 @@ class Copies:
     limit_bytes: int
 
     @classmethod
-    def of(cls, folder: str | None = None, limit_bytes: int = 20 << 30) -> "Copies":
+    def of(cls, folder: str | None = None, limit_bytes: int = 20 << 30) -> "ShardCache":
         """Returns copies in a folder; by default one below this machine's temporary folder, which the processes of a user share."""
         return cls(Path(folder).expanduser() if folder else Path(tempfile.gettempdir()) / f"ddpm-copies-{os.getuid()}", limit_bytes)
 

@@ -1,4 +1,4 @@
-"""A notice board that all processes of a run can read and write: small notes, kept by Ray's head for as long as it lives.
+"""A store that all processes of a run can read and write: small notes, kept by Ray's head for as long as it lives.
 
 It needs no process, no port and no folder of its own. Nothing that has to outlive the head belongs on it.
 """
@@ -11,12 +11,12 @@ from .config import HeadLostError
 REACH_S = 5.0
 
 
-class BoardLostError(HeadLostError):
+class StoreLostError(HeadLostError):
     """Raised when Ray's head does not answer."""
 
 
 @dataclass(frozen=True)
-class Board:
+class KeyValueStore:
     """The notes of one run; a process that uses it is connected to Ray.
 
     Attributes:
@@ -58,9 +58,9 @@ class Board:
 
         client = internal_kv_get_gcs_client()
         if client is None:
-            raise BoardLostError("this process is not connected to Ray")
+            raise StoreLostError("this process is not connected to Ray")
         try:
             return getattr(client, method)(*arguments, timeout=REACH_S)
         except (RayError, OSError, RuntimeError) as error:
             message = " ".join(str(error).split())[:200]
-            raise BoardLostError(f"Ray's head does not answer ({message}); the same command goes on when it does, or with a new one") from error
+            raise StoreLostError(f"Ray's head does not answer ({message}); the same command goes on when it does, or with a new one") from error

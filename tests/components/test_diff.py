@@ -10,7 +10,7 @@ import pytest
 from support import ListedFile, write_listed
 
 from components.data.catalog import Dataset
-from components.data.changes import Changes, changes, matches
+from components.data.diff import DatasetDiff, diff_datasets, matches
 from components.spaces.pixels import PixelSpace
 from components.storage import Location
 
@@ -47,7 +47,7 @@ def test_changes_are_those_that_a_loop_over_rows_finds(tmp_path: Path, seed: int
     rng = np.random.default_rng(seed)
     before, after = random_files(rng), random_files(rng)
     one, other = a_dataset(tmp_path / "a" / "one", before), a_dataset(tmp_path / "b" / "other", after)
-    found, back = changes(one, other), changes(other, one)
+    found, back = diff_datasets(one, other), diff_datasets(other, one)
     counts = {name: change.count for name, change in found.rows.items()}
     assert counts.items() >= by_a_loop(before, after).items()
     assert one.manifest.num_rows - counts["removed"] + counts["added"] == other.manifest.num_rows
@@ -60,7 +60,7 @@ def test_changes_are_those_that_a_loop_over_rows_finds(tmp_path: Path, seed: int
     assert found.quarantine["other_reason"].count == sum(bad[0][path] != bad[1][path] for path in bad[0].keys() & bad[1].keys())
 
 
-def counts(found: Changes) -> dict[str, tuple[int, dict[str, int], tuple[str, ...]]]:
+def counts(found: DatasetDiff) -> dict[str, tuple[int, dict[str, int], tuple[str, ...]]]:
     return {name: (of.count, of.by, of.examples) for name, of in (found.rows | found.quarantine).items() if of.count}
 
 
@@ -75,7 +75,7 @@ def test_each_kind_of_change_is_told_with_its_examples(tmp_path: Path):
         ListedFile("bad", reason="empty"),
     ]
     after = [*stays, ListedFile("dog/1", "1", "dog"), ListedFile("edited", "4", "dog"), ListedFile("m", "3", None, "holdout"), ListedFile("new", label="dog")]
-    found = changes(a_dataset(tmp_path / "one", before), a_dataset(tmp_path / "other", after))
+    found = diff_datasets(a_dataset(tmp_path / "one", before), a_dataset(tmp_path / "other", after))
     assert counts(found) == {
         "added": (1, {"dog": 1}, ("new",)),
         "removed": (1, {"(no label)": 1}, ("gone",)),
@@ -91,8 +91,8 @@ def test_each_kind_of_change_is_told_with_its_examples(tmp_path: Path):
 def test_a_dataset_is_equal_to_its_copy_and_to_nothing_with_another_source(tmp_path: Path):
     files = [ListedFile(path) for path in "abc"]
     one, copy = a_dataset(tmp_path / "one", files), a_dataset(tmp_path / "copy", files)
-    assert changes(one, copy).equal
-    other = changes(one, a_dataset(tmp_path / "other", files, source="elsewhere"))
+    assert diff_datasets(one, copy).equal
+    other = diff_datasets(one, a_dataset(tmp_path / "other", files, source="elsewhere"))
     assert (other.equal, other.same_digest, other.same_rows, other.settings) == (False, True, 3, {"source": ("test", "elsewhere")})
 
 
@@ -100,14 +100,14 @@ def test_a_dataset_is_equal_to_its_copy_and_to_nothing_with_another_source(tmp_p
 def test_a_recipe_that_makes_other_pixels_is_told_from_one_with_other_limits(tmp_path: Path, field: str, value: object, other_pixels: bool):
     files, recipe = [ListedFile(path) for path in "abc"], PixelSpace(image_size=8)
     changed = PixelSpace.model_validate(recipe.model_dump() | {field: value})
-    found = changes(a_dataset(tmp_path / "one", files, recipe), a_dataset(tmp_path / "other", files, changed))
+    found = diff_datasets(a_dataset(tmp_path / "one", files, recipe), a_dataset(tmp_path / "other", files, changed))
     assert found.settings == {f"space.{field}": (str(getattr(recipe, field)), str(value))}
     assert (found.other_pixels, found.same_rows, found.equal) == (other_pixels, 3, False)
 
 
 def test_examples_are_the_first_ten_of_all(tmp_path: Path):
     few, many = [ListedFile("a"), ListedFile("b")], [ListedFile(f"{number:03d}") for number in range(100)]
-    added = changes(a_dataset(tmp_path / "few", few), a_dataset(tmp_path / "many", [*few, *many])).rows["added"]
+    added = diff_datasets(a_dataset(tmp_path / "few", few), a_dataset(tmp_path / "many", [*few, *many])).rows["added"]
     assert (added.count, added.examples) == (100, tuple(f"{number:03d}" for number in range(10)))
 
 

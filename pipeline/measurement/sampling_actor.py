@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from components.data.copies import Copies
+from components.data.shard_cache import ShardCache
 from components.data.shards import Split
 from components.model.manifest import manifest_of
 from components.storage import Location
-from pipeline.measurement.gauge import Gauge
+from pipeline.measurement.remote_progress import RemoteProgress
 
 if TYPE_CHECKING:
     import torch
@@ -196,7 +196,7 @@ class Sampler:
         self._denoisers: OrderedDict[tuple[str, str, Precision], tuple[Denoiser, Callable[..., torch.Tensor]]] = OrderedDict()
         self._batch_sizes: dict[Location, int] = {}
         self._readers: dict[tuple[str, Split], RowReader] = {}
-        self._copies = Copies.of(cache, cache_bytes)
+        self._copies = ShardCache.of(cache, cache_bytes)
 
     def identities(self) -> list[Identity]:
         """Returns what every extractor is."""
@@ -213,13 +213,13 @@ class Sampler:
         return function(*arguments, self._device)
 
     def part(
-        self, samples: SampleSet, seeds: range, batch_size: int, gauge: Gauge | None = None, pixels: Location | None = None, need: bool = False
+        self, samples: SampleSet, seeds: range, batch_size: int, progress: RemoteProgress | None = None, pixels: Location | None = None, need: bool = False
     ) -> tuple[str, int]:
         """Draws and measures one part of the seeds, as far as that is not done; returns the SHA-256 of its pixels, and how many images it drew.
 
         Args:
             batch_size: 0 for as many as the device takes.
-            gauge: where it says how many images are drawn.
+            progress: where it says how many images are drawn.
             pixels: folder where those that are drawn stay, by default none do.
             need: all must be there, and are drawn again if they are gone.
         """
@@ -230,7 +230,7 @@ class Sampler:
             return sha256, 0
         images, drawn = None if held is None else read_array(held), 0
         if images is None:
-            images, drawn = self.draw(samples, seeds, batch_size, gauge), len(seeds)
+            images, drawn = self.draw(samples, seeds, batch_size, progress), len(seeds)
             if held is not None:
                 write_array(held, images)
         for which in missing:
@@ -247,31 +247,31 @@ class Sampler:
             write_array(logits_file(samples.folder, identity, seeds), logits)
         write_array(features_file(samples.folder, identity, seeds), features)
 
-    def real_part(self, which: int, real: RealSet, rows: range, gauge: Gauge | None = None) -> int:
+    def real_part(self, which: int, real: RealSet, rows: range, progress: RemoteProgress | None = None) -> int:
         """Measures some rows of a dataset by one extractor, unless that is done; returns their number.
 
         Args:
-            gauge: where it says how many rows are measured.
+            progress: where it says how many rows are measured.
         """
         file = real.features_file(self.identities()[which], rows)
         if not is_kept(file):
             reader, extractor = self._reader(real), self._extractors[which]
             size = EXTRACT_BATCHES[self._device]
             batches = [np.arange(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size)]
-            found, tell = [], (lambda done: None) if gauge is None else gauge.tell()
+            found, tell = [], (lambda done: None) if progress is None else progress.tell()
             for batch in batches:
                 found.append(extracted(extractor, reader.space.for_features(reader.rows(batch)), size)[0])
                 tell(float(batch[-1] + 1 - rows.start))
             write_array(file, np.concatenate(found))
         return len(rows)
 
-    def draw(self, samples: SampleSet, seeds: Sequence[int], batch_size: int, gauge: Gauge | None = None) -> np.ndarray:
+    def draw(self, samples: SampleSet, seeds: Sequence[int], batch_size: int, progress: RemoteProgress | None = None) -> np.ndarray:
         """Returns the rows (len(seeds), *shape) of some seeds, drawn batch by batch.
 
         Args:
             batch_size: 0 for as many as the device takes.
         """
-        tell = (lambda done: None) if gauge is None else gauge.tell()
+        tell = (lambda done: None) if progress is None else progress.tell()
         batch_size = batch_size or self._batch_size(samples)
 
         def batch(first: int) -> np.ndarray:

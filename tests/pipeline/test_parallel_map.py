@@ -7,8 +7,8 @@ import pytest
 
 from cluster.config import ClusterConfig
 from components.errors import DataError
-from pipeline import spread as spread_module
-from pipeline.spread import Row, Work, spread
+from pipeline import parallel_map as spread_module
+from pipeline.parallel_map import Row, Work, parallel_map
 
 ROWS = [{"number": number} for number in range(40)]
 
@@ -47,12 +47,12 @@ def in_order(results: Iterable[Row]) -> list[Row]:
 
 
 def test_small_work_is_done_without_ray_data(cluster: Cluster):
-    assert in_order(spread(ROWS, Work(squares, idle), ClusterConfig())) == list(squares(ROWS))
+    assert in_order(parallel_map(ROWS, Work(squares, idle), ClusterConfig())) == list(squares(ROWS))
     assert not cluster.given
 
 
 def test_on_a_cluster_ray_data_does_everything(cluster: Cluster):
-    assert in_order(spread(ROWS, Work(squares, idle), ClusterConfig(address="auto"))) == list(squares(ROWS))
+    assert in_order(parallel_map(ROWS, Work(squares, idle), ClusterConfig(address="auto"))) == list(squares(ROWS))
     assert cluster.given == ROWS
 
 
@@ -64,7 +64,7 @@ def test_what_threads_have_not_begun_in_time_is_left_to_ray_data_and_each_row_do
             cluster.begun.wait(60)
             yield row
 
-    assert in_order(spread(ROWS, Work(wait, idle), ClusterConfig())) == list(squares(ROWS))
+    assert in_order(parallel_map(ROWS, Work(wait, idle), ClusterConfig())) == list(squares(ROWS))
     assert len(ROWS) - 3 <= len(cluster.given) <= len(ROWS)
     assert cluster.given == ROWS[-len(cluster.given) :]
 
@@ -80,7 +80,7 @@ def test_threads_keep_what_they_would_begin_while_ray_data_starts(cluster: Clust
                 done.release(len(ROWS))
             yield row
 
-    assert in_order(spread(ROWS, Work(some, idle), ClusterConfig())) == list(squares(ROWS))
+    assert in_order(parallel_map(ROWS, Work(some, idle), ClusterConfig())) == list(squares(ROWS))
     assert not cluster.given
 
 
@@ -96,14 +96,14 @@ def test_the_error_of_one_row_ends_all_threads():
             yield row
 
     with pytest.raises(DataError, match="row 2 is bad"):
-        list(spread(ROWS, Work(fail, stopped.set), ClusterConfig()))
+        list(parallel_map(ROWS, Work(fail, stopped.set), ClusterConfig()))
     assert stopped.is_set()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("hand ")]
 
 
 @pytest.mark.usefixtures("cluster")
 def test_threads_end_when_nobody_wants_more():
-    results = spread(ROWS, Work(squares, idle), ClusterConfig())
+    results = parallel_map(ROWS, Work(squares, idle), ClusterConfig())
     next(results)
     results.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("hand ")]

@@ -42,7 +42,7 @@ class Work:
     most_per_turn: int = 1
 
 
-def spread(rows: Sequence[Row], work: Work, cluster: ClusterConfig) -> Generator[Row]:
+def parallel_map(rows: Sequence[Row], work: Work, cluster: ClusterConfig) -> Generator[Row]:
     """Has rows of work done, and yields what each gave, in any order.
 
     Raises:
@@ -51,16 +51,16 @@ def spread(rows: Sequence[Row], work: Work, cluster: ClusterConfig) -> Generator
     if cluster.address != "local":
         yield from _by_ray_data(rows, work, cluster)
         return
-    with _Hands(rows, work) as hands:
+    with _Threads(rows, work) as hands:
         yield from hands.results(HEAD_START_S)
-        rest = hands.hand_over(RAY_START_S)
+        rest = hands.hand_to_ray(RAY_START_S)
         for row in _by_ray_data(rest, work, cluster) if rest else ():
             yield row
             yield from hands.results(0.0)
         yield from hands.results(None)
 
 
-class _Hands:
+class _Threads:
     """Threads of this process that do rows from the first on."""
 
     def __init__(self, rows: Sequence[Row], work: Work) -> None:
@@ -110,7 +110,7 @@ class _Hands:
             self._done += 1
             yield result
 
-    def hand_over(self, seconds: float) -> list[Row]:
+    def hand_to_ray(self, seconds: float) -> list[Row]:
         """Returns the rows, and leaves them to others, that the threads would not begin in some time at the rate so far."""
         kept = round(seconds * self._done / (time.monotonic() - self._started))
         rest: deque[Row] = deque()

@@ -15,22 +15,22 @@ LOOK_S = 5.0
 
 
 @contextmanager
-def waiting_aloud(config: ClusterConfig, tell: Callable[[str], None]) -> Iterator[None]:
+def reporting_missing_nodes(config: ClusterConfig, tell: Callable[[str], None]) -> Iterator[None]:
     """Says, during a block in the main thread, which nodes it waits for, and ends it where that took too long.
 
     Raises:
         ClusterError: naming what the cluster no longer has.
     """
-    with interruptible() as interrupt, Lookout(config, tell, interrupt) as lookout:
+    with interruptible() as interrupt, NodeWatch(config, tell, interrupt) as node_watch:
         try:
             yield
         except KeyboardInterrupt:
-            if lookout.failure is not None:
-                raise lookout.failure from None
+            if node_watch.failure is not None:
+                raise node_watch.failure from None
             raise
 
 
-class Lookout:
+class NodeWatch:
     """Watches during a block whether the cluster still has what a run needs.
 
     Attributes:
@@ -41,9 +41,9 @@ class Lookout:
         self._config, self._tell, self._give_up = config, tell, give_up
         self.failure: ClusterError | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="lookout", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="node-watch", daemon=True)
 
-    def __enter__(self) -> "Lookout":
+    def __enter__(self) -> "NodeWatch":
         self._thread.start()
         return self
 

@@ -17,7 +17,7 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def heeding_requests_to_end(*outputs: int) -> Iterator[None]:
+def handling_termination(*outputs: int) -> Iterator[None]:
     """Raises `Terminated` in a block of the main thread when the process is asked to end.
 
     Who started the command with SIGHUP ignored, as nohup does, wants it to live on: then neither SIGHUP nor a reader who has gone ends it.
@@ -85,12 +85,12 @@ def _watch(outputs: tuple[int, ...], ended: int, main: int | None) -> None:
                 return
             poll.unregister(descriptor)
             if event & _GONE:
-                lead_nowhere(descriptor)
+                detach_streams(descriptor)
                 if main is not None:
                     signal.pthread_kill(main, signal.SIGHUP)
 
 
-def lead_nowhere(descriptor: int) -> None:
+def detach_streams(descriptor: int) -> None:
     """Makes what is written to a descriptor vanish."""
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""What the driver's watch does with SIGTERM and with what it reads on the board; the board is a dictionary, the signals are real."""
+"""What the driver's watch does with SIGTERM and with what it reads on the key-value store; the key-value store is a dictionary, the signals are real."""
 
 import os
 import signal
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cluster.board import BoardLostError
 from cluster.config import ClusterConfig, HeadLostError
 from cluster.interrupt import interruptible
+from cluster.key_value_store import StoreLostError
 from pipeline.errors import ConfigError
-from pipeline.training import vigil as vigil_module
-from pipeline.training.pulse import BEATS, GIVEN_UP, SAVE, SAVED, TROUBLE, Beat
-from pipeline.training.vigil import Vigil
+from pipeline.training import watchdog as vigil_module
+from pipeline.training.heartbeat import BEATS, GIVEN_UP, SAVE, SAVED, TROUBLE, Beat
+from pipeline.training.watchdog import Watchdog
 
 
 class Asked(KeyboardInterrupt):
@@ -24,7 +24,7 @@ class Asked(KeyboardInterrupt):
 
 @dataclass
 class Notes:
-    """A board in this process."""
+    """A key-value store in this process."""
 
     notes: dict[str, str] = field(default_factory=dict)
     is_lost: bool = False
@@ -43,7 +43,7 @@ class Notes:
 
     def check(self) -> None:
         if self.is_lost:
-            raise BoardLostError("gone")
+            raise StoreLostError("gone")
 
     def beat(self, step: int, attempt: int = 1, first: int = 0) -> None:
         beat = Beat(number=step, attempt=attempt, rank=0, num_workers=1, node_id="n", node="host", pid=1, first=first, step=step, phase="computing")
@@ -58,7 +58,7 @@ class Closed(list[str]):
 
 
 @pytest.fixture
-def board() -> Notes:
+def store() -> Notes:
     return Notes()
 
 
@@ -73,16 +73,16 @@ def asked() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def watch(board: Notes, block: Callable[[], None], told: list[str], before: int = 0, grace_s: int = 25) -> Vigil:
+def watch(store: Notes, block: Callable[[], None], told: list[str], before: int = 0, grace_s: int = 25) -> Watchdog:
     """Runs a block under the watch, as the training stage does."""
     config = ClusterConfig(grace_s=grace_s)
-    with interruptible() as interrupt, Vigil(board, config, 60, before=before, tell=told.append, interrupt=interrupt) as vigil:  # type: ignore[arg-type]
+    with interruptible() as interrupt, Watchdog(store, config, 60, before=before, tell=told.append, interrupt=interrupt) as watchdog:  # type: ignore[arg-type]
         try:
             block()
         except KeyboardInterrupt:
-            vigil.explain()
+            watchdog.explain()
             raise
-    return vigil
+    return watchdog
 
 
 def forever() -> None:
@@ -94,64 +94,64 @@ def send_sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def save_when_asked(board: Notes, ask: Callable[[], None] = send_sigterm) -> None:
+def save_when_asked(store: Notes, ask: Callable[[], None] = send_sigterm) -> None:
     """Is asked to end, and answers as a worker does that has saved."""
     ask()
-    while SAVE not in board.notes:
+    while SAVE not in store.notes:
         time.sleep(0.05)
-    board.put(SAVED, f"{board.notes[SAVE]} 8")
+    store.put(SAVED, f"{store.notes[SAVE]} 8")
     forever()
 
 
-def test_sigterm_has_a_checkpoint_saved_and_then_leaves(board: Notes):
-    board.beat(7)
+def test_sigterm_has_a_checkpoint_saved_and_then_leaves(store: Notes):
+    store.beat(7)
     told: list[str] = []
 
     with pytest.raises(Asked):
-        watch(board, lambda: save_when_asked(board), told)
+        watch(store, lambda: save_when_asked(store), told)
     assert told == ["  asked to end: saving a checkpoint, for at most 25 s", "  saved at step 8"]
 
 
-def test_an_answer_to_another_request_is_not_taken_for_the_checkpoint_and_the_grace_period_ends(board: Notes):
-    board.beat(7)
-    board.put(SAVED, "abc is drained 3")
+def test_an_answer_to_another_request_is_not_taken_for_the_checkpoint_and_the_grace_period_ends(store: Notes):
+    store.beat(7)
+    store.put(SAVED, "abc is drained 3")
     told: list[str] = []
     with pytest.raises(Asked):
-        watch(board, lambda: (send_sigterm(), forever()), told, grace_s=1)  # type: ignore[arg-type]
+        watch(store, lambda: (send_sigterm(), forever()), told, grace_s=1)  # type: ignore[arg-type]
     assert told[-1] == "  [yellow]warning[/] no checkpoint was saved within 1 s; the last one before is used"
 
 
-def test_before_the_workers_train_sigterm_leaves_at_once(board: Notes):
-    board.beat(7, attempt=1)
+def test_before_the_workers_train_sigterm_leaves_at_once(store: Notes):
+    store.beat(7, attempt=1)
     told: list[str] = []
     with pytest.raises(Asked):
-        watch(board, lambda: (send_sigterm(), forever()), told, before=1)  # type: ignore[arg-type]
+        watch(store, lambda: (send_sigterm(), forever()), told, before=1)  # type: ignore[arg-type]
     assert told == []
 
 
-def test_a_hangup_has_a_checkpoint_saved_too_and_neither_a_second_one_nor_a_first_sigterm_hurries(board: Notes):
-    board.beat(7)
+def test_a_hangup_has_a_checkpoint_saved_too_and_neither_a_second_one_nor_a_first_sigterm_hurries(store: Notes):
+    store.beat(7)
     told: list[str] = []
 
     def block() -> None:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
             os.kill(os.getpid(), number)
-        save_when_asked(board, ask=lambda: None)
+        save_when_asked(store, ask=lambda: None)
 
     with pytest.raises(Asked):
-        watch(board, block, told)
+        watch(store, block, told)
     assert told[-1] == "  saved at step 8"
 
 
-def test_a_hangup_that_is_ignored_as_nohup_has_it_ends_nothing(board: Notes):
-    board.beat(7)
+def test_a_hangup_that_is_ignored_as_nohup_has_it_ends_nothing(store: Notes):
+    store.beat(7)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    watch(board, lambda: os.kill(os.getpid(), signal.SIGHUP), [])
+    watch(store, lambda: os.kill(os.getpid(), signal.SIGHUP), [])
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_a_second_sigterm_waits_for_nothing(board: Notes):
-    board.beat(7)
+def test_a_second_sigterm_waits_for_nothing(store: Notes):
+    store.beat(7)
 
     def block() -> None:
         send_sigterm()
@@ -159,56 +159,56 @@ def test_a_second_sigterm_waits_for_nothing(board: Notes):
         raise AssertionError("not ended")
 
     with pytest.raises(Asked):
-        watch(board, block, [])
+        watch(store, block, [])
 
 
-def test_sigterm_at_the_very_end_is_not_lost(board: Notes):
+def test_sigterm_at_the_very_end_is_not_lost(store: Notes):
     with pytest.raises(Asked):
-        watch(board, send_sigterm, [])
+        watch(store, send_sigterm, [])
     with pytest.raises(Asked):
         send_sigterm()
 
 
-def test_a_closed_terminal_keeps_no_checkpoint_from_being_saved(board: Notes):
-    board.beat(7)
+def test_a_closed_terminal_keeps_no_checkpoint_from_being_saved(store: Notes):
+    store.beat(7)
 
     with pytest.raises(Asked):
-        watch(board, lambda: save_when_asked(board), Closed())
+        watch(store, lambda: save_when_asked(store), Closed())
 
 
-def test_what_a_worker_gives_up_for_ends_the_block(board: Notes):
-    board.put(GIVEN_UP, "cluster.storage: cannot be written")
+def test_what_a_worker_gives_up_for_ends_the_block(store: Notes):
+    store.put(GIVEN_UP, "cluster.storage: cannot be written")
     with pytest.raises(ConfigError, match="cannot be written"):
-        watch(board, forever, [])
+        watch(store, forever, [])
 
 
-def test_a_head_that_does_not_answer_ends_the_block_and_one_that_is_back_does_not(board: Notes, monkeypatch: pytest.MonkeyPatch):
+def test_a_head_that_does_not_answer_ends_the_block_and_one_that_is_back_does_not(store: Notes, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vigil_module, "LOOK_S", 0.01)
     monkeypatch.setattr(vigil_module, "HEAD_LOST_S", {True: 0.5, False: 60.0})
 
     def away_for_a_moment() -> None:
-        board.is_lost = True
+        store.is_lost = True
         time.sleep(0.1)
-        board.is_lost = False
+        store.is_lost = False
         time.sleep(0.6)
 
-    assert watch(board, away_for_a_moment, []).failure is None
-    board.is_lost = True
+    assert watch(store, away_for_a_moment, []).failure is None
+    store.is_lost = True
     with pytest.raises(HeadLostError):
-        watch(board, forever, [])
+        watch(store, forever, [])
 
 
-def test_starts_and_troubles_are_told_once_each(board: Notes, monkeypatch: pytest.MonkeyPatch):
+def test_starts_and_troubles_are_told_once_each(store: Notes, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vigil_module, "LOOK_S", 0.01)
     told: list[str] = []
 
     def block() -> None:
         for attempt, trouble in ((1, ""), (2, "No space left on device"), (2, "")):
-            board.beat(attempt * 100, attempt=attempt, first=attempt * 10)
-            board.put(TROUBLE, trouble)
+            store.beat(attempt * 100, attempt=attempt, first=attempt * 10)
+            store.put(TROUBLE, trouble)
             time.sleep(0.2)
 
-    watch(board, block, told)
+    watch(store, block, told)
     assert told == [
         "  start 2: from step 20 with 1 worker",
         "  [yellow]warning[/] a checkpoint cannot be written (No space left on device); training goes on, and it is tried again",
@@ -216,8 +216,8 @@ def test_starts_and_troubles_are_told_once_each(board: Notes, monkeypatch: pytes
     ]
 
 
-def test_handlers_and_threads_are_as_before_when_the_block_is_over(board: Notes):
+def test_handlers_and_threads_are_as_before_when_the_block_is_over(store: Notes):
     handler, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
-    watch(board, lambda: None, [])
+    watch(store, lambda: None, [])
     assert signal.getsignal(signal.SIGTERM) is handler
     assert threading.active_count() == threads

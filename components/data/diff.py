@@ -31,7 +31,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Changes:
+class DatasetDiff:
     """What differs between two datasets.
 
     Attributes:
@@ -63,7 +63,7 @@ class Changes:
         return self.same_digest and not self.settings and not self.ignored and not any(part.count for part in parts)
 
 
-def changes(before: Dataset, after: Dataset, num_examples: int = 10) -> Changes:
+def diff_datasets(before: Dataset, after: Dataset, num_examples: int = 10) -> DatasetDiff:
     """Compares two datasets.
 
     Raises:
@@ -73,7 +73,7 @@ def changes(before: Dataset, after: Dataset, num_examples: int = 10) -> Changes:
     bad = _quarantine(read_bad(before.folder, before.manifest), read_bad(after.folder, after.manifest), num_examples)
     settings = _differing(_settings(before.manifest), _settings(after.manifest), "")
     ignored = _differing(before.manifest.ignored, after.manifest.ignored, 0)
-    return Changes(settings, rows, bad, ignored, num_same, before.manifest.digest == after.manifest.digest)
+    return DatasetDiff(settings, rows, bad, ignored, num_same, before.manifest.digest == after.manifest.digest)
 
 
 def matches(before: pa.ChunkedArray, after: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -39,7 +39,7 @@ def check_cluster(cluster: ClusterConfig, needed: Mapping[str, str | None], stor
     nodes = [node for node in living_nodes() if node.amount("CPU") or node.amount("GPU")]
     with reporter.waiting(f"checking from {count(len(nodes), 'node')} that {storage} is shared"), _probe(storage) as (folder, token):
         paths = {key: path for key, path in needed.items() if path and os.path.isabs(os.path.expanduser(path))}
-        answers, failures = ask_every_node(nodes, look_from_node, (str(folder), token, paths), ANSWER_S)
+        answers, failures = ask_every_node(nodes, probe_from_node, (str(folder), token, paths), ANSWER_S)
         unseen = [Failure(node, "wrote a file that this process does not see") for node in nodes if node.id in answers and not _left_its_mark(folder, node)]
     if failures or unseen:
         raise ClusterError(*(_explain(failure, cluster) for failure in [*failures, *unseen]))
@@ -61,7 +61,7 @@ def _probe(storage: Location) -> Iterator[tuple[Location, str]]:
         folder.remove_tree()
 
 
-def look_from_node(folder: str, token: str, needed: Mapping[str, str]) -> dict[str, str]:
+def probe_from_node(folder: str, token: str, needed: Mapping[str, str]) -> dict[str, str]:
     """Runs on a node: reads what the driver wrote, leaves a mark, and returns the versions of the packages that decide bits.
 
     Raises:

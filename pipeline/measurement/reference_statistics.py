@@ -12,13 +12,12 @@ from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
 from pipeline.lease import alone
-from pipeline.measurement.draw import ROWS_PER_PART, Identity, RealSet, parts_of, read_parts
-from pipeline.measurement.gauge import gauges
-from pipeline.measurement.team import Team
+from pipeline.measurement.actor_pool import ActorPool
+from pipeline.measurement.remote_progress import collecting_progress
+from pipeline.measurement.sampling_actor import ROWS_PER_PART, Identity, RealSet, parts_of, read_parts
 
 if TYPE_CHECKING:
     from components.metrics.energy import EnergyReference
-
     from components.metrics.frechet import Reference
 
     AnyReference = Reference | EnergyReference
@@ -28,7 +27,7 @@ MOST_KEPT = 100_000
 
 
 @dataclass(frozen=True)
-class Reals:
+class RealFeatures:
     """One split of a dataset by one extractor, measured.
 
     Attributes:
@@ -81,9 +80,9 @@ def kept(parts: list[range]) -> list[range]:
     return [parts[number] for number in np.linspace(0, len(parts) - 1, most).round().astype(int)]
 
 
-def measure_reals(team: Team, which: int, shards: ShardSet, manifest: Manifest, split: Split, context: StageContext) -> Reals:
+def measure_real_rows(actor_pool: ActorPool, which: int, shards: ShardSet, manifest: Manifest, split: Split, context: StageContext) -> RealFeatures:
     """Returns a split measured by an extractor; what was measured before is not measured again."""
-    identity = team.identities[which]
+    identity = actor_pool.identities[which]
     real = RealSet(context.storage / "cache" / "features" / manifest.digest, shards.path, split)
     num_rows = manifest.splits.get(split, 0)
     cached = reference_file(context.storage, manifest.digest, split, identity)
@@ -91,20 +90,21 @@ def measure_reals(team: Team, which: int, shards: ShardSet, manifest: Manifest, 
     read = read_points if is_energy(identity) else read_reference
     reference = read(cached) if cached.is_file() else None
     needed = kept(parts) if reference is not None else parts
-    with context.reporter.progress(f"measure {split} by {identity.name}", num_rows, f"{manifest.space.noun}s") as advance, gauges(advance) as pieces:
-        for part, rows in zip(needed, team.map("real_part", ((which, real, part, pieces.gauge(part)) for part in needed)), strict=True):
+    reported = context.reporter.progress(f"measure {split} by {identity.name}", num_rows, f"{manifest.space.noun}s")
+    with reported as advance, collecting_progress(advance) as pieces:
+        for part, rows in zip(needed, actor_pool.map("real_part", ((which, real, part, pieces.progress(part)) for part in needed)), strict=True):
             pieces.finish(part, rows)
     if reference is not None:
-        return Reals(real, identity, num_rows, reference)
+        return RealFeatures(real, identity, num_rows, reference)
     with alone(context.storage / "locks" / f"features-{cached.name}", context.reporter, f"measures {split} {manifest.space.noun}s by {identity.name}"):
         if cached.is_file():
-            return Reals(real, identity, num_rows, read(cached))
+            return RealFeatures(real, identity, num_rows, read(cached))
         unit = {"dataset": manifest.digest, "split": split, "extractor": identity.name, "extractor_digest": identity.digest}
         reference = _make_reference(real, identity, parts, json.dumps(unit, sort_keys=True))
         reference.save(cached)
         for part in set(parts) - set(kept(parts)):
             real.features_file(identity, part).remove()
-    return Reals(real, identity, num_rows, reference)
+    return RealFeatures(real, identity, num_rows, reference)
 
 
 def reference_file(storage: Location, dataset_digest: str, split: Split, identity: Identity) -> Location:
@@ -114,7 +114,6 @@ def reference_file(storage: Location, dataset_digest: str, split: Split, identit
 
 def _make_reference(real: RealSet, identity: Identity, parts: list[range], unit: str) -> "AnyReference":
     from components.metrics.energy import EnergyReference
-
     from components.metrics.frechet import FeatureStats, Reference
 
     if is_energy(identity):

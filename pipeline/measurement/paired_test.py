@@ -5,19 +5,19 @@ from dataclasses import dataclass
 
 from components.errors import DataError
 from components.storage import Location
-from pipeline.artifacts import Contest, MetricUnit, PairedTest, ShardSet
+from pipeline.artifacts import ChampionTest, MetricUnit, PairedTest, ShardSet
 from pipeline.context import StageContext
-from pipeline.measurement.bench import EvaluateConfig, open_bench
-from pipeline.measurement.draw import Identity
+from pipeline.measurement.evaluator import EvaluateConfig, open_evaluator
 from pipeline.measurement.measure import Sampled, paired_test
-from pipeline.measurement.reals import is_energy, read_points, read_reference, reference_file
+from pipeline.measurement.reference_statistics import is_energy, read_points, read_reference, reference_file
+from pipeline.measurement.sampling_actor import Identity
 
 FRESH_SEEDS = 2**61
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A model in a contest.
+class Rival:
+    """A model beside the champion.
 
     Attributes:
         name: how the log calls it.
@@ -30,17 +30,17 @@ class Contender:
     fetch: Callable[[], tuple[Location, str]]
 
 
-def contest(
+def compare_with_champion(
     config: EvaluateConfig,
     unit: MetricUnit,
-    candidate: Contender,
-    champion: Contender,
+    candidate: Rival,
+    champion: Rival,
     shards: ShardSet,
     *,
     min_gain: float,
     version: int,
     context: StageContext,
-) -> Contest:
+) -> ChampionTest:
     """Returns the paired test of a candidate against a champion, both in one unit, and its confirmation on fresh seeds.
 
     The confirmation is drawn only where the first test says better: one lucky block of seeds among many challengers promotes nobody.
@@ -55,22 +55,22 @@ def contest(
     config = config.model_copy(update={"precision": unit.precision})
     test = _kept_test(config, unit, candidate, champion, context)
     if test is not None and not test.upper < -min_gain:
-        return Contest(champion_version=version, test=test, confirmation=None)
-    with open_bench(config, shards, context) as bench:
-        reference, _ = bench.reference()
-        ours, theirs = bench.samples_of(*candidate.fetch()), bench.samples_of(*champion.fetch())
-        identity = bench.team.identities[0]
+        return ChampionTest(champion_version=version, test=test, confirmation=None)
+    with open_evaluator(config, shards, context) as evaluator:
+        reference, _ = evaluator.reference()
+        ours, theirs = evaluator.samples_of(*candidate.fetch()), evaluator.samples_of(*champion.fetch())
+        identity = evaluator.actor_pool.identities[0]
 
         def test_on(seeds: range) -> PairedTest:
             for name, samples in ((candidate.name, ours), (champion.name, theirs)):
                 context.reporter.line(f"  {name} on seeds {seeds.start} to {seeds.stop - 1}")
-                bench.draw(samples, seeds)
+                evaluator.draw(samples, seeds)
             return paired_test(Sampled(ours.folder, identity, seeds), Sampled(theirs.folder, identity, seeds), reference)
 
         test = test or test_on(config.seeds)
         better = test.upper < -min_gain
         fresh = _fresh_seeds(ours.folder.name, config.num_samples)
-        return Contest(champion_version=version, test=test, confirmation=test_on(fresh) if better else None)
+        return ChampionTest(champion_version=version, test=test, confirmation=test_on(fresh) if better else None)
 
 
 def _fresh_seeds(key: str, count: int) -> range:
@@ -83,7 +83,7 @@ def _fresh_seeds(key: str, count: int) -> range:
     return range(first, first + count)
 
 
-def _kept_test(config: EvaluateConfig, unit: MetricUnit, candidate: Contender, champion: Contender, context: StageContext) -> PairedTest | None:
+def _kept_test(config: EvaluateConfig, unit: MetricUnit, candidate: Rival, champion: Rival, context: StageContext) -> PairedTest | None:
     """Returns the test on what both have kept from their evaluations, None where something is gone."""
     identity = Identity(unit.extractor, unit.extractor_digest, unit.preprocessing)
     file = Location.of(config.reference) if config.reference else reference_file(context.storage, unit.reference_digest, "train", identity)

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 
-class Ahead:
+class BackgroundStart:
     """A start in a thread, which lives as long as that Ray: the kernel ends the processes that a thread started together with the thread."""
 
     def __init__(self, start: Callable[[], None]) -> None:

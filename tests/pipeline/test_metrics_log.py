@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from components.storage import Location
-from pipeline.training import notebook
-from pipeline.training.notebook import Attempt, MetricsLine, NotebookReader, NotebookWriter, SupersededError, open_metrics, read_metrics, system_folder
+from pipeline.training import metrics_log
+from pipeline.training.metrics_log import Attempt, MetricsLine, MetricsLogReader, MetricsLogWriter, SupersededError, open_metrics, read_metrics, system_folder
 
 
 def line(step: int, loss: float = 0.5) -> MetricsLine:
@@ -27,9 +27,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_lines_are_read_while_they_are_written_file_after_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(notebook, "LINES_PER_FILE", 3)
+    monkeypatch.setattr(metrics_log, "LINES_PER_FILE", 3)
     folder = Location.of(tmp_path)
-    writer, reader = NotebookWriter(Attempt(folder)), open_metrics(folder)
+    writer, reader = MetricsLogWriter(Attempt(folder)), open_metrics(folder)
     assert reader.lines() == []
     for step in range(1, 9):
         writer.append(line(step))
@@ -39,9 +39,9 @@ def test_lines_are_read_while_they_are_written_file_after_file(tmp_path: Path, m
 
 
 def test_many_lines_at_once_fill_one_file_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(notebook, "LINES_PER_FILE", 3)
+    monkeypatch.setattr(metrics_log, "LINES_PER_FILE", 3)
     folder = Location.of(tmp_path)
-    writer = NotebookWriter(Attempt(folder))
+    writer = MetricsLogWriter(Attempt(folder))
     for steps in (range(1, 3), range(3, 9)):
         for step in steps:
             writer.append(line(step))
@@ -52,7 +52,7 @@ def test_many_lines_at_once_fill_one_file_after_the_other(tmp_path: Path, monkey
 
 def test_a_block_writes_by_itself_and_the_rest_when_it_ends(tmp_path: Path):
     folder = Location.of(tmp_path)
-    with NotebookWriter(Attempt(folder)) as writer:
+    with MetricsLogWriter(Attempt(folder)) as writer:
         writer.append(line(2))
         wait_until(lambda: steps_of(folder) == [2])
         writer.append(line(4))
@@ -61,7 +61,7 @@ def test_a_block_writes_by_itself_and_the_rest_when_it_ends(tmp_path: Path):
 
 def test_lines_are_written_when_training_fails_in_the_block(tmp_path: Path):
     folder = Location.of(tmp_path)
-    writer = NotebookWriter(Attempt(folder))
+    writer = MetricsLogWriter(Attempt(folder))
 
     def fail() -> None:
         with writer:
@@ -75,7 +75,7 @@ def test_lines_are_written_when_training_fails_in_the_block(tmp_path: Path):
 
 def test_lines_wait_for_a_storage_that_is_away(tmp_path: Path):
     folder = Location.of(tmp_path)
-    writer = NotebookWriter(Attempt(folder))
+    writer = MetricsLogWriter(Attempt(folder))
     (tmp_path / "metrics").write_text("in the way")
     writer.append(line(2))
     with pytest.raises(OSError, match="metrics"):
@@ -89,7 +89,7 @@ def test_lines_wait_for_a_storage_that_is_away(tmp_path: Path):
 def test_a_later_attempt_goes_on_after_the_last_line_and_leaves_the_earlier_ones_alone(tmp_path: Path):
     folder = Location.of(tmp_path)
     for steps, loss in (((2, 4, 6), 0.1), ((4, 6, 8), 0.2)):
-        with NotebookWriter(Attempt(folder)) as writer:
+        with MetricsLogWriter(Attempt(folder)) as writer:
             for step in steps:
                 writer.append(line(step, loss))
     assert [(entry.step, entry.metrics["train/loss"]) for entry in read_metrics(folder)] == [(2, 0.1), (4, 0.1), (6, 0.1), (8, 0.2)]
@@ -98,7 +98,7 @@ def test_a_later_attempt_goes_on_after_the_last_line_and_leaves_the_earlier_ones
 def test_a_worker_whose_attempt_was_superseded_writes_nothing(tmp_path: Path):
     folder = Location.of(tmp_path)
     cut_off = Attempt(folder)
-    writer = NotebookWriter(cut_off)
+    writer = MetricsLogWriter(cut_off)
     writer.append(line(2))
     writer.flush()
     present = Attempt(folder)
@@ -114,7 +114,7 @@ def test_a_worker_whose_attempt_was_superseded_writes_nothing(tmp_path: Path):
 
 def test_a_block_learns_that_its_attempt_was_superseded(tmp_path: Path):
     folder = Location.of(tmp_path)
-    writer = NotebookWriter(Attempt(folder))
+    writer = MetricsLogWriter(Attempt(folder))
     Attempt(folder)
 
     def is_refused() -> bool:
@@ -133,10 +133,10 @@ def test_workers_of_one_attempt_share_its_right_and_lose_it_together(tmp_path: P
     folder = Location.of(tmp_path)
     first = Attempt(folder)
     second = Attempt(folder, first.ticket)
-    writer = NotebookWriter(second, system_folder(folder, 1))
+    writer = MetricsLogWriter(second, system_folder(folder, 1))
     writer.append(line(2))
     writer.flush()
-    assert [entry.step for entry in NotebookReader(folder / "system" / "1").lines()] == [2]
+    assert [entry.step for entry in MetricsLogReader(folder / "system" / "1").lines()] == [2]
     first.check()
     Attempt(folder)
     writer.append(line(4))

@@ -1,4 +1,4 @@
-"""What a training run writes down while it goes: one line per stretch of steps, by whichever attempt is the current one.
+"""What a training run writes down while it goes: one line per window of steps, by whichever attempt is the current one.
 
 TRAINING/attempt.json              who may write: the attempt that started last
 TRAINING/metrics/0001-00000.jsonl  attempt 1, lines 1 to 500; every file is replaced whole, so that no line is ever torn
@@ -27,12 +27,12 @@ WRITE_LOCAL_S, WRITE_REMOTE_S = 0.5, 5.0
 
 
 def system_folder(folder: Location, node: int) -> Location:
-    """Returns the notebook of what a node did while it trained."""
+    """Returns the metrics log of what a node did while it trained."""
     return folder / SYSTEM_FOLDER / str(node)
 
 
 class MetricsLine(BaseModel):
-    """One line of the notebook."""
+    """One line of the metrics log."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -102,27 +102,27 @@ def attempts_so_far(folder: Location) -> int:
     return ticket.number if ticket else 0
 
 
-class NotebookWriter:
+class MetricsLogWriter:
     """Writes lines on behalf of one attempt. Steps that an earlier attempt wrote down are not written again: they are the same numbers.
 
     A block of it writes what was appended every so often, and the rest when it ends.
     """
 
-    def __init__(self, attempt: Attempt, notebook: Location | None = None) -> None:
+    def __init__(self, attempt: Attempt, metrics_log: Location | None = None) -> None:
         """Goes on where earlier attempts ended.
 
         Args:
-            notebook: folder of the lines; by default that of the training's metrics.
+            metrics log: folder of the lines; by default that of the training's metrics.
         """
-        self._attempt, self._notebook = attempt, notebook or attempt.folder / METRICS_FOLDER
-        before = NotebookReader(notebook) if notebook else open_metrics(attempt.folder)
+        self._attempt, self._metrics_log = attempt, metrics_log or attempt.folder / METRICS_FOLDER
+        before = MetricsLogReader(metrics_log) if metrics_log else open_metrics(attempt.folder)
         self._last_step = max((line.step for line in before.lines()), default=-1)
         self._waiting: list[MetricsLine] = []
         self._written: list[str] = []
         self._file = 0
         self._superseded: SupersededError | None = None
         self._one_at_a_time, self._stop = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._write_now_and_then, name="notebook", daemon=True)
+        self._thread = threading.Thread(target=self._write_now_and_then, name="metrics-log", daemon=True)
 
     def append(self, line: MetricsLine) -> None:
         """Takes one line; it is written within seconds in a block, else by the next `flush`.
@@ -149,12 +149,12 @@ class NotebookWriter:
                     self._file, self._written = self._file + 1, []
                 fresh = self._waiting[: LINES_PER_FILE - len(self._written)]
                 lines = self._written + [line.model_dump_json() + "\n" for line in fresh]
-                (self._notebook / f"{self._attempt.number:04d}-{self._file:05d}{_SUFFIX}").write_text("".join(lines))
+                (self._metrics_log / f"{self._attempt.number:04d}-{self._file:05d}{_SUFFIX}").write_text("".join(lines))
                 self._written = lines
                 del self._waiting[: len(fresh)]
 
     def _write_now_and_then(self) -> None:
-        while not self._stop.wait(WRITE_LOCAL_S if self._notebook.is_local else WRITE_REMOTE_S):
+        while not self._stop.wait(WRITE_LOCAL_S if self._metrics_log.is_local else WRITE_REMOTE_S):
             try:
                 self.flush()
             except SupersededError as error:
@@ -163,7 +163,7 @@ class NotebookWriter:
             except OSError:
                 continue  # The flush before the next checkpoint says so, if the storage is still away by then.
 
-    def __enter__(self) -> "NotebookWriter":
+    def __enter__(self) -> "MetricsLogWriter":
         self._thread.start()
         return self
 
@@ -174,11 +174,11 @@ class NotebookWriter:
             self.flush()
 
 
-class NotebookReader:
-    """Reads a notebook while it grows; each call reads only files that changed, and parses only lines that are new."""
+class MetricsLogReader:
+    """Reads a metrics log while it grows; each call reads only files that changed, and parses only lines that are new."""
 
     def __init__(self, *folders: Location) -> None:
-        """Reads folders of lines as one notebook."""
+        """Reads folders of lines as one metrics log."""
         self._folders = folders
         self._sizes: dict[Location, int] = {}
         self._parsed: dict[Location, int] = {}
@@ -215,9 +215,9 @@ def _parse(texts: Iterable[str]) -> Iterator[MetricsLine]:
             yield MetricsLine.model_validate_json(text)
 
 
-def open_metrics(folder: Location) -> NotebookReader:
+def open_metrics(folder: Location) -> MetricsLogReader:
     """Returns the reader of a training folder's metrics; version 0.1.0 wrote them into the folder itself."""
-    return NotebookReader(folder / METRICS_FOLDER, folder)
+    return MetricsLogReader(folder / METRICS_FOLDER, folder)
 
 
 def read_metrics(folder: Location) -> list[MetricsLine]:

@@ -13,10 +13,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from cluster.connect import connect
-from cluster.lookout import waiting_aloud
+from cluster.node_watch import reporting_missing_nodes
 from cluster.placement import place
-from components.data.copies import Copies
 from components.data.reader import RowReader
+from components.data.shard_cache import ShardCache
 from components.data.shards import Manifest, Split, read_manifest
 from components.diffusion.recipe import Recipe
 from components.errors import DataError
@@ -24,9 +24,8 @@ from components.model.spec import read_spec
 from components.storage import Location
 from pipeline.artifacts import Floor, Memorisation, Metric, MetricUnit, ShardSet
 from pipeline.context import StageContext
-from pipeline.measurement.draw import SEEDS_PER_PART, Identity, SampleSet, parts_of, pixels_file, read_array, sample_set
+from pipeline.measurement.actor_pool import ActorPool
 from pipeline.measurement.extractors import choose_extractors
-from pipeline.measurement.gauge import gauges
 from pipeline.measurement.measure import (
     FEWEST_COMPARED,
     Distance,
@@ -37,13 +36,14 @@ from pipeline.measurement.measure import (
     measure_inception_score,
     measure_scores,
 )
-from pipeline.measurement.reals import Reals, measure_reals, read_reference
-from pipeline.measurement.team import Team
+from pipeline.measurement.reference_statistics import RealFeatures, measure_real_rows, read_reference
+from pipeline.measurement.remote_progress import collecting_progress
+from pipeline.measurement.sampling_actor import SEEDS_PER_PART, Identity, SampleSet, parts_of, pixels_file, read_array, sample_set
 
 if TYPE_CHECKING:
     from components.metrics.frechet import Reference
     from components.metrics.memorisation import Pair
-    from pipeline.measurement.reals import AnyReference
+    from pipeline.measurement.reference_statistics import AnyReference
 
 PICTURE_BATCH = 16
 """Images that an actor draws together to be looked at: few, so that all actors have some."""
@@ -152,7 +152,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Evaluator:
     """Samples and real images side by side.
 
     Attributes:
@@ -162,15 +162,15 @@ class Bench:
     config: EvaluateConfig
     shards: ShardSet
     manifest: Manifest
-    team: Team
+    actor_pool: ActorPool
     context: StageContext
     policy: Literal["ema", "elected"] = "ema"
-    _measured: dict[tuple[int, Split], Reals] = field(default_factory=dict, compare=False)
+    _measured: dict[tuple[int, Split], RealFeatures] = field(default_factory=dict, compare=False)
 
     @cached_property
     def label_counts(self) -> dict[str, int]:
         """Training images of each label."""
-        reader = RowReader(Location.of(self.shards.path), self.manifest, copies=Copies.of(self.context.cluster.cache, self.context.cluster.cache_bytes))
+        reader = RowReader(Location.of(self.shards.path), self.manifest, copies=ShardCache.of(self.context.cluster.cache, self.context.cluster.cache_bytes))
         numbers = reader.labels(np.arange(len(reader)))
         return {name: int((numbers == number).sum()) for number, name in enumerate(self.manifest.label_names)}
 
@@ -198,9 +198,9 @@ class Bench:
         """
         parts = parts_of(seeds, SEEDS_PER_PART)
         checksum, fresh, started = hashlib.sha256(), 0, time.perf_counter()
-        with self.context.reporter.progress("drawing samples", len(seeds), f"{self.manifest.space.noun}s") as advance, gauges(advance) as pieces:
-            work = ((samples, part, self.config.batch_size, pieces.gauge(part), pixels, need) for part in parts)
-            for part, (sha256, drawn) in zip(parts, self.team.map("part", work), strict=True):
+        with self.context.reporter.progress("drawing samples", len(seeds), f"{self.manifest.space.noun}s") as advance, collecting_progress(advance) as pieces:
+            work = ((samples, part, self.config.batch_size, pieces.progress(part), pixels, need) for part in parts)
+            for part, (sha256, drawn) in zip(parts, self.actor_pool.map("part", work), strict=True):
                 checksum.update(bytes.fromhex(sha256))
                 fresh += drawn
                 pieces.finish(part, len(part))
@@ -221,19 +221,20 @@ class Bench:
 
     def _draw_again(self, samples: SampleSet, seeds: Sequence[int]) -> np.ndarray:
         batches = [seeds[first : first + PICTURE_BATCH] for first in range(0, len(seeds), PICTURE_BATCH)]
-        with self.context.reporter.progress("drawing samples to look at", len(seeds), f"{self.manifest.space.noun}s") as advance, gauges(advance) as pieces:
+        reported = self.context.reporter.progress("drawing samples to look at", len(seeds), f"{self.manifest.space.noun}s")
+        with reported as advance, collecting_progress(advance) as pieces:
             drawn = []
-            work = ((samples, batch, PICTURE_BATCH, pieces.gauge(batch[0])) for batch in batches)
-            for batch, images in zip(batches, self.team.map("draw", work), strict=True):
+            work = ((samples, batch, PICTURE_BATCH, pieces.progress(batch[0])) for batch in batches)
+            for batch, images in zip(batches, self.actor_pool.map("draw", work), strict=True):
                 drawn.append(images)
                 pieces.finish(batch[0], len(batch))
         return np.concatenate(drawn)
 
-    def reals(self, which: int, split: Split) -> Reals:
+    def real_features(self, which: int, split: Split) -> RealFeatures:
         """Returns a split of the dataset, measured by one extractor."""
         key = (which, split)
         if key not in self._measured:
-            self._measured[key] = measure_reals(self.team, which, self.shards, self.manifest, split, self.context)
+            self._measured[key] = measure_real_rows(self.actor_pool, which, self.shards, self.manifest, split, self.context)
         return self._measured[key]
 
     def reference(self) -> "tuple[AnyReference, MetricUnit]":
@@ -242,8 +243,8 @@ class Bench:
         Raises:
             DataError: if the file of statistics is of other features.
         """
-        identity = self.team.identities[0]
-        train = self.reals(0, "train")
+        identity = self.actor_pool.identities[0]
+        train = self.real_features(0, "train")
         if self.config.reference is None:
             return train.reference, self._unit(identity, train)
         file = Location.of(self.config.reference)
@@ -260,9 +261,9 @@ class Bench:
     def measure(self, samples: SampleSet) -> Numbers:
         """Returns all that is taken of the configured seeds, which are drawn."""
         reference, unit = self.reference()
-        sampled = Sampled(samples.folder, self.team.identities[0], self.config.seeds)
+        sampled = Sampled(samples.folder, self.actor_pool.identities[0], self.config.seeds)
         part = self.context.reporter.part
-        train, holdout = self.reals(0, "train"), self.holdout(0)
+        train, holdout = self.real_features(0, "train"), self.holdout(0)
         with part("distances"):
             distance, guards = measure_distance(sampled, reference), self.guards(samples)
             floor = measure_floor(train, holdout, self.config.num_samples)
@@ -272,7 +273,7 @@ class Bench:
                 unit_of_holdout = self._unit(holdout.identity, holdout)
                 scores = [as_metric(measure_distance(sampled, holdout.reference), unit_of_holdout), *self._scores(sampled, holdout), *scores]
         with part("looking for copies of training images"):
-            copies = self.team.compute(find_copies, sampled, train, holdout)
+            copies = self.actor_pool.compute(find_copies, sampled, train, holdout)
         return Numbers(
             frechet=(as_metric(distance, unit), *guards),
             jackknifed=distance.jackknifed,
@@ -282,29 +283,29 @@ class Bench:
             warnings=tuple(_warnings(unit, reference.dimensions, copies)),
         )
 
-    def _scores(self, sampled: Sampled, reals: Reals) -> list[Metric]:
-        return self.team.compute(measure_scores, sampled, reals, self._unit(reals.identity, reals))
+    def _scores(self, sampled: Sampled, real_features: RealFeatures) -> list[Metric]:
+        return self.actor_pool.compute(measure_scores, sampled, real_features, self._unit(real_features.identity, real_features))
 
-    def holdout(self, which: int) -> Reals | None:
+    def holdout(self, which: int) -> RealFeatures | None:
         """Returns the held-out split, measured by one extractor; None where it has too few rows."""
-        return self.reals(which, "holdout") if self.manifest.splits.get("holdout", 0) >= FEWEST_COMPARED else None
+        return self.real_features(which, "holdout") if self.manifest.splits.get("holdout", 0) >= FEWEST_COMPARED else None
 
     def guards(self, samples: SampleSet) -> list[Metric]:
         """Returns the distances over the features that do not decide."""
-        return [self._guard(which, samples) for which in range(1, len(self.team.identities))]
+        return [self._guard(which, samples) for which in range(1, len(self.actor_pool.identities))]
 
     def _guard(self, which: int, samples: SampleSet) -> Metric:
-        train = self.reals(which, "train")
+        train = self.real_features(which, "train")
         return as_metric(measure_distance(Sampled(samples.folder, train.identity, self.config.seeds), train.reference), self._unit(train.identity, train))
 
-    def _unit(self, identity: Identity, reals: Reals) -> MetricUnit:
+    def _unit(self, identity: Identity, real_features: RealFeatures) -> MetricUnit:
         return MetricUnit(
             extractor=identity.name,
             extractor_digest=identity.digest,
             preprocessing=identity.preprocessing,
             reference_digest=self.manifest.digest,
-            reference_split=reals.split,
-            reference_count=reals.num_rows,
+            reference_split=real_features.split,
+            reference_count=real_features.num_rows,
             num_samples=self.config.num_samples,
             first_seed=self.config.first_seed,
             sampler=self.config.recipe.describe(),
@@ -323,7 +324,7 @@ def _check_unit(file: Location, reference: "Reference", identity: Identity) -> N
 
 
 @contextmanager
-def open_bench(config: EvaluateConfig, shards: ShardSet, context: StageContext) -> Iterator[Bench]:
+def open_evaluator(config: EvaluateConfig, shards: ShardSet, context: StageContext) -> Iterator[Evaluator]:
     """Gives a block the actors that draw and measure, on the cluster of the context.
 
     Raises:
@@ -334,12 +335,12 @@ def open_bench(config: EvaluateConfig, shards: ShardSet, context: StageContext) 
     placement = place(context.cluster, context.reporter.line)
     manifest = read_manifest(Location.of(shards.path))
     kinds = choose_extractors(config, shards, context, placement)
-    with waiting_aloud(context.cluster, context.reporter.line):
+    with reporting_missing_nodes(context.cluster, context.reporter.line):
         with context.reporter.part("starting the actors that draw and measure"):
-            team = Team(placement, kinds, context.cluster, config.num_samples * config.steps)
-        with team:
-            resolved = config.model_copy(update={"precision": team.first("precision", config.precision)})
-            yield Bench(resolved, shards, manifest, team, context)
+            actor_pool = ActorPool(placement, kinds, context.cluster, config.num_samples * config.steps)
+        with actor_pool:
+            resolved = config.model_copy(update={"precision": actor_pool.first("precision", config.precision)})
+            yield Evaluator(resolved, shards, manifest, actor_pool, context)
 
 
 def as_metric(distance: Distance, unit: MetricUnit) -> Metric:

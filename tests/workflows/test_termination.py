@@ -11,8 +11,8 @@ import pytest
 from servers import environment
 from support import ddpm_command
 
-from workflows.ending import ASKED, Terminated, heeding_requests_to_end
 from workflows.streams import unread_is_fine
+from workflows.termination import ASKED, Terminated, handling_termination
 
 LONG_S = 30.0
 
@@ -49,7 +49,7 @@ def send(number: signal.Signals) -> None:
 
 def close_reader(reader: int, writer: int) -> None:
     """Closes the reading end of what was written to, and waits to be ended."""
-    with heeding_requests_to_end(writer):
+    with handling_termination(writer):
         os.write(writer, b"read\n")
         os.close(reader)
         wait_to_be_ended()
@@ -57,7 +57,7 @@ def close_reader(reader: int, writer: int) -> None:
 
 @pytest.mark.parametrize("number", ASKED)
 def test_a_signal_ends_the_block_and_the_answers_before_are_back(number: signal.Signals):
-    with pytest.raises(Terminated), heeding_requests_to_end():
+    with pytest.raises(Terminated), handling_termination():
         send(number)
     assert [signal.getsignal(each) for each in ASKED] == [signal.SIG_DFL] * 2
 
@@ -70,7 +70,7 @@ def test_a_terminal_that_sends_more_than_one_hangup_does_not_disturb_the_way_out
         tidied.append(True)
 
     def block() -> None:
-        with heeding_requests_to_end(), ExitStack() as stack:
+        with handling_termination(), ExitStack() as stack:
             stack.callback(tidy_up)
             send(signal.SIGHUP)
 
@@ -86,7 +86,7 @@ def test_what_a_library_raises_in_place_of_the_request_is_the_request():
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None
 
-    with pytest.raises(Terminated), heeding_requests_to_end():
+    with pytest.raises(Terminated), handling_termination():
         wait_as_ray_does()
 
 
@@ -100,7 +100,7 @@ def test_ctrl_c_is_no_request_to_end_even_where_it_ends_the_reader_too(pipe: tup
         tidied.append(True)
 
     def block() -> None:
-        with heeding_requests_to_end(pipe[1]), ExitStack() as stack:
+        with handling_termination(pipe[1]), ExitStack() as stack:
             stack.callback(tidy_up)
             send(signal.SIGINT)
 
@@ -112,7 +112,7 @@ def test_ctrl_c_is_no_request_to_end_even_where_it_ends_the_reader_too(pipe: tup
 
 
 def test_a_second_sigterm_ends_the_way_out_too():
-    with heeding_requests_to_end():
+    with handling_termination():
         with pytest.raises(Terminated):
             send(signal.SIGTERM)
         with pytest.raises(Terminated):
@@ -136,7 +136,7 @@ def test_a_terminal_that_closes_is_a_reader_who_has_gone():
 def test_a_command_that_ignores_hangups_as_nohup_has_it_goes_on_without_readers(pipe: tuple[int, int]):
     reader, writer = pipe
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with heeding_requests_to_end(writer):
+    with handling_termination(writer):
         os.kill(os.getpid(), signal.SIGHUP)
         os.close(reader)
         deadline = time.monotonic() + LONG_S
@@ -153,7 +153,7 @@ def test_a_command_that_ignores_hangups_as_nohup_has_it_goes_on_without_readers(
 
 def test_outputs_that_are_read_and_plain_files_end_nothing(pipe: tuple[int, int]):
     file = os.open(os.devnull, os.O_WRONLY)
-    with heeding_requests_to_end(pipe[1], file):
+    with handling_termination(pipe[1], file):
         os.write(pipe[1], b"read\n")
         time.sleep(0.2)
     os.close(file)
