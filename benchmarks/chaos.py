@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from components.model.retention import damage_of, damaged_checkpoints
 from pipeline.config import load_config
 from pipeline.context import Reporter
-from workflows.cli import find_preset
 from workflows.faults import DAMAGES, HARDSHIPS, KILLS, Fault, Kind, Struck, Trial, new_folder, plan_faults
+from workflows.preset_files import find_preset
 from workflows.verify_resume import Verdict, contrast, scaled_down, told
 
 HANG_S = 10

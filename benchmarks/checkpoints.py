@@ -34,7 +34,7 @@ from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.metrics_log import Attempt, MetricsLogWriter
 from pipeline.training.plan import TrainPlan
 from pipeline.training.trainer import Trainer, make_trainer
-from workflows.cli import find_preset
+from workflows.preset_files import find_preset
 
 
 @dataclass(frozen=True)

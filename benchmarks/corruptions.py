@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from components.metrics.classifier import ClassifierExtractor, train_classifier
 from components.metrics.features import DctExtractor, Extractor, features_in_batches
-from components.metrics.frechet import FeatureStats, compare, frechet_distance, standard_error
+from components.metrics.frechet import compare, frechet_distance, standard_error
+from components.metrics.moments import FeatureStats
 from components.metrics.reference import Reference
 
 Corruption = Callable[[np.ndarray, np.ndarray], np.ndarray]

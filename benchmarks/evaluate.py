@@ -32,15 +32,16 @@ from components.diffusion.recipe import Precision, Recipe
 from components.diffusion.sampling import sample
 from components.diffusion.schedule import Schedule
 from components.metrics.features import InceptionExtractor
-from components.metrics.frechet import FeatureStats, frechet_distance
+from components.metrics.frechet import frechet_distance
 from components.metrics.inception_score import inception_score
 from components.metrics.kernel import kernel_distance
+from components.metrics.moments import FeatureStats
 from components.metrics.reference import Reference
 from components.model.manifest import sha256_of
 from components.networks.unet.diffusers import diffusers_config, to_diffusers
 from components.spaces.pixels import to_pixels
 from pipeline.config import RunConfig, load_config
-from workflows.cli import find_preset
+from workflows.preset_files import find_preset
 
 BATCH = 64
 

@@ -30,7 +30,7 @@ from pipeline.config import load_config
 from pipeline.training.arithmetic import prepare, threads_that_pay
 from pipeline.training.plan import TrainPlan
 from pipeline.training.trainer import make_batch_plan, make_trainer
-from workflows.cli import find_preset
+from workflows.preset_files import find_preset
 
 WINDOW = 10
 

@@ -48,7 +48,7 @@ from pipeline.training.metrics_relay import MetricsRelay
 from pipeline.training.plan import TrainPlan
 from pipeline.training.system_watch import SystemWatch
 from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer
-from workflows.cli import find_preset
+from workflows.preset_files import find_preset
 
 
 class Meter:

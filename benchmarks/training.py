@@ -37,7 +37,7 @@ from pipeline.config import RunConfig, load_config
 from pipeline.training.arithmetic import prepare
 from pipeline.training.plan import TrainPlan
 from pipeline.training.trainer import Trainer, make_trainer
-from workflows.cli import find_preset
+from workflows.preset_files import find_preset
 
 Step = Callable[[], object]
 CHANGES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from components.ingest.sources import DataConfig, address_of
 from components.networks.kinds import KINDS, AnyNetworkConfig
 from components.networks.unet.config import UNetConfig
 from pipeline.errors import ConfigError
-from pipeline.measurement.evaluator import EvaluateConfig
+from pipeline.measurement.config import EvaluateConfig
 from pipeline.names import check_paths
 from pipeline.register import RegistryConfig
 from pipeline.retraining.config import RetrainConfig

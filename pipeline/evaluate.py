@@ -13,7 +13,8 @@ from pipeline.artifacts import Evaluation, Metric, ShardSet, Standing, TrainedMo
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.leaderboard import VIEW_TAG, view, view_key
-from pipeline.measurement.evaluator import EvaluateConfig, Evaluator, open_evaluator
+from pipeline.measurement.config import EvaluateConfig
+from pipeline.measurement.evaluator import Evaluator, open_evaluator
 from pipeline.measurement.measure import Sampled, measure_distance
 from pipeline.measurement.pictures import draw_pictures, write_page
 from pipeline.measurement.sample_dataset import keep_samples

@@ -13,6 +13,7 @@ import typer
 from workflows.data import data_app
 from workflows.models import models_app
 from workflows.options import Commands
+from workflows.preset_files import find_preset
 from workflows.schedule.command import schedule_app
 from workflows.show import show_app
 from workflows.streams import open_missing, stdout_to_stderr, unread_is_fine
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from workflows.submit import Packages
 
-PRESETS = Path(__file__).with_name("presets")
 PACKAGES = ("components", "cluster", "pipeline", "workflows")
 USER_ERROR, INTERRUPTED, RESUME = 2, 130, 75  # 75: EX_TEMPFAIL of sysexits.h, which asks for another try
 
@@ -389,22 +389,6 @@ def _load(preset: str, overrides: list[str] | None, name: str | None) -> "tuple[
     path = find_preset(preset)
     run_name = run_name_of(name, path)
     return load_config(path, overrides or []), run_name
-
-
-def find_preset(preset: str) -> Path:
-    """Returns the file of a preset given by name or path.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    from pipeline.errors import ConfigError
-
-    for path in (Path(preset), PRESETS / f"{preset}.yaml"):
-        with contextlib.suppress(OSError):  # too long for a name, or not to be looked at
-            if path.is_file():
-                return path
-    names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
-    raise ConfigError(f"preset {preset} is neither a file nor one of {names}; name one of these or the path of a YAML file")
 
 
 def check_packages() -> None:

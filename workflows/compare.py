@@ -30,7 +30,8 @@ from pipeline.config import load_sections
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
 from pipeline.measurement.compare import Comparison, Entrant, Result, compare, shard_set_of
-from pipeline.measurement.evaluator import EvaluateConfig, open_evaluator
+from pipeline.measurement.config import EvaluateConfig
+from pipeline.measurement.evaluator import open_evaluator
 from pipeline.measurement.extractors import check_extractor, check_files
 from pipeline.measurement.pictures import unit_of
 from pipeline.ray_session import ray_session

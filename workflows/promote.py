@@ -13,7 +13,7 @@ from pipeline.artifacts import ChampionTest, Metric
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError, RegistryError
 from pipeline.measurement.compare import shard_set_of
-from pipeline.measurement.evaluator import EvaluateConfig
+from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.extractors import check_files
 from pipeline.measurement.paired_test import Rival, compare_with_champion
 from pipeline.ray_session import ray_session

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from workflows.options import Commands, file_to_write, storage_of
+from workflows.preset_files import find_preset
 from workflows.streams import stdout_to_stderr
 
 show_app = Commands(
@@ -39,7 +40,6 @@ def forward(
     from components.diffusion.schedule import Schedule
     from components.process import forward_picture
     from pipeline.config import load_config
-    from workflows.cli import find_preset
 
     file, found = file_to_write("--out", out, ".png"), find_dataset(dataset, storage_of(storage))
     diffusion, space = load_config(find_preset(preset), overrides or []).diffusion, found.manifest.space

@@ -14,7 +14,7 @@ from ..errors import DataError
 from ..storage import Location
 
 if TYPE_CHECKING:
-    from .frechet import FeatureStats
+    from .moments import FeatureStats
 
 ROUNDING = 1e-6  # of the traces: ten times what the eigenvalues of rank-deficient covariances of 2,048 features lose
 ASYMMETRY = 1e-6  # of the largest entry: covariances are exchanged in float32, too

@@ -11,7 +11,8 @@ from components.diffusion.recipe import Recipe
 from components.storage import Location
 from pipeline.artifacts import Metric, PairedTest, ShardSet
 from pipeline.context import StageContext
-from pipeline.measurement.evaluator import EvaluateConfig, Evaluator, as_metric, open_evaluator
+from pipeline.measurement.config import EvaluateConfig
+from pipeline.measurement.evaluator import Evaluator, as_metric, open_evaluator
 from pipeline.measurement.measure import Sampled, measure_distance, measure_floor, paired_test
 from pipeline.measurement.sampling_actor import SampleSet
 

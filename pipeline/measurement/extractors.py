@@ -1,7 +1,7 @@
 """Which features decide, and where their weights come from."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,18 +14,16 @@ from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import StageContext
 from pipeline.lease import held
+from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.reference_statistics import read_reference
 from pipeline.measurement.remote_progress import RemoteProgress, collecting_progress
 from pipeline.measurement.sampling_actor import ExtractorChoice, Kind
-
-if TYPE_CHECKING:
-    from pipeline.measurement.evaluator import EvaluateConfig
 
 MIN_CLASSES = 2
 CLASSIFIER_ROWS, CLASSIFIER_BYTES, PIXELS_PER_THREAD = 100_000, 2 << 30, 4096
 
 
-def check_files(config: "EvaluateConfig") -> None:
+def check_files(config: EvaluateConfig) -> None:
     """Checks the files of weights and statistics that a config names, before anything expensive starts.
 
     Raises:
@@ -39,7 +37,7 @@ def check_files(config: "EvaluateConfig") -> None:
         raise DataError(f"{' or '.join(f'evaluate.{key}={value}' for key, value in named.items())} cannot be read ({reason}); name one that can") from error
 
 
-def _check_files(config: "EvaluateConfig") -> None:
+def _check_files(config: EvaluateConfig) -> None:
     if config.inception_weights is not None:
         from components.metrics.features import check_inception_weights
 
@@ -59,7 +57,7 @@ def _check_files(config: "EvaluateConfig") -> None:
             raise DataError(f"evaluate.reference={error}") from error
 
 
-def check_extractor(config: "EvaluateConfig", shards: ShardSet, storage: Location) -> None:
+def check_extractor(config: EvaluateConfig, shards: ShardSet, storage: Location) -> None:
     """Checks that the wanted features can be had for a dataset, before anything is trained; fetches Inception's weights where need be.
 
     Raises:
@@ -77,7 +75,7 @@ def check_extractor(config: "EvaluateConfig", shards: ShardSet, storage: Locatio
         _check_reference(config, shards)
 
 
-def _check_reference(config: "EvaluateConfig", shards: ShardSet) -> None:
+def _check_reference(config: EvaluateConfig, shards: ShardSet) -> None:
     """Checks that a file of statistics has as many features as those that decide."""
     from components.metrics import classifier, dino, features
 
@@ -92,7 +90,7 @@ def _check_reference(config: "EvaluateConfig", shards: ShardSet) -> None:
         raise DataError(f"evaluate.reference={config.reference} has {found} features, and {kind} has {needed}; name a file of {kind} features")
 
 
-def deciding_kind(config: "EvaluateConfig", shards: ShardSet) -> Kind:
+def deciding_kind(config: EvaluateConfig, shards: ShardSet) -> Kind:
     """Returns which features decide."""
     if shards.space.kind == "points":
         return "points"
@@ -101,7 +99,7 @@ def deciding_kind(config: "EvaluateConfig", shards: ShardSet) -> Kind:
     return "inception" if config.inception_weights else "classifier" if shards.num_labels >= MIN_CLASSES else "dct8"
 
 
-def choose_extractors(config: "EvaluateConfig", shards: ShardSet, context: StageContext, placement: Placement) -> list[ExtractorChoice]:
+def choose_extractors(config: EvaluateConfig, shards: ShardSet, context: StageContext, placement: Placement) -> list[ExtractorChoice]:
     """Returns the deciding extractor, and behind it those that are guards: dct8 always, DINOv2 where its weights are named."""
     kind = deciding_kind(config, shards)
     if kind == "points":
@@ -115,7 +113,7 @@ def choose_extractors(config: "EvaluateConfig", shards: ShardSet, context: Stage
     return [*dino, *dct8] if kind == "dinov2" else [*dct8, *dino]
 
 
-def _inception(config: "EvaluateConfig", storage: Location) -> Location:
+def _inception(config: EvaluateConfig, storage: Location) -> Location:
     """Returns where the Inception weights lie, for every node; fetches them where no path is given."""
     from components.metrics.features import fetch_inception_weights
 

@@ -12,8 +12,9 @@ from pipeline.measurement.reference_statistics import RealFeatures, is_energy
 from pipeline.measurement.sampling_actor import SEEDS_PER_PART, Identity, features_file, logits_file, parts_of, read_parts
 
 if TYPE_CHECKING:
-    from components.metrics.frechet import FeatureStats, Reference
     from components.metrics.memorisation import Pair
+    from components.metrics.moments import FeatureStats
+    from components.metrics.reference import Reference
     from pipeline.measurement.reference_statistics import AnyReference
 
 MOST_COMPARED = 10_000
@@ -106,7 +107,7 @@ def _batched(chunks: Iterator[np.ndarray], rows: int = 4096) -> Iterator[np.ndar
 
 def _halves(sampled: Sampled, reference: "Reference") -> "tuple[FeatureStats, FeatureStats]":
     """Returns the statistics of even and of odd places in the row of seeds."""
-    from components.metrics.frechet import FeatureStats
+    from components.metrics.moments import FeatureStats
 
     halves: list[FeatureStats | None] = [None, None]
     passed = 0
@@ -175,7 +176,9 @@ def measure_floor(train: RealFeatures, holdout: RealFeatures | None, num_samples
 
         value, spread = between_real(measured, train.spread(MOST_POINTS), len(measured))
         return Floor(value=value, spread=spread, count=len(measured), reference_count=reference.count or 0, measured=what, extractor=train.identity.name)
-    from components.metrics.frechet import FeatureStats, Reference, frechet_distance
+    from components.metrics.frechet import frechet_distance
+    from components.metrics.moments import FeatureStats
+    from components.metrics.reference import Reference
 
     assert isinstance(reference, Reference)
     value = frechet_distance(FeatureStats.of(measured, reference.mean), reference)
@@ -184,7 +187,8 @@ def measure_floor(train: RealFeatures, holdout: RealFeatures | None, num_samples
 
 def _reference_like(reference: "AnyReference", features: np.ndarray) -> "AnyReference":
     from components.metrics.energy import EnergyReference
-    from components.metrics.frechet import FeatureStats, Reference
+    from components.metrics.moments import FeatureStats
+    from components.metrics.reference import Reference
 
     return EnergyReference.of(features) if isinstance(reference, EnergyReference) else Reference.of(FeatureStats.of(features, reference.mean))
 

@@ -7,7 +7,8 @@ from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import ChampionTest, MetricUnit, PairedTest, ShardSet
 from pipeline.context import StageContext
-from pipeline.measurement.evaluator import EvaluateConfig, open_evaluator
+from pipeline.measurement.config import EvaluateConfig
+from pipeline.measurement.evaluator import open_evaluator
 from pipeline.measurement.measure import Sampled, paired_test
 from pipeline.measurement.reference_statistics import is_energy, read_points, read_reference, reference_file
 from pipeline.measurement.sampling_actor import Identity

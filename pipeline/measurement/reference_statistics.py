@@ -18,7 +18,7 @@ from pipeline.measurement.sampling_actor import ROWS_PER_PART, Identity, RealSet
 
 if TYPE_CHECKING:
     from components.metrics.energy import EnergyReference
-    from components.metrics.frechet import Reference
+    from components.metrics.reference import Reference
 
     AnyReference = Reference | EnergyReference
 
@@ -114,7 +114,8 @@ def reference_file(storage: Location, dataset_digest: str, split: Split, identit
 
 def _make_reference(real: RealSet, identity: Identity, parts: list[range], unit: str) -> "AnyReference":
     from components.metrics.energy import EnergyReference
-    from components.metrics.frechet import FeatureStats, Reference
+    from components.metrics.moments import FeatureStats
+    from components.metrics.reference import Reference
 
     if is_energy(identity):
         return EnergyReference.of(np.concatenate(list(read_parts(real.features_file(identity, rows) for rows in parts))), unit)
@@ -146,6 +147,6 @@ def read_reference(file: Location) -> "Reference":
     Raises:
         DataError: if it is no such file.
     """
-    from components.metrics.frechet import Reference
+    from components.metrics.reference import Reference
 
     return Reference.load(file)

@@ -23,7 +23,8 @@ from cluster.config import ClusterError
 from cluster.package import CONFIG_FILE, LIMIT, pack
 from cluster.pods import CODE_FOLDER, DEFAULT_IMAGE, RAY_VERSION
 from pipeline.config import load_config
-from workflows.cli import PRESETS, main
+from workflows.cli import main
+from workflows.preset_files import PRESETS
 from workflows.submit_rayjob import CLUSTER_LOST, SUFFIXES, TERMINATED
 
 KUBERNETES = ROOT / "cluster" / "kubernetes"

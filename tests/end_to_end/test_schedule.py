@@ -22,7 +22,7 @@ from servers import environment, free_ports
 from support import ROOT, TINY, ddpm_command
 
 from components.ingest.sources import DataConfig
-from workflows.cli import PRESETS
+from workflows.preset_files import PRESETS
 from workflows.schedule.attempt import STAGES
 from workflows.schedule.plan import Plan, When
 from workflows.schedule.processes import MARK

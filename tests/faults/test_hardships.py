@@ -16,8 +16,9 @@ import terminal
 
 from pipeline.tracking import connect
 from pipeline.training.restarts import restarts_of
-from workflows.cli import RESUME, find_preset
+from workflows.cli import RESUME
 from workflows.faults import Fault, Kind, Ordeal, Trial, new_folder
+from workflows.preset_files import find_preset
 from workflows.processes import Family, shared_memory_files, without_owner
 from workflows.verify_resume import TrainingEnd, compare, scaled_down, share_datasets, training_end_of
 

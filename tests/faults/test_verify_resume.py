@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import load_config
-from workflows.cli import find_preset
+from workflows.preset_files import find_preset
 from workflows.verify_resume import verify_resume
 
 SMALL = ["train.global_batch_size=32", "train.warmup_steps=2", "model.base_channels=8", "model.num_groups=4"]

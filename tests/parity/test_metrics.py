@@ -15,10 +15,12 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from components.errors import DataError
 from components.metrics.features import InceptionExtractor
-from components.metrics.frechet import FeatureStats, Reference, frechet_distance
+from components.metrics.frechet import frechet_distance
 from components.metrics.inception_score import inception_score
 from components.metrics.kernel import kernel_distance
+from components.metrics.moments import FeatureStats
 from components.metrics.neighbours import neighbourhoods
+from components.metrics.reference import Reference
 from components.model.manifest import sha256_of
 
 

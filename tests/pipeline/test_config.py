@@ -7,7 +7,7 @@ import yaml
 
 from pipeline.config import RunConfig, config_digest, flatten, load_config, section_fields
 from pipeline.errors import ConfigError
-from workflows.cli import PRESETS, find_preset
+from workflows.preset_files import PRESETS, find_preset
 
 DIGITS = PRESETS / "digits.yaml"
 

@@ -21,7 +21,9 @@ from components.data.reader import RowReader
 from components.data.shards import Split, read_manifest
 from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
-from components.metrics.frechet import FeatureStats, Reference, frechet_distance
+from components.metrics.frechet import frechet_distance
+from components.metrics.moments import FeatureStats
+from components.metrics.reference import Reference
 from components.model.checkpoint import write_checkpoint
 from components.model.spec import DenoiserSpec
 from components.networks.unet.config import UNetConfig
@@ -30,7 +32,8 @@ from components.storage import Location
 from pipeline.context import Reporter, StageContext
 from pipeline.measurement.actor_pool import ActorPool
 from pipeline.measurement.compare import shard_set_of
-from pipeline.measurement.evaluator import EvaluateConfig, Evaluator
+from pipeline.measurement.config import EvaluateConfig
+from pipeline.measurement.evaluator import Evaluator
 from pipeline.measurement.extractors import check_extractor
 from pipeline.measurement.measure import Sampled, find_copies, paired_test
 from pipeline.measurement.reference_statistics import RealFeatures

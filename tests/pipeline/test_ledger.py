@@ -29,7 +29,7 @@ from pipeline.registry.ledger import LEDGER_TAG, Ledger
 from pipeline.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, alias_of, read_champion, set_alias
 from pipeline.run import Pipeline, _warn_about_other_images
 from pipeline.tracking import Tracking, connect
-from workflows.cli import find_preset
+from workflows.preset_files import find_preset
 
 NAME = "faces"
 PATHS = ":".join(str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "pipeline"))

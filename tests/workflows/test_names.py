@@ -12,9 +12,9 @@ from components.storage import Location
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from pipeline.names import check_cache, check_namesake
-from workflows.cli import PRESETS
 from workflows.messages import MAX_LINE, lines_of, one_line
 from workflows.options import file_to_write, folder_to_write
+from workflows.preset_files import PRESETS
 
 Run = Callable[..., tuple[int, str, str]]
 LONG = "a" * 300

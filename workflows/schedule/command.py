@@ -10,6 +10,7 @@ import typer
 
 from components.scratch import scratch
 from workflows.options import Commands, run_name_of, storage_of
+from workflows.preset_files import find_preset
 
 if TYPE_CHECKING:
     from components.storage import Location
@@ -46,7 +47,6 @@ def schedule(
     from components.storage import Location
     from pipeline.config import load_config
     from pipeline.names import check_namesake
-    from workflows.cli import find_preset
     from workflows.schedule.plan import Plan, When, retrain_command
 
     when = When.of(cron, interval, on_change, poll, time_zone)
