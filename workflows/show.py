@@ -67,7 +67,7 @@ def reverse(
 
     with stdout_to_stderr():
         space, moments = watch(model, num=num, steps=steps, seed=seed, sampler=sampler, frames=FRAMES, storage=root)
-        _save(file, out, lambda: file.write_bytes(gif_bytes(reverse_frames(space, moments, COLUMNS))))
+    _save(file, out, lambda: file.write_bytes(gif_bytes(reverse_frames(space, moments, COLUMNS))))
 
 
 @show_app.command()

@@ -74,7 +74,7 @@ class PointSpace(Space):
         return x_0 * self.scale + x_0.new_tensor(self.mean)
 
     def tiles(self, rows: np.ndarray) -> np.ndarray:
-        from ..process import scatter_tile
+        from .scatter import scatter_tile
 
         return scatter_tile(rows, limits=self.limits())[None]
 

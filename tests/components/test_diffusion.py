@@ -1,4 +1,5 @@
 from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from components.diffusion.objective import loss_by_timestep, simple_loss
 from components.diffusion.schedule import Schedule
 from components.streams import Purpose, stream
 
-PREDICTIONS: tuple[Prediction, ...] = ("eps", "x_0", "v")
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 
 
 def draws() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,6 +27,19 @@ def test_a_perfect_network_has_no_loss_and_gives_back_the_image(betas: str, pred
     assert simple_loss(lambda x_t, t: target, schedule, x_0, eps, t) == 0
     recovered = schedule.predict_x_0(target, schedule.add_noise(x_0, eps, t), t)
     torch.testing.assert_close(recovered, x_0, rtol=2e-3, atol=2e-3)
+
+
+def test_the_posterior_mean_is_the_product_of_both_gaussians_that_it_is_made_of():
+    """q(x_{t-1} | x_t, x_0) is q(x_{t-1} | x_0) times the likelihood of x_t, normalised: its mean weighs both by their precision (DDPM Eq. 6-7)."""
+    schedule = Schedule(DiffusionConfig(prediction="posterior_mean"))
+    x_0, eps, t = (values[1:] for values in draws())
+    x_t = schedule.add_noise(x_0, eps, t)
+    beta, before = (table.view(-1, 1, 1, 1) for table in (schedule.betas[t], schedule.alpha_bar[t - 1]))
+    forward, prior = (1 - beta) / beta, 1 / (1 - before)
+    mean = (prior * before.sqrt() * x_0 + forward * x_t / (1 - beta).sqrt()) / (prior + forward)
+    torch.testing.assert_close(schedule.target(x_0, eps, t).double(), mean, rtol=1e-5, atol=1e-6)
+    first = torch.zeros(5, dtype=torch.int64)
+    torch.testing.assert_close(schedule.target(x_0, eps, first), x_0)
 
 
 def test_eps_is_what_add_noise_added():

@@ -155,7 +155,10 @@ def test_it_carries_the_code_that_sampling_needs_and_no_more(elsewhere: Any, ver
     (package,) = (version / "code").iterdir()
     files = {file.relative_to(version / "code").with_suffix("") for file in package.rglob("*.py")}
     carried = {".".join(file.parts).removesuffix(".__init__") for file in files}
-    assert {name for name in elsewhere["imported"] if name.startswith(package.name)} == carried
+    # Kinds of networks are found by their place, whether this version is of them or not; and what only pictures need is not loaded for numbers.
+    spare = {name for name in carried if name.startswith(f"{package.name}.networks.")} | {f"{package.name}.spaces.scatter"}
+    loaded = {name for name in elsewhere["imported"] if name.startswith(package.name)}
+    assert loaded <= carried <= loaded | spare
 
 
 def test_ddpm_sample_draws_the_same_picture(home: Path, command: Callable[..., Finished], version: Path, registered: dict[str, Any]):

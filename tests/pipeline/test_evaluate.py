@@ -294,9 +294,9 @@ def test_pixels_that_were_kept_are_those_that_are_drawn_again(evaluator: Callabl
 
 
 def test_a_model_of_other_images_is_refused(evaluator: Callable[..., Evaluator], tmp_path: Path):
-    spec = SPEC.model_copy(update={"image_size": 16})
+    spec = SPEC.model_copy(update={"space": PixelSpace(image_size=16, mode="L")})
     write_checkpoint(Location.of(tmp_path / "other"), spec, spec.build().state_dict())
-    with pytest.raises(DataError, match=r"draws images of .1, 16, 16., and dataset .* holds .1, 8, 8."):
+    with pytest.raises(DataError, match=r"draws 16x16 grey, and dataset .* holds 8x8 grey; name one of the same shape"):
         evaluator().samples_of(Location.of(tmp_path / "other"), "ema")
 
 

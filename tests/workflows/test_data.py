@@ -112,7 +112,7 @@ def test_show_says_what_adds_up_and_draws_a_sheet(run: Run, storage: Location, t
         "empty": {"count": 1, "examples": ["dog/empty"]},
     }
     assert (facts["labels"], facts["largest_label"], facts["smallest_label"], facts["ignored"]) == ({"cat": 12, "dog": 3}, "cat", "dog", {".txt": 4})
-    assert (facts["digest"], facts["recipe"]) == (manifest.digest, manifest.space.model_dump(mode="json"))
+    assert (facts["digest"], facts["space"]) == (manifest.digest, manifest.space.model_dump(mode="json"))
     assert facts["shard_bytes"] == sum((shard_location(Location(facts["folder"]), shard.name)).size() for shard in manifest.shards)
     with Image.open(tmp_path / facts["contact_sheet"]) as sheet:
         assert len(np.unique(np.asarray(sheet))) > 100

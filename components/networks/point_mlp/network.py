@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from ..unet.layers import timestep_embedding
 
+ROWS = 64
+
 
 class Block(nn.Module):
     """Two layers around a bias by time step, and a shortcut."""
@@ -48,7 +50,19 @@ class PointMLP(nn.Module):
         self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the estimate (B, D); there is no dropout, for which there would be keys."""
+        """Returns the estimate (B, D); there is no dropout, for which there would be keys.
+
+        While it samples on a CPU it works on ROWS rows at a time, however many there are: the last bits of a matrix product depend on its size,
+        and a sample depends on its own seed only.
+        """
+        if self.training or x_t.is_cuda:
+            return self._estimate(x_t, t, labels)
+        missing = -len(x_t) % ROWS
+        given = [None if each is None else F.pad(each, (0, 0) * (each.ndim - 1) + (0, missing)).split(ROWS) for each in (x_t, t, labels)]
+        parts = zip(*(each or [None] * len(given[0] or ()) for each in given), strict=True)
+        return torch.cat([self._estimate(*part) for part in parts])[: len(x_t)]
+
+    def _estimate(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         embedding = self.time(timestep_embedding(t, self.width))
         if self.label_embedding is not None:
             told = labels if labels is not None else torch.full((len(x_t),), self.label_embedding.num_embeddings - 1, device=x_t.device)
