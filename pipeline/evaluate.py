@@ -18,7 +18,7 @@ from pipeline.measurement.evaluator import Evaluator, open_evaluator
 from pipeline.measurement.measure import Sampled, measure_distance
 from pipeline.measurement.pictures import draw_pictures, write_page
 from pipeline.measurement.sample_dataset import keep_samples
-from pipeline.measurement.sampling_actor import SampleSet, checksum_of
+from pipeline.measurement.sample_store import SampleSet, checksum_of
 from pipeline.tracking import Tracking
 
 ELECTION_SEEDS = 2**62

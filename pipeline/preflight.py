@@ -1,99 +1,147 @@
-"""Whether a cluster can do a run, asked before the run begins: its plan for a person, and every node's view of storage and images."""
+"""All that is checked before the first stage, in the order in which it costs; what a run needs comes out of it once, and goes down one way."""
 
-import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import dataclass
 
-from cluster.config import ClusterConfig, ClusterError
-from cluster.connect import connect
-from cluster.nodes import Failure, Node, ask_every_node, count, living_nodes
-from cluster.placement import fewer_for_gpus, place
+import yaml
+
+from cluster.connect import start_in_background
+from components.counts import counted
+from components.errors import DataError
+from components.ingest.folders import Found
 from components.storage import Location
+from pipeline import preprocess as preprocess_stage
+from pipeline import train as train_stage
+from pipeline.artifacts import StageName
+from pipeline.cluster_check import check_cluster
+from pipeline.config import RunConfig, public_tree
 from pipeline.context import Reporter
+from pipeline.errors import ConfigError
+from pipeline.lease import HeldError, alone, held
+from pipeline.measurement.extractors import check_files
+from pipeline.names import check_cache, check_namesake
+from pipeline.ray_session import ray_session
+from pipeline.tracking import Tracking, connect
 
-ANSWER_S = 300.0
-PACKAGES = ("torch", "numpy", "pyarrow")
+LISTING = "listing the source"
+PROBE_BYTES = 16 << 10  # more than a full disk takes
 
 
-def check_cluster(cluster: ClusterConfig, needed: Mapping[str, str | None], storage: Location, reporter: Reporter) -> ClusterConfig:
-    """Connects to a cluster, says what the run will ask of it, and checks that every node sees the storage root and the files that it needs.
+@dataclass
+class Ready:
+    """What a run may count on.
 
-    Args:
-        needed: paths by setting; those that are not absolute paths do not count.
-
-    Returns:
-        The settings, `accelerator=auto` decided once for the whole run, with as many workers as there are GPUs where these are fewer.
-
-    Raises:
-        ClusterError: naming what the cluster lacks, or the node that cannot do its part and why.
+    Attributes:
+        config: with what the cluster decided.
+        listed: the source, None where the run has its dataset already, and once somebody took it.
+        tracking: MLflow's store, None where only the dataset is made.
     """
-    if storage.is_local and not Path(cluster.storage).is_absolute():
-        raise ClusterError(f"cluster.storage={cluster.storage} is relative; on a cluster use s3://BUCKET/PREFIX, or an absolute path that every node mounts")
-    connect(cluster)
-    placement = place(cluster, reporter.line)
-    for line in placement.lines:
-        reporter.line(line)
-    nodes = [node for node in living_nodes() if node.amount("CPU") or node.amount("GPU")]
-    with reporter.waiting(f"checking from {count(len(nodes), 'node')} that {storage} is shared"), _probe(storage) as (folder, token):
-        paths = {key: path for key, path in needed.items() if path and os.path.isabs(os.path.expanduser(path))}
-        answers, failures = ask_every_node(nodes, probe_from_node, (str(folder), token, paths), ANSWER_S)
-        unseen = [Failure(node, "wrote a file that this process does not see") for node in nodes if node.id in answers and not _left_its_mark(folder, node)]
-    if failures or unseen:
-        raise ClusterError(*(_explain(failure, cluster) for failure in [*failures, *unseen]))
-    _check_versions(nodes, answers)
-    fewer = {}
-    if (line := fewer_for_gpus(cluster, placement)) is not None:
-        reporter.line(line)
-        fewer = {"num_workers": placement.max_workers}
-    return cluster.model_copy(update={"accelerator": "gpu" if placement.use_gpu else "cpu"} | fewer)
+
+    config: RunConfig
+    storage: Location
+    listed: preprocess_stage.Listed | None
+    tracking: Tracking | None
 
 
 @contextmanager
-def _probe(storage: Location) -> Iterator[tuple[Location, str]]:
-    folder, token = storage / f".probe-{uuid.uuid4().hex[:12]}", uuid.uuid4().hex
-    (folder / "token").write_text(token)
-    try:
-        yield folder, token
-    finally:
-        folder.remove_tree()
+def preflight(config: RunConfig, name: str, until: StageName, reporter: Reporter, *, lists: bool, trains_anew: bool) -> Iterator[Ready]:
+    """Checks storage, lease, source, files of extractors, tracking store and cluster; gives the run to a block, in a session of Ray.
 
-
-def probe_from_node(folder: str, token: str, needed: Mapping[str, str]) -> dict[str, str]:
-    """Runs on a node: reads what the driver wrote, leaves a mark, and returns the versions of the packages that decide bits.
+    Args:
+        until: the last stage.
+        lists: whether the source is looked at.
+        trains_anew: whether the training is asked for whatever there is.
 
     Raises:
-        FileNotFoundError: if something is not there.
-        OSError: if the storage cannot be read or written.
+        ConfigError, DataError, ClusterError, RegistryError: before anything expensive starts.
     """
-    import ray
-
-    seen = (Location.of(folder) / "token").read_text()
-    if seen != token:
-        raise FileNotFoundError(f"{folder} holds something else here")
-    (Location.of(folder) / ray.get_runtime_context().get_node_id()).write_text("seen")
-    for setting, path in needed.items():
-        if not os.path.exists(os.path.expanduser(path)):
-            raise FileNotFoundError(f"{setting}={path} does not exist there")
-    return {package: version(package) for package in PACKAGES}
-
-
-def _left_its_mark(folder: Location, node: Node) -> bool:
-    return (folder / node.id).is_file()
-
-
-def _explain(failure: Failure, cluster: ClusterConfig) -> str:
-    return (
-        f"node {failure.node.name} cannot work with cluster.storage={cluster.storage}: {failure.reason}; "
-        "every node must see the same files at the same paths, or, for s3://BUCKET/PREFIX, have AWS_* credentials"
-    )
+    storage = check_storage(config.cluster.storage)
+    check_namesake(storage / "runs", name)
+    with one_process(storage / "runs" / name, name, reporter if until == "preprocess" else None):
+        listed = _list(config, storage, reporter) if lists else None
+        check_files(config.evaluate)
+        if config.cluster.address == "local":
+            check_cache(config.cluster.cache, is_used=not storage.is_local)
+        with ray_session(config.cluster, storage, name, reporter.line):
+            if until != "preprocess" and (trains_anew or not _was_trained(storage, name)):
+                start_in_background(config.cluster, train_stage.IMPORTED)
+            tracking = connect(storage) if until != "preprocess" else None
+            (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(public_tree(config), sort_keys=False))
+            if config.cluster.address != "local":
+                cluster = check_cluster(config.cluster, _needed(config), storage, reporter)
+                config = config.model_copy(update={"cluster": cluster})
+            ready = Ready(config, storage, listed, tracking)
+            del listed  # with millions of files it is large, and only the first stage needs it
+            yield ready
 
 
-def _check_versions(nodes: list[Node], answers: Mapping[str, Mapping[str, str]]) -> None:
-    first = answers[nodes[0].id]
-    for node in nodes[1:]:
-        unlike = [f"{name} {answers[node.id][name]}, not {first[name]}" for name in PACKAGES if answers[node.id][name] != first[name]]
-        if unlike:
-            raise ClusterError(f"node {node.name} has {'; '.join(unlike)} as {nodes[0].name} has; give all nodes the same image")
+def _list(config: RunConfig, storage: Location, reporter: Reporter) -> preprocess_stage.Listed:
+    found = Found()
+    with reporter.part(LISTING, lambda: counted(found.num_listed, "file", ",")):
+        return preprocess_stage.list_source(config.data, storage, found)
+
+
+def _was_trained(storage: Location, name: str) -> bool:
+    """Tells whether the run may have a training that matches; without any it has to train, whatever its settings and its data turn out to be."""
+    trainings = storage / "runs" / name / "train"
+    return any((trainings / folder / "receipt.json").is_file() for folder in trainings.folders())
+
+
+def _needed(config: RunConfig) -> dict[str, str | None]:
+    """Returns what every node must see, by setting."""
+    return {
+        "data.source": config.data.source,
+        "data.root": config.data.root,
+        "evaluate.inception_weights": _on_this_machine(config.evaluate.inception_weights),
+        "evaluate.dinov2_weights": _on_this_machine(config.evaluate.dinov2_weights),
+    }
+
+
+def _on_this_machine(address: str | None) -> str | None:
+    """Returns a path written out, for other nodes to look at; nothing for an address on S3, which is the same everywhere."""
+    location = None if address is None else Location.of(address)
+    return str(location) if location is not None and location.is_local else None
+
+
+def check_storage(storage: str) -> Location:
+    """Returns the storage root, made if need be.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    try:
+        root = Location.of(storage)
+    except DataError as error:
+        raise ConfigError(f"cluster.storage={error}") from error
+    probe = root / f".write-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.write_text("." * PROBE_BYTES)
+        probe.remove()
+    except (OSError, ValueError) as error:
+        right = "name a folder with write permission" if root.is_local else "look at the bucket's name, the AWS_* credentials and AWS_ENDPOINT_URL"
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+        raise ConfigError(f"cluster.storage={storage} cannot be written ({reason}); {right}") from error
+    return root
+
+
+@contextmanager
+def one_process(folder: Location, name: str, waiting: Reporter | None = None) -> Iterator[None]:
+    """Keeps two processes from working on the same run at once; the lock ends with the process that holds it.
+
+    Args:
+        waiting: wait for the other process, and say so here.
+
+    Raises:
+        ConfigError: if another process holds it, and it is not to be waited for.
+    """
+    if waiting is not None:
+        with alone(folder / ".lock", waiting, f"works on run {name}"):
+            yield
+        return
+    try:
+        with held(folder / ".lock", wait=False):
+            yield
+    except HeldError as error:
+        raise ConfigError(f"run {name} is in progress in {error}; wait for it, or choose another --name") from error

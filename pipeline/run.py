@@ -1,43 +1,30 @@
 """The four stages in a row. A stage whose receipt already matches its inputs is not run again."""
 
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.markup import escape
 
-from cluster.connect import start_in_background
-from components.counts import counted
 from components.errors import DataError
-from components.ingest.folders import Found
 from components.storage import Location
 from pipeline import evaluate as evaluate_stage
 from pipeline import preprocess as preprocess_stage
 from pipeline import register as register_stage
 from pipeline import train as train_stage
 from pipeline.artifacts import STAGES, AnyReceipt, ChampionTest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
-from pipeline.config import RunConfig, config_digest, digest_of, flat_result_fields, model_name_of, public_tree
+from pipeline.config import RunConfig, config_digest, digest_of, flat_result_fields, model_name_of
 from pipeline.context import Reporter, StageContext
-from pipeline.errors import ConfigError
-from pipeline.lease import HeldError, alone, held
-from pipeline.measurement.extractors import check_extractor, check_files
+from pipeline.measurement.extractors import check_extractor
 from pipeline.measurement.paired_test import Rival, compare_with_champion
-from pipeline.names import check_cache, check_namesake
-from pipeline.preflight import check_cluster
-from pipeline.ray_session import ray_session
+from pipeline.preflight import LISTING, preflight
 from pipeline.registry.decide import Champion
 from pipeline.registry.versions import champion_of_other_images, fetch_checkpoint
 from pipeline.registry.versions import is_intact as registered_intact
 from pipeline.retraining.attempts import Start
 from pipeline.tracked_run import TrackedRun
-from pipeline.tracking import Tracking, connect, public_uri, translated
-
-LISTING = "listing the source"
-PROBE_BYTES = 16 << 10  # more than a full disk takes
+from pipeline.tracking import Tracking, public_uri, translated
 
 
 class StageReport(BaseModel):
@@ -155,46 +142,13 @@ def run(
     Raises:
         ConfigError, DataError, ClusterError, RegistryError: before anything expensive starts where possible.
     """
-    storage = check_storage(config.cluster.storage)
-    check_namesake(storage / "runs", name)
     reporter = reporter or Reporter()
-    pipeline = Pipeline(config, name, start_from, reporter, storage, {}, given=given)
-    with one_process(storage / "runs" / name, name, reporter if until == "preprocess" else None):
-        if given is None:
-            found = Found()
-            with reporter.part(LISTING, lambda: counted(found.num_listed, "file", ",")):
-                pipeline.listed = preprocess_stage.list_source(config.data, storage, found)
-        check_files(config.evaluate)
-        if config.cluster.address == "local":
-            check_cache(config.cluster.cache, is_used=not storage.is_local)
-        with ray_session(config.cluster, storage, name, reporter.line):
-            if until != "preprocess" and _is_first_training(pipeline):
-                start_in_background(config.cluster, train_stage.IMPORTED)
-            tracking = connect(storage) if until != "preprocess" else None
-            (storage / "runs" / name / "config.yaml").write_text(yaml.safe_dump(public_tree(config), sort_keys=False))
-            if config.cluster.address != "local":
-                needed = {
-                    "data.source": config.data.source,
-                    "data.root": config.data.root,
-                    "evaluate.inception_weights": _on_this_machine(config.evaluate.inception_weights),
-                    "evaluate.dinov2_weights": _on_this_machine(config.evaluate.dinov2_weights),
-                }
-                cluster = check_cluster(config.cluster, needed, storage, pipeline.reporter)
-                pipeline.config = config.model_copy(update={"cluster": cluster})
-            _run_stages(pipeline, tracking, until)
+    begins_at_training = start_from is not None and STAGES.index(start_from) <= STAGES.index("train")
+    with preflight(config, name, until, reporter, lists=given is None, trains_anew=begins_at_training) as ready:
+        pipeline = Pipeline(ready.config, name, start_from, reporter, ready.storage, {}, ready.listed, given)
+        ready.listed = None
+        _run_stages(pipeline, ready.tracking, until)
     return pipeline.reports
-
-
-def _is_first_training(pipeline: Pipeline) -> bool:
-    """Tells whether the run has to train, whatever its settings and its data turn out to be."""
-    trainings = pipeline.storage / "runs" / pipeline.name / "train"
-    return pipeline.forced("train") or not any((trainings / name / "receipt.json").is_file() for name in trainings.folders())
-
-
-def _on_this_machine(address: str | None) -> str | None:
-    """Returns a path written out, for other nodes to look at; nothing for an address on S3, which is the same everywhere."""
-    location = None if address is None else Location.of(address)
-    return str(location) if location is not None and location.is_local else None
 
 
 def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName) -> None:
@@ -343,45 +297,3 @@ def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluat
         call,
         lambda context: None,
     )
-
-
-def check_storage(storage: str) -> Location:
-    """Returns the storage root, made if need be.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
-    try:
-        root = Location.of(storage)
-    except DataError as error:
-        raise ConfigError(f"cluster.storage={error}") from error
-    probe = root / f".write-{uuid.uuid4().hex[:8]}"
-    try:
-        probe.write_text("." * PROBE_BYTES)
-        probe.remove()
-    except (OSError, ValueError) as error:
-        right = "name a folder with write permission" if root.is_local else "look at the bucket's name, the AWS_* credentials and AWS_ENDPOINT_URL"
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
-        raise ConfigError(f"cluster.storage={storage} cannot be written ({reason}); {right}") from error
-    return root
-
-
-@contextmanager
-def one_process(folder: Location, name: str, waiting: Reporter | None = None) -> Iterator[None]:
-    """Keeps two processes from working on the same run at once; the lock ends with the process that holds it.
-
-    Args:
-        waiting: wait for the other process, and say so here.
-
-    Raises:
-        ConfigError: if another process holds it, and it is not to be waited for.
-    """
-    if waiting is not None:
-        with alone(folder / ".lock", waiting, f"works on run {name}"):
-            yield
-        return
-    try:
-        with held(folder / ".lock", wait=False):
-            yield
-    except HeldError as error:
-        raise ConfigError(f"run {name} is in progress in {error}; wait for it, or choose another --name") from error

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from workflows.data import data_app
+from workflows.jobs_command import INTERRUPTED, Address, detaching, jobs_app
 from workflows.models import models_app
 from workflows.options import Commands
 from workflows.preset_files import find_preset
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from workflows.submit import Packages
 
 PACKAGES = ("components", "cluster", "pipeline", "workflows")
-USER_ERROR, INTERRUPTED, RESUME = 2, 130, 75  # 75: EX_TEMPFAIL of sysexits.h, which asks for another try
+USER_ERROR, RESUME = 2, 75  # 75: EX_TEMPFAIL of sysexits.h, which asks for another try
 
 app = Commands(
     name="ddpm",
@@ -36,26 +37,17 @@ app = Commands(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-jobs_app = Commands(
-    name="jobs",
-    help="Runs on a cluster: list, status, logs, stop.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 app.add_typer(jobs_app, rich_help_panel="Cluster")
 app.add_typer(data_app, rich_help_panel="Look")
 app.add_typer(show_app, rich_help_panel="Look")
 app.add_typer(models_app, rich_help_panel="Look")
 app.add_typer(schedule_app)
 
-JobName = Annotated[str, typer.Argument(metavar="NAME", help="The run's name, or a job's id.")]
-Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name (digits, cifar10, cifar10-small, celeba64) or the path of a YAML file.")]
+Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name (digits, points, cifar10, cifar10-small, celeba64) or the path of a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings laid on the preset, such as train.steps=1000.")]
 Name = Annotated[str | None, typer.Option("--name", help="What to call the run; the preset's name by default.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print the time of every part of the work at the end, not of those of five seconds and more alone.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, the stages' receipts, as the only thing on stdout.")]
-Address = Annotated[str, typer.Option("--address", metavar="URL", help="The cluster's Ray dashboard, such as http://HEAD:8265.")]
 Storage = Annotated[str, typer.Option("--storage", help="Storage root whose MLflow store is used, unless MLFLOW_TRACKING_URI is set.")]
 
 
@@ -124,7 +116,7 @@ def retrain(
             raise ConfigError(f"{'--json' if as_json else f'--until {until}'} is not for --address, where the job's log is printed; leave it out")
         from workflows.retrain_job import retrain_on_cluster
 
-        with _detaching():
+        with detaching():
             raise typer.Exit(retrain_on_cluster(config, run_name, address=address, tick=tick, packages=packages_of(packages), pass_env=pass_env or []))
     with stdout_to_stderr() as stdout, _resumable(stdout, "interrupted; the same command goes on with the attempt"):
         code = make_attempt(stdout, config, run_name, until, as_json=as_json, as_job=as_job)
@@ -181,7 +173,7 @@ def submit(
     settings, run_name = _load(preset, overrides, name)
     from workflows.submit import submit as submit_run
 
-    with _detaching():
+    with detaching():
         raise typer.Exit(submit_run(settings, run_name, address=address, packages=packages_of(packages), pass_env=pass_env or [], follow=follow))
 
 
@@ -197,49 +189,6 @@ def packages_of(text: str) -> "Packages":
     if text not in known:
         raise ConfigError(f"--packages {text} is unknown; use image or lock")
     return known[text]
-
-
-@contextlib.contextmanager
-def _detaching() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-
-
-@jobs_app.command("list")
-def jobs_list(address: Address, as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
-    """List the runs that were submitted to a cluster."""
-    from workflows.jobs import print_jobs
-
-    print_jobs(address, as_json)
-
-
-@jobs_app.command("status")
-def jobs_status(run_name: JobName, address: Address, as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False) -> None:
-    """Say how a run stands; the exit code follows from it: 0 while it goes on or when it succeeded."""
-    from workflows.jobs import print_status
-
-    raise typer.Exit(print_status(run_name, address, as_json))
-
-
-@jobs_app.command("logs")
-def jobs_logs(
-    run_name: JobName, address: Address, follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on until the job ends; Ctrl-C detaches.")] = True
-) -> None:
-    """Print the log of a run, from its beginning, and follow it."""
-    from workflows.jobs import print_logs
-
-    with _detaching():
-        raise typer.Exit(print_logs(run_name, address, follow))
-
-
-@jobs_app.command("stop")
-def jobs_stop(run_name: JobName, address: Address) -> None:
-    """Stop a run. Submitted again under its name, it goes on from its last checkpoint."""
-    from workflows.jobs import stop
-
-    stop(run_name, address)
 
 
 @app.command(rich_help_panel="Look")

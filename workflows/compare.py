@@ -34,9 +34,9 @@ from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.evaluator import open_evaluator
 from pipeline.measurement.extractors import check_extractor, check_files
 from pipeline.measurement.pictures import unit_of
+from pipeline.preflight import check_storage
 from pipeline.ray_session import ray_session
 from pipeline.registry.versions import SETTINGS_TAG, fetch_checkpoint, find_model
-from pipeline.run import check_storage
 from pipeline.tracking import Tracking, connect
 
 if TYPE_CHECKING:

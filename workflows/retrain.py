@@ -12,6 +12,7 @@ from pipeline.context import Reporter
 from pipeline.lease import HeldError, alone, held
 from pipeline.measurement.compare import shard_set_of
 from pipeline.names import check_namesake
+from pipeline.preflight import check_storage
 from pipeline.retraining.alerts import next_failures, raises_alert
 from pipeline.retraining.attempts import Attempt, Journal, State
 from pipeline.retraining.checks import check_new_data, check_planned_hours
@@ -21,7 +22,7 @@ from pipeline.retraining.notifications import tell
 from pipeline.retraining.start import find_start, restored
 from pipeline.retraining.summary import AttemptSummary, Outcome, headline
 from pipeline.retraining.webhook import check_url
-from pipeline.run import FixedInputs, StageReport, check_storage, run
+from pipeline.run import FixedInputs, StageReport, run
 from pipeline.tracking import connect, translated
 
 EXIT_CODES: Mapping[Outcome, int] = {"promoted": 0, "open": 0, "kept": 10, "skipped": 11, "stopped": 12}

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from cluster.config import ClusterConfig, ClusterError
 from cluster.placement import Placement
 from components.errors import DataError
-from pipeline.measurement.sampling_actor import ExtractorChoice, Identity, Sampler
+from pipeline.measurement.sample_store import Identity
+from pipeline.measurement.sampling_actor import ExtractorChoice, Sampler
 
 Result = TypeVar("Result")
 MOST_DEATHS = 5

@@ -14,7 +14,7 @@ from pipeline.context import StageContext
 from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.evaluator import Evaluator, as_metric, open_evaluator
 from pipeline.measurement.measure import Sampled, measure_distance, measure_floor, paired_test
-from pipeline.measurement.sampling_actor import SampleSet
+from pipeline.measurement.sample_store import SampleSet
 
 GRID_IMAGES = 16
 

@@ -38,7 +38,7 @@ from pipeline.measurement.measure import (
 )
 from pipeline.measurement.reference_statistics import RealFeatures, measure_real_rows, read_reference
 from pipeline.measurement.remote_progress import collecting_progress
-from pipeline.measurement.sampling_actor import SEEDS_PER_PART, Identity, SampleSet, parts_of, pixels_file, read_array, sample_set
+from pipeline.measurement.sample_store import SEEDS_PER_PART, Identity, SampleSet, parts_of, pixels_file, read_array, sample_set
 
 if TYPE_CHECKING:
     from components.metrics.memorisation import Pair

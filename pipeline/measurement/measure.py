@@ -9,7 +9,7 @@ import numpy as np
 from components.storage import Location
 from pipeline.artifacts import Floor, Memorisation, Metric, MetricUnit, PairedTest
 from pipeline.measurement.reference_statistics import RealFeatures, is_energy
-from pipeline.measurement.sampling_actor import SEEDS_PER_PART, Identity, features_file, logits_file, parts_of, read_parts
+from pipeline.measurement.sample_store import SEEDS_PER_PART, Identity, features_file, logits_file, parts_of, read_parts
 
 if TYPE_CHECKING:
     from components.metrics.memorisation import Pair

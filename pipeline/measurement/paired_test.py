@@ -11,7 +11,7 @@ from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.evaluator import open_evaluator
 from pipeline.measurement.measure import Sampled, paired_test
 from pipeline.measurement.reference_statistics import is_energy, read_points, read_reference, reference_file
-from pipeline.measurement.sampling_actor import Identity
+from pipeline.measurement.sample_store import Identity
 
 FRESH_SEEDS = 2**61
 

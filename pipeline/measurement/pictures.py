@@ -21,7 +21,7 @@ from components.spaces.space import Space
 from components.storage import Location
 from pipeline.artifacts import Evaluation, Metric, MetricUnit, ShardSet, TrainedModel
 from pipeline.measurement.evaluator import Evaluator, Numbers
-from pipeline.measurement.sampling_actor import RealSet, SampleSet
+from pipeline.measurement.sample_store import RealSet, SampleSet
 from pipeline.tracking import git_commit
 from pipeline.training.metrics_log import read_metrics
 

@@ -14,7 +14,7 @@ from pipeline.context import StageContext
 from pipeline.lease import alone
 from pipeline.measurement.actor_pool import ActorPool
 from pipeline.measurement.remote_progress import collecting_progress
-from pipeline.measurement.sampling_actor import ROWS_PER_PART, Identity, RealSet, parts_of, read_parts
+from pipeline.measurement.sample_store import ROWS_PER_PART, Identity, RealSet, parts_of, read_parts
 
 if TYPE_CHECKING:
     from components.metrics.energy import EnergyReference

@@ -21,7 +21,7 @@ from components.data.shards import (
 )
 from components.spaces.space import Space
 from components.storage import Location
-from pipeline.measurement.sampling_actor import SEEDS_PER_PART, SampleSet, parts_of, pixels_file, read_parts
+from pipeline.measurement.sample_store import SEEDS_PER_PART, SampleSet, parts_of, pixels_file, read_parts
 
 SHARD_BYTES = 16 << 20
 

@@ -239,7 +239,7 @@ def test_a_stage_asked_for_by_from_runs_again_and_registers_nothing_twice(home: 
 
 def test_two_processes_never_work_on_one_run(home: Path, command: Command, first: dict[str, Any]):
     from pipeline.errors import ConfigError
-    from pipeline.run import one_process
+    from pipeline.preflight import one_process
 
     folder = Location.of(home / "storage" / "runs" / "digits")
     with one_process(folder, "digits"):

@@ -38,18 +38,8 @@ from pipeline.measurement.extractors import check_extractor
 from pipeline.measurement.measure import Sampled, find_copies, paired_test
 from pipeline.measurement.reference_statistics import RealFeatures
 from pipeline.measurement.sample_dataset import keep_samples
-from pipeline.measurement.sampling_actor import (
-    ROWS_PER_PART,
-    SEEDS_PER_PART,
-    ExtractorChoice,
-    Identity,
-    RealSet,
-    SampleSet,
-    features_file,
-    parts_of,
-    pixels_file,
-    write_array,
-)
+from pipeline.measurement.sample_store import ROWS_PER_PART, SEEDS_PER_PART, Identity, RealSet, SampleSet, features_file, parts_of, pixels_file, write_array
+from pipeline.measurement.sampling_actor import ExtractorChoice
 from pipeline.registry.decide import unlike_parts
 
 SPEC = DenoiserSpec(
