@@ -30,7 +30,7 @@ from pipeline.config import load_config
 from pipeline.context import Reporter
 from workflows.faults import DAMAGES, HARDSHIPS, KILLS, Fault, Kind, Struck, Trial, new_folder, plan_faults
 from workflows.preset_files import find_preset
-from workflows.verify_resume import Verdict, contrast, scaled_down, told
+from workflows.verify_resume import Verdict, contrast, describe, scaled_down
 
 HANG_S = 10
 Counts = Sequence[tuple[tuple[Kind, ...], int]]
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"{options.preset}, {options.steps} steps, {workers} workers, {os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__},")
     print(f"load {psutil.getloadavg()[1]:.1f}, seed {options.seed}\n")
     print(table(verdict.disturbed.struck, plan_counts(counts(options))))
-    print(told(verdict))
+    print(describe(verdict))
     print("\n".join(["checkpoints set aside:", *set_aside]))
     if not (verdict.equal and all_set_aside(verdict, set_aside)):
         sys.exit(f"not equal; both trainings lie in {folder}")

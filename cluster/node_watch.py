@@ -9,19 +9,19 @@ from types import TracebackType
 from .config import ClusterConfig, ClusterError
 from .interrupt import interruptible
 from .nodes import living_nodes
-from .placement import TELL_S, plan
+from .placement import REPORT_S, plan
 
 LOOK_S = 5.0
 
 
 @contextmanager
-def reporting_missing_nodes(config: ClusterConfig, tell: Callable[[str], None]) -> Iterator[None]:
+def reporting_missing_nodes(config: ClusterConfig, report: Callable[[str], None]) -> Iterator[None]:
     """Says, during a block in the main thread, which nodes it waits for, and ends it where that took too long.
 
     Raises:
         ClusterError: naming what the cluster no longer has.
     """
-    with interruptible() as interrupt, NodeWatch(config, tell, interrupt) as node_watch:
+    with interruptible() as interrupt, NodeWatch(config, report, interrupt) as node_watch:
         try:
             yield
         except KeyboardInterrupt:
@@ -37,8 +37,8 @@ class NodeWatch:
         failure: why it gave up, None while it did not.
     """
 
-    def __init__(self, config: ClusterConfig, tell: Callable[[str], None], give_up: Callable[[], None]) -> None:
-        self._config, self._tell, self._give_up = config, tell, give_up
+    def __init__(self, config: ClusterConfig, report: Callable[[str], None], give_up: Callable[[], None]) -> None:
+        self._config, self._report, self._give_up = config, report, give_up
         self.failure: ClusterError | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="node-watch", daemon=True)
@@ -58,7 +58,7 @@ class NodeWatch:
 
     def _watch(self) -> None:
         missing_since: float | None = None
-        told = 0.0
+        reported = 0.0
         while not self._stop.wait(LOOK_S):
             missing, now = self._missing(), time.monotonic()
             if missing is None:
@@ -69,9 +69,9 @@ class NodeWatch:
                 self.failure = ClusterError(f"{missing} (waited {self.patience_s:.0f} s; the same command goes on from the last checkpoint)")
                 self._give_up()
                 return
-            if now - told >= TELL_S:
-                told = now
-                self._tell(f"  waiting up to {self.patience_s - (now - missing_since):.0f} s for nodes: {missing}")
+            if now - reported >= REPORT_S:
+                reported = now
+                self._report(f"  waiting up to {self.patience_s - (now - missing_since):.0f} s for nodes: {missing}")
 
     def _missing(self) -> ClusterError | None:
         try:

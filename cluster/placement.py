@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
     from ray.train.v2.api.config import RunConfig, ScalingConfig
 
-POLL_S, TELL_S, SETTLE_POLLS = 2.0, 30.0, 8
+POLL_S, REPORT_S, SETTLE_POLLS = 2.0, 30.0, 8
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Placement:
     lines: tuple[str, ...]
 
 
-def place(config: ClusterConfig, tell: Callable[[str], None] = lambda line: None) -> Placement:
+def place(config: ClusterConfig, report: Callable[[str], None] = lambda line: None) -> Placement:
     """Returns the placement of a run on the cluster that this process is connected to; waits for nodes at most `cluster.wait_s`.
 
     Args:
@@ -57,9 +57,9 @@ def place(config: ClusterConfig, tell: Callable[[str], None] = lambda line: None
     except ClusterError as error:
         if not config.wait_s:
             raise
-        placement = _wait_for_nodes(config, tell, error)
+        placement = _wait_for_nodes(config, report, error)
     if config.address != "local":
-        _tell_if_busy(placement, tell)
+        _report_if_busy(placement, report)
     return placement
 
 
@@ -71,14 +71,14 @@ def fewer_for_gpus(config: ClusterConfig, placement: Placement) -> str | None:
     return f"  cluster.num_workers={wanted}, and {count(workers, 'GPU')}: {count(workers, 'worker')} will train, for how many they are is no part of a result"
 
 
-def _wait_for_nodes(config: ClusterConfig, tell: Callable[[str], None], missing: ClusterError) -> Placement:
-    started, told = time.monotonic(), -TELL_S
+def _wait_for_nodes(config: ClusterConfig, report: Callable[[str], None], missing: ClusterError) -> Placement:
+    started, reported = time.monotonic(), -REPORT_S
     _ask_autoscaler(config)
     try:
         while (waited := time.monotonic() - started) < config.wait_s:
-            if waited - told >= TELL_S:
-                tell(f"  waiting up to {config.wait_s - waited:.0f} s for nodes: {missing}")
-                told = waited
+            if waited - reported >= REPORT_S:
+                report(f"  waiting up to {config.wait_s - waited:.0f} s for nodes: {missing}")
+                reported = waited
             time.sleep(POLL_S)
             try:
                 return plan(config, living_nodes())
@@ -90,7 +90,7 @@ def _wait_for_nodes(config: ClusterConfig, tell: Callable[[str], None], missing:
     raise ClusterError(f"{missing} (waited {config.wait_s} s for more, cluster.wait_s)")
 
 
-def _tell_if_busy(placement: Placement, tell: Callable[[str], None]) -> None:
+def _report_if_busy(placement: Placement, report: Callable[[str], None]) -> None:
     """Says so where others hold what the run needs, and Ray will let it wait."""
     import ray
 
@@ -101,7 +101,7 @@ def _tell_if_busy(placement: Placement, tell: Callable[[str], None]) -> None:
         if not lacking:
             return
         time.sleep(1.0)
-    tell(
+    report(
         "  others hold part of the cluster: " + ", ".join(f"{free.get(name, 0):g} of {amount:g} {name} free" for name, amount in lacking.items()) + "; waiting"
     )
 

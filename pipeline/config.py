@@ -257,13 +257,13 @@ def public_tree(config: RunConfig) -> dict[str, Any]:
 def flatten(config: RunConfig) -> dict[str, str]:
     """Returns every setting as `section.key` -> text."""
     tree = public_tree(config)
-    return {f"{section}.{key}": _told(value) for section in tree for key, value in tree[section].items()}
+    return {f"{section}.{key}": _as_text(value) for section in tree for key, value in tree[section].items()}
 
 
 def flat_result_fields(**sections: BaseModel) -> dict[str, str]:
     """Returns the settings of some sections that can change a result, as `section.key` -> text."""
-    return {f"{name}.{key}": _told(value) for name, section in sections.items() for key, value in result_fields(section).items()}
+    return {f"{name}.{key}": _as_text(value) for name, section in sections.items() for key, value in result_fields(section).items()}
 
 
-def _told(value: object) -> str:
+def _as_text(value: object) -> str:
     return json.dumps(value) if isinstance(value, list | dict) else str(value)

@@ -119,10 +119,10 @@ class Reporter:
         """
         began = time.monotonic()
 
-        def told() -> str:
+        def text() -> str:
             return f"{what}{'' if done is None else f', {done()}'}, {duration(time.monotonic() - began)} so far"
 
-        with self.times.of(what), self._shown(self.console.status(what), told):
+        with self.times.of(what), self._shown(self.console.status(what), text):
             yield
 
     @contextlib.contextmanager
@@ -146,26 +146,26 @@ class Reporter:
         def show() -> None:
             bars.update(task, completed=int(pace.done), pace=str(pace))
 
-        def told() -> str:
+        def text() -> str:
             return f"{what} {int(pace.done)}/{total} {unit}, {pace}{_still(pace)}"
 
-        with self.times.of(what), self._shown(bars, told):
+        with self.times.of(what), self._shown(bars, text):
             yield Advance(pace, first, show)
 
     @contextlib.contextmanager
     def _shown(self, moving: contextlib.AbstractContextManager[object], say: Callable[[], str]) -> Iterator[None]:
         """Shows what moves on a terminal, else prints a line now and then, during a block; of blocks within each other the inner one has the word."""
-        part, told = object(), False
+        part, text = object(), False
 
-        def tell() -> None:
-            nonlocal told
-            if self._parts[-1] is part and time.monotonic() - self._said >= (LINE_EVERY_S if told else FIRST_LINE_S):
-                told = True
+        def report() -> None:
+            nonlocal text
+            if self._parts[-1] is part and time.monotonic() - self._said >= (LINE_EVERY_S if text else FIRST_LINE_S):
+                text = True
                 self.line(f"  {escape(say())}")
 
         self._parts.append(part)
         try:
-            with moving if sys.stderr.isatty() else repeatedly(LOOK_S, tell):
+            with moving if sys.stderr.isatty() else repeatedly(LOOK_S, report):
                 yield
         finally:
             self._parts.remove(part)

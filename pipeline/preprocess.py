@@ -97,12 +97,12 @@ def list_source(config: DataConfig, storage: Location, found: Found | None = Non
     address = address_of(config.source)
     # Where a built-in dataset was downloaded to is no part of it; how points are drawn is.
     identity = source_to_json(source) if "/" in address or address.startswith(POINTS) else address
-    splits = _told(listing)
+    splits = _splits_for_digest(listing)
     plan = _digest(identity, _definition(config), listing.digest(), listing.ignored, config.holdout_fraction, config.duplicates, config.shard_bytes, *splits)
     return Listed(address, identity, source, listing, plan)
 
 
-def _told(listing: Listing) -> list[object]:
+def _splits_for_digest(listing: Listing) -> list[object]:
     """Returns what becomes of a source's splits, for digests; nothing where it has none, so that digests from before splits were seen stay the same."""
     return [] if listing.splits is None else [dict(listing.splits.files), listing.splits.used, listing.splits.held_out]
 
@@ -272,7 +272,7 @@ class _Making:
         live = settled["reason"].is_null().to_numpy()
         rows = settled.filter(pa.array(live))
         digest = rows_digest(_definition(self.config), rows, held_out[live])[:DIGEST_LENGTH]
-        version = f"{digest}-{_digest(bad.to_pylist(), self.listed.listing.ignored, self.listed.address, *_told(self.listed.listing))[:8]}"
+        version = f"{digest}-{_digest(bad.to_pylist(), self.listed.listing.ignored, self.listed.address, *_splits_for_digest(self.listed.listing))[:8]}"
         names, first = _first_rows(rows)
         parts = {name: "holdout" if held_out[live][row] else "train" for name, row in zip(names, first, strict=True)}
         self.shards = {name: self.shards[name].model_copy(update={"split": part}) for name, part in parts.items()}

@@ -21,7 +21,7 @@ _RUN, _ROOM = "run.txt", len("/ddpm-ray-01234567")
 
 
 @contextmanager
-def ray_session(config: ClusterConfig, storage: Location, name: str, tell: Callable[[str], None]) -> Iterator[None]:
+def ray_session(config: ClusterConfig, storage: Location, name: str, report: Callable[[str], None]) -> Iterator[None]:
     """Disconnects from Ray after a block; of one that the block started on this machine only its logs stay, `KEPT_SESSIONS` of them.
 
     Args:
@@ -41,7 +41,7 @@ def ray_session(config: ClusterConfig, storage: Location, name: str, tell: Calla
         except BaseException as error:
             logs = _try_to_keep(folder, kept)
             if logs is not None and not isinstance(error, KeyboardInterrupt):
-                tell(f"  Ray's logs are in {escape(str(logs))}")
+                report(f"  Ray's logs are in {escape(str(logs))}")
             raise
         _try_to_keep(folder, kept)
 

@@ -86,7 +86,7 @@ def register(
         _name_candidate(tracking, name, number)
         ledger = Ledger.of(tracking, name)
         move = pass_gate(ledger, number, lambda champion: _judge(config, evaluation, champion, ask, tracking, equal_terms), context.reporter)
-        _tell(made, move, _address(tracking, name, number, run_id), tracking)
+        _report(made, move, _address(tracking, name, number, run_id), tracking)
         ledger.settle()
         ledger.show()
     promoted = move.kind == "promoted"
@@ -199,7 +199,7 @@ def _address(tracking: Tracking, name: str, number: int, run_id: str) -> Address
     return Address(public_uri(tracking.uri), name, number, experiment, run_id)
 
 
-def _tell(made: Made, move: Move, address: Address, tracking: Tracking) -> None:
+def _report(made: Made, move: Move, address: Address, tracking: Tracking) -> None:
     """Writes the reason and the description to the version, and where the version is to the run."""
     client, page = tracking.client, version_page(made, move, address)
     tags = {DECISION_TAG: move.why}

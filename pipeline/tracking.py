@@ -235,10 +235,10 @@ class translated:
         from sqlalchemy.exc import SQLAlchemyError
 
         if isinstance(error, MlflowException | SQLAlchemyError | requests.RequestException | Boto3Error | BotoCoreError | ClientError):
-            raise RegistryError(_told(self._uri, error)) from error
+            raise RegistryError(_describe(self._uri, error)) from error
 
 
-def _told(uri: str, error: BaseException) -> str:
+def _describe(uri: str, error: BaseException) -> str:
     """Returns what happened and what would be right, without a password."""
     public, user = public_uri(uri), os.environ.get("MLFLOW_TRACKING_USERNAME")
     message = " ".join(str(error).replace(uri, public).split())[:300]
@@ -314,7 +314,7 @@ def _check_answers(uri: str) -> None:
         ) from error
     except requests.HTTPError as error:
         if error.response.status_code in (401, 403):
-            raise RegistryError(_told(uri, error)) from error
+            raise RegistryError(_describe(uri, error)) from error
         raise RegistryError(
             f"MLFLOW_TRACKING_URI={public_uri(uri)} is no MLflow server, or a broken one: /health answers {error.response.status_code}; look there"
         ) from error

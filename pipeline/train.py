@@ -103,7 +103,7 @@ def train(
     )
     before = attempts_so_far(context.folder)
     context.reporter.line(_derived(config, placement, None if before else start, shards.space.noun))
-    tell_unfinished(context, settings)
+    report_unfinished(context, settings)
     _sweep(context.folder)
     with MetricsRelay(context, tracking, run_id, config.steps):
         outcome = _fit(plan, placement, context, before)
@@ -129,7 +129,7 @@ def _sweep(folder: Location) -> None:
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
+def report_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
     """Says at a first start which trainings of the run, of other settings, were left unfinished, and what differs."""
     if checkpoints(context.folder):
         return
@@ -142,9 +142,9 @@ def tell_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
 
         with suppress(OSError, ValidationError):
             record = TrainingRecord.model_validate_json((newest / "state.json").read_text())
-            told = differences(record.settings, settings) or "other settings"
+            detail = differences(record.settings, settings) or "other settings"
             context.reporter.line(
-                f"  [yellow]note[/] this begins anew: a training of the run that stopped at step {record.step} stays in {other} ({escape(told)})"
+                f"  [yellow]note[/] this begins anew: a training of the run that stopped at step {record.step} stays in {other} ({escape(detail)})"
             )
 
 
@@ -179,8 +179,8 @@ def _fit(plan: TrainPlan, placement: Placement, context: StageContext, before: i
 @contextmanager
 def _watched(plan: TrainPlan, context: StageContext, store: KeyValueStore, before: int) -> Iterator[None]:
     """Watches the workers during a block, raises what is wrong with them, and leaves a line for the next start where the block ends before its time."""
-    tell, timeout = context.reporter.line, plan.train.hang_timeout_s
-    with interruptible() as interrupt, Watchdog(store, context.cluster, timeout, before=before, tell=tell, interrupt=interrupt) as watchdog:
+    report, timeout = context.reporter.line, plan.train.hang_timeout_s
+    with interruptible() as interrupt, Watchdog(store, context.cluster, timeout, before=before, report=report, interrupt=interrupt) as watchdog:
         try:
             yield
         except BaseException as error:

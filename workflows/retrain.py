@@ -18,7 +18,7 @@ from pipeline.retraining.attempts import Attempt, Journal, State
 from pipeline.retraining.checks import check_new_data, check_planned_hours
 from pipeline.retraining.guards import Finding
 from pipeline.retraining.latest import Latest, find_latest
-from pipeline.retraining.notifications import tell
+from pipeline.retraining.notifications import report
 from pipeline.retraining.start import find_start, restored
 from pipeline.retraining.summary import AttemptSummary, Outcome, headline
 from pipeline.retraining.webhook import check_url
@@ -98,13 +98,13 @@ def _noted(call: Call) -> Told:
     """Makes the attempt, notes what became of it, an error too, and tells people."""
     started = datetime.now(UTC)
     if (untold := _untold(call)) is not None:
-        return _tell(call, untold, started)
+        return _report(call, untold, started)
     try:
         told = _attempt(call)
     except Exception as error:
-        _tell(call, Told("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", _open_attempt(call)), started)
+        _report(call, Told("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", _open_attempt(call)), started)
         raise
-    return told if told.outcome == "open" else _tell(call, told, started)
+    return told if told.outcome == "open" else _report(call, told, started)
 
 
 def _untold(call: Call) -> Told | None:
@@ -115,7 +115,7 @@ def _untold(call: Call) -> Told | None:
     return Told(last.outcome, last.reason, last)
 
 
-def _tell(call: Call, told: Told, started: datetime) -> Told:
+def _report(call: Call, told: Told, started: datetime) -> Told:
     """Notes the outcome of a call and tells it; a skip for the same reason as the last call's is told once."""
     before, config = call.journal.state(), call.config.retrain
     failures = next_failures(before.failures, told.outcome)
@@ -127,7 +127,7 @@ def _tell(call: Call, told: Told, started: datetime) -> Told:
     place = call.journal.place(attempt.number) if attempt else call.journal.folder / "last"
     run_id = attempt.mlflow_run_id if attempt else None
     outbox = call.journal.folder / "outbox"
-    file = tell(summary, config, place=place, outbox=outbox, storage=call.storage, run_id=run_id, reporter=call.reporter)
+    file = report(summary, config, place=place, outbox=outbox, storage=call.storage, run_id=run_id, reporter=call.reporter)
     if attempt is not None and attempt.outcome is not None:
         call.journal.write(attempt.model_copy(update={"told": True}))
     return replace(told, summary=file, headline=headline(summary))

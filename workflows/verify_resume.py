@@ -22,7 +22,7 @@ from workflows.processes import shared_memory_files, without_owner
 
 LOSS = "train/loss"
 CHECKPOINTS, POINTS = 8, 40
-DIFFERENCES_TOLD = 5
+DIFFERENCES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def _compare_curves(what: str, one: Sequence[tuple[int, float]], other: Sequence
     twice = [step for curve in (one, other) for step, count in Counter(step for step, _ in curve).items() if count > 1]
     before, after = dict(one), dict(other)
     unlike = [step for step in sorted(before | after) if before.get(step) != after.get(step)]
-    told = [f"step {step} {before.get(step, 'missing')} against {after.get(step, 'missing')}" for step in unlike[:DIFFERENCES_TOLD]]
-    parts = [f"{len(unlike)} of {counted(len(before | after), 'point')} differ: {', '.join(told)}"] if unlike else []
+    describe = [f"step {step} {before.get(step, 'missing')} against {after.get(step, 'missing')}" for step in unlike[:DIFFERENCES_SHOWN]]
+    parts = [f"{len(unlike)} of {counted(len(before | after), 'point')} differ: {', '.join(describe)}"] if unlike else []
     parts += [f"steps twice: {', '.join(map(str, sorted(twice)))}"] if twice else []
     parts += [] if before else ["no points"]
     return Compared(what, f"{counted(len(before), 'point')}, {len(twice)} twice", "; ".join(parts))
@@ -160,7 +160,7 @@ def verify_resume(
         faults = plan_faults(KILLS, kills, steps, seed)
         verdict = contrast(folder, preset, [*scaled_down(steps, kills), *settings], faults, reporter, unlike)
         equal = verdict.equal
-        stdout.write(json.dumps(verdict.to_json(), indent=2) + "\n" if as_json else told(verdict))
+        stdout.write(json.dumps(verdict.to_json(), indent=2) + "\n" if as_json else describe(verdict))
     finally:
         if equal:
             shutil.rmtree(folder, ignore_errors=True)
@@ -210,14 +210,14 @@ def share_datasets(made: Trial, other: Trial) -> None:
     (other.storage.path / "datasets").symlink_to(made.storage.path / "datasets")
 
 
-def told(verdict: Verdict) -> str:
+def describe(verdict: Verdict) -> str:
     """Returns the comparison as a person reads it."""
     disturbed = verdict.disturbed
     lines = [
         f"undisturbed  {verdict.undisturbed.seconds:.0f} s",
         f"disturbed    {disturbed.seconds:.0f} s, {len(disturbed.struck)} of {counted(verdict.wanted, 'fault')}, "
         f"{counted(disturbed.starts, 'start')} of the command",
-        *(f"  {_told_fault(one)}" for one in disturbed.struck),
+        *(f"  {_describe_fault(one)}" for one in disturbed.struck),
         *(f"{'same' if one.equal else 'UNLIKE':6} {one.what}: {one.detail}{'' if one.equal else f'; {one.difference}'}" for one in verdict.compared),
         f"left behind  {verdict.left}",
         _conclusion(verdict),
@@ -225,7 +225,7 @@ def told(verdict: Verdict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _told_fault(struck: Struck) -> str:
+def _describe_fault(struck: Struck) -> str:
     after = "" if struck.recovered_s is None else f", {struck.recovered_s:.1f} s to the next step"
     return f"{struck.kind} ({struck.hit}) at {struck.seconds:.1f} s after step {struck.step}{after}"
 

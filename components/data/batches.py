@@ -85,7 +85,7 @@ class BatchPlan:
         """Returns the row numbers, data, time steps, noise and labels of the given lanes at a step."""
         rows = np.concatenate([self.order.rows(step, lane) for lane in lanes])
         data = reader.rows(rows)
-        times, noises, told = [], [], []
+        times, noises, shown = [], [], []
         for index, lane in enumerate(lanes):
             draw = stream(Purpose.TRAINING, self.order.seed, step, lane)
             count = self.order.rows_per_lane
@@ -95,8 +95,8 @@ class BatchPlan:
                 chosen = np.flatnonzero(draw.random(count) < 0.5) + index * count
                 data[chosen] = self.mirrored(data[chosen])
             if self.num_classes:
-                told.append(draw.random(count) >= self.label_dropout)
-        labels = self._labels(reader.labels(rows), np.concatenate(told)) if self.num_classes else None
+                shown.append(draw.random(count) >= self.label_dropout)
+        labels = self._labels(reader.labels(rows), np.concatenate(shown)) if self.num_classes else None
         parts = (rows, data, np.concatenate(times), np.concatenate(noises))
         return Batch(step, *(torch.from_numpy(part) for part in parts), labels=labels, keys=self.keys(step, lanes))
 
@@ -108,8 +108,8 @@ class BatchPlan:
         shape = (self.order.rows_per_lane, self.num_dropouts, WORDS)
         return torch.from_numpy(np.concatenate([draw.integers(-(2**31), 2**31, shape, dtype=np.int32) for draw in draws]))
 
-    def _labels(self, classes: np.ndarray, told: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.where(told & (classes != NO_LABEL), classes, self.num_classes).astype(np.int64))
+    def _labels(self, classes: np.ndarray, shown: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.where(shown & (classes != NO_LABEL), classes, self.num_classes).astype(np.int64))
 
     def batches(self, reader: RowReader, steps: range, lanes: range, ahead: int = 2) -> Iterator[Batch]:
         """Yields the batches of consecutive steps, made by a thread that keeps `ahead` of them ready."""

@@ -71,9 +71,9 @@ def _charts(drift: Drift, max_label_drift: float, max_brightness_drift: float, w
     axes = figure.subplots(1, 1 + has_labels, squeeze=False)[0]
     if has_labels:
         _draw_labels(axes[0], rows, (drift.num_before, drift.new_images))
-        _tell(axes[0], "Labels", drift.labels, max_label_drift)
+        _report(axes[0], "Labels", drift.labels, max_label_drift)
     _draw_brightness(axes[-1], drift)
-    _tell(axes[-1], "Brightness", drift.brightness, max_brightness_drift)
+    _report(axes[-1], "Brightness", drift.brightness, max_brightness_drift)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3])
 
@@ -129,7 +129,7 @@ def _percent(value: float, _: float | None = None) -> str:
     return f"{100 * value:.3g} %"
 
 
-def _tell(axes: "Axes", what: str, distance: Distance, limit: float) -> None:
+def _report(axes: "Axes", what: str, distance: Distance, limit: float) -> None:
     """Writes a distance with its limit over a chart, in red where it is over and not by chance."""
     is_far, drifted = distance.value > limit, distance.exceeds(limit)
     chance = f"p < {CHANCE:g}" if distance.p_value < CHANCE else f"p = {distance.p_value:.2g}"

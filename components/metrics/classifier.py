@@ -92,7 +92,7 @@ class ClassifierExtractor:
 
 
 def train_classifier(
-    pixels: np.ndarray, classes: np.ndarray, folder: Path, tell: Callable[[float], None] = lambda share: None, device: torch.device | str = "cpu"
+    pixels: np.ndarray, classes: np.ndarray, folder: Path, report: Callable[[float], None] = lambda share: None, device: torch.device | str = "cpu"
 ) -> None:
     """Trains a classifier and writes it to a folder, the record last.
 
@@ -122,7 +122,7 @@ def train_classifier(
             x, wanted = torch.from_numpy(pixels[rows]).to(device), torch.from_numpy(classes[rows]).to(device)
             _step(network, optimizer, _shifted(to_model_range(x), draw), wanted)
             cycle.step()
-            tell(cycle.last_epoch / steps)
+            report(cycle.last_epoch / steps)
     network.eval()
     accuracy = _accuracy(network, pixels, classes, held_out, device)
     folder.mkdir(parents=True, exist_ok=True)

@@ -177,8 +177,8 @@ def make_classifier(dataset: str, folder: str, threads: int, progress: RemotePro
     most = min(CLASSIFIER_ROWS, max(MIN_CLASSES, CLASSIFIER_BYTES // manifest.space.row_bytes))
     labelled = labelled[:: -(-len(labelled) // most)]  # spread over all labels, by which rows are sorted
     with scratch("classifier") as staging:
-        tell = progress.tell()
+        report = progress.report()
         train_classifier(
-            manifest.space.for_features(reader.rows(labelled)), classes[labelled].astype(np.int64), staging / "made", lambda share: tell(100 * share), device
+            manifest.space.for_features(reader.rows(labelled)), classes[labelled].astype(np.int64), staging / "made", lambda share: report(100 * share), device
         )
         Location.of(folder).upload(staging / "made", last=RECORD)

@@ -10,7 +10,7 @@ from cluster.key_value_store import KeyValueStore, StoreLostError
 from pipeline.context import Advance
 from pipeline.progress import repeatedly
 
-TELL_EVERY_S, LOOK_EVERY_S = 1.0, 2.0
+REPORT_EVERY_S, LOOK_EVERY_S = 1.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class RemoteProgress:
     store: str
     piece: str
 
-    def tell(self) -> Callable[[float], None]:
+    def report(self) -> Callable[[float], None]:
         """Returns a function that says how much is done, at most once a second; saying so never fails, for the work is worth more."""
-        store, told = KeyValueStore(self.store), time.monotonic()
+        store, reported = KeyValueStore(self.store), time.monotonic()
 
         def say(done: float) -> None:
-            nonlocal told
-            if time.monotonic() - told >= TELL_EVERY_S:
-                told = time.monotonic()
+            nonlocal reported
+            if time.monotonic() - reported >= REPORT_EVERY_S:
+                reported = time.monotonic()
                 with suppress(StoreLostError):
                     store.put(self.piece, repr(done))
 

@@ -155,10 +155,10 @@ class Sampler:
             reader, extractor = self._reader(real), self._extractors[which]
             size = EXTRACT_BATCHES[self._device]
             batches = [np.arange(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size)]
-            found, tell = [], (lambda done: None) if progress is None else progress.tell()
+            found, report = [], (lambda done: None) if progress is None else progress.report()
             for batch in batches:
                 found.append(extracted(extractor, reader.space.for_features(reader.rows(batch)), size)[0])
-                tell(float(batch[-1] + 1 - rows.start))
+                report(float(batch[-1] + 1 - rows.start))
             write_array(file, np.concatenate(found))
         return len(rows)
 
@@ -168,12 +168,12 @@ class Sampler:
         Args:
             batch_size: 0 for as many as the device takes.
         """
-        tell = (lambda done: None) if progress is None else progress.tell()
+        report = (lambda done: None) if progress is None else progress.report()
         batch_size = batch_size or self._batch_size(samples)
 
         def batch(first: int) -> np.ndarray:
             drawn = seeds[first : first + batch_size]
-            return self._sample(samples, drawn, on_step=lambda level, x_t, x_0: tell(first + len(drawn) * (level.index + 1) / samples.recipe.steps))
+            return self._sample(samples, drawn, on_step=lambda level, x_t, x_0: report(first + len(drawn) * (level.index + 1) / samples.recipe.steps))
 
         return np.concatenate([batch(first) for first in range(0, len(seeds), batch_size)])
 

@@ -16,7 +16,7 @@ MARKDOWN, RECORD, ARTIFACTS = "summary.md", "summary.json", "retrain"
 SECRET = "DDPM_WEBHOOK_SECRET"
 
 
-def tell(
+def report(
     summary: AttemptSummary, config: RetrainConfig, *, place: Location, outbox: Location, storage: Location, run_id: str | None, reporter: Reporter
 ) -> str:
     """Writes the summary, logs it to the run, sends it; returns the Markdown file. What cannot be told is a warning: the attempt is what it is.

@@ -32,13 +32,13 @@ class CheckpointWriter:
         newest: the last checkpoint that is whole.
     """
 
-    def __init__(self, attempt: Attempt, metrics_log: MetricsLogWriter, spec: DenoiserSpec, config: TrainConfig, tell: Callable[[str], None]) -> None:
+    def __init__(self, attempt: Attempt, metrics_log: MetricsLogWriter, spec: DenoiserSpec, config: TrainConfig, report: Callable[[str], None]) -> None:
         """Prepares the writing; the copies are made when the first checkpoint is due.
 
         Args:
             tell: is given what keeps a checkpoint from being written, and an empty text when that is over.
         """
-        self._attempt, self._metrics_log, self._spec, self._config, self._tell = attempt, metrics_log, spec, config, tell
+        self._attempt, self._metrics_log, self._spec, self._config, self._report = attempt, metrics_log, spec, config, report
         self.newest: Location | None = None
         self._copies: dict[str, dict[str, torch.Tensor]] = {}
         self._changed = threading.Condition()
@@ -132,7 +132,7 @@ class CheckpointWriter:
         """Notes what came of a write, and after one that failed waits a while, or until another checkpoint takes its place."""
         with self._changed:
             if trouble != self._trouble:
-                self._tell(trouble)
+                self._report(trouble)
             self._trouble, self._failure, self._writing = trouble, failure, False
             tried = self._waiting
             self._waiting = self._waiting if trouble else None

@@ -22,12 +22,12 @@ class FailureObserver(UserCallback):
         """Notes the first worker that died, or else the first that raised, unless a reason is known already."""
         try:
             if not self._store.get(REASON):
-                self._store.put(REASON, told(worker_exceptions))
+                self._store.put(REASON, describe_failures(worker_exceptions))
         except Exception:  # whatever it is, a note is not worth the run: Ray would end it
             return
 
 
-def told(failures: dict[int, Exception]) -> str:
+def describe_failures(failures: dict[int, Exception]) -> str:
     """Returns which workers died, or where none did, what the first one raised; those that live raise when their peer is gone."""
     causes = {rank: _cause(error) for rank, error in sorted(failures.items())}
     died = [str(rank) for rank, cause in causes.items() if isinstance(cause, RayActorError)]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from cluster.key_value_store import KeyValueStore, StoreLostError
 
 BEAT_S = 1.0
-BEATS, SAVE, SAVED, TROUBLE, GIVEN_UP, DRAINED, REASON, TOLD = "beat/", "save", "saved", "trouble", "given-up", "drained", "reason", "told/"
+BEATS, SAVE, SAVED, TROUBLE, GIVEN_UP, DRAINED, REASON, LINES = "beat/", "save", "saved", "trouble", "given-up", "drained", "reason", "told/"
 """Keys of the key-value store. Below TOLD are lines for a person. REASON says why the workers have to start again; it is there from then until they do."""
 
 
@@ -71,10 +71,10 @@ class Heartbeat:
         with suppress(StoreLostError):
             self._store.put(key, note)
 
-    def tell(self, line: str) -> None:
+    def report(self, line: str) -> None:
         """Has the driver tell a person something."""
         self._lines += 1
-        self.say(f"{TOLD}{self._who['attempt']:06d}/{self._lines:03d}", line)
+        self.say(f"{LINES}{self._who['attempt']:06d}/{self._lines:03d}", line)
 
     def give_up(self, reason: str) -> None:
         """Has the driver end the run with a reason that starting again would not mend, and waits for that."""

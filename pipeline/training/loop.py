@@ -144,8 +144,8 @@ def train_loop(config: dict[str, Any]) -> str:
 def _no_room(plan: TrainPlan, manifest: Manifest, device: torch.device, error: Exception) -> str:
     right = ["train.micro_batch_size=auto"] if plan.train.micro_batch_size != "auto" else ["more train.lanes, so that a lane has fewer images"]
     right += [] if getattr(plan.model, "checkpointing", True) else ["model.checkpointing=true"]
-    told = f"train.micro_batch_size={plan.train.micro_batch_size} needs more memory than {_name_of(device)} has for {manifest.space.description}"
-    return f"{told} ({' '.join(str(error).split())[:200]}); use {' or '.join(right)}"
+    detail = f"train.micro_batch_size={plan.train.micro_batch_size} needs more memory than {_name_of(device)} has for {manifest.space.description}"
+    return f"{detail} ({' '.join(str(error).split())[:200]}); use {' or '.join(right)}"
 
 
 def _name_of(device: torch.device) -> str:
@@ -171,9 +171,9 @@ def _agree_on_start(folder: Location, rank: int, device: torch.device) -> tuple[
     attempt = found = None
     if rank == 0:
         attempt, found = Attempt(folder), newest_whole_checkpoint(folder)
-    told = ["" if attempt is None else attempt.ticket.model_dump_json(), found.name if found else ""]
-    torch.distributed.broadcast_object_list(told, device=device)
-    ticket, name = told
+    detail = ["" if attempt is None else attempt.ticket.model_dump_json(), found.name if found else ""]
+    torch.distributed.broadcast_object_list(detail, device=device)
+    ticket, name = detail
     return attempt or Attempt(folder, Ticket.model_validate_json(ticket)), folder / name if name else None
 
 
@@ -282,7 +282,7 @@ class Worker:
             images, part = counted(len(first.data), trainer.spec.space.noun), trainer.stepper.part
             passes = f"{images} of a worker in passes of {part}" if part else f"{images} of a worker in one pass"
             threads = f", {counted(torch.get_num_threads(), 'thread')}" if trainer.device.type == "cpu" else ""
-            self.heartbeat.tell(f"{_name_of(trainer.device)}{threads}: {trainer.arithmetic}, {passes}")
+            self.heartbeat.report(f"{_name_of(trainer.device)}{threads}: {trainer.arithmetic}, {passes}")
         with self._compiling() if trainer.arithmetic.compiled else contextlib.nullcontext():
             if self.world > 1 or trainer.arithmetic.compiled:
                 trainer.warm_up(first)
@@ -296,7 +296,7 @@ class Worker:
             torch.cuda.synchronize()
         self.heartbeat.phase = "waiting for data"
         if self.rank == 0:
-            self.heartbeat.tell(f"compiled the step in {time.perf_counter() - started:.0f} s; kept in {compilations()} for the next start")
+            self.heartbeat.report(f"compiled the step in {time.perf_counter() - started:.0f} s; kept in {compilations()} for the next start")
 
     def _is_checkpoint(self) -> bool:
         return self.trainer.step % self.trainer.config.checkpoint_every == 0 or self.trainer.step == self.trainer.config.steps

@@ -21,7 +21,7 @@ from components.storage import Location
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.tracking import BATCH_METRICS, Tracking
-from pipeline.training.heartbeat import BEATS, TOLD, Beat
+from pipeline.training.heartbeat import BEATS, LINES, Beat
 from pipeline.training.metrics_log import SYSTEM_FOLDER, MetricsLine, MetricsLogReader, attempts_so_far, open_metrics
 from pipeline.training.restarts import restarts_of
 
@@ -66,8 +66,8 @@ class MetricsRelay:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
         self._showing.join()
-        self._tell_damaged()
-        self._tell_lines()
+        self._report_damaged()
+        self._report_lines()
         with self._context.reporter.part("delivering metrics to MLflow"):
             self._delivering.join(LEAVING_S if in_a_hurry(error) else LAST_DELIVERY_S)
         self._late.set()
@@ -78,8 +78,8 @@ class MetricsRelay:
         done, attempt = self._last_step(), self._before
         with self._context.reporter.progress("train", self._steps, "steps", done, start="starting the workers") as advance:
             while not self._ended.wait(LOOK_LOCAL_S if self._context.folder.is_local else LOOK_REMOTE_S):
-                self._tell_damaged()
-                self._tell_lines()
+                self._report_damaged()
+                self._report_lines()
                 beat = self._beat()
                 if beat is not None and beat.attempt > attempt:
                     attempt = beat.attempt
@@ -90,7 +90,7 @@ class MetricsRelay:
                 advance(max(0, now - done))
                 done = max(done, now)
 
-    def _tell_damaged(self) -> None:
+    def _report_damaged(self) -> None:
         """Says which checkpoints workers have set aside since the last look."""
         with contextlib.suppress(OSError):
             for path in damaged_checkpoints(self._context.folder):
@@ -99,10 +99,10 @@ class MetricsRelay:
                     reason = escape(damage_of(path))
                     self._context.reporter.line(f"  [yellow]warning[/] a damaged checkpoint is set aside as {path.name}, the one before it is used: {reason}")
 
-    def _tell_lines(self) -> None:
+    def _report_lines(self) -> None:
         """Says what the first worker has to say."""
         with contextlib.suppress(StoreLostError):
-            for key, line in sorted(self._store.below(TOLD).items()):
+            for key, line in sorted(self._store.below(LINES).items()):
                 if key not in self._told:
                     self._told.add(key)
                     self._context.reporter.line(f"  {escape(line)}")

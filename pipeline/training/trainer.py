@@ -201,8 +201,8 @@ def _read(plan: TrainPlan, path: Location) -> Resumable:
     resumable = load_training_state(path)
     record = resumable.state.record
     if record.train_digest != plan.inputs:
-        told = differences(record.settings, plan.settings) or f"digest {record.train_digest}, not {plan.inputs}"
-        raise DataError(f"{path} was trained with other settings ({told}); move it away, or train with those")
+        detail = differences(record.settings, plan.settings) or f"digest {record.train_digest}, not {plan.inputs}"
+        raise DataError(f"{path} was trained with other settings ({detail}); move it away, or train with those")
     return resumable
 
 

@@ -39,7 +39,7 @@ class Watchdog:
     """
 
     def __init__(
-        self, store: KeyValueStore, config: ClusterConfig, hang_timeout_s: float, *, before: int, tell: Callable[[str], None], interrupt: Callable[[], None]
+        self, store: KeyValueStore, config: ClusterConfig, hang_timeout_s: float, *, before: int, report: Callable[[str], None], interrupt: Callable[[], None]
     ) -> None:
         """Prepares the watch.
 
@@ -49,7 +49,7 @@ class Watchdog:
             tell: is given lines for a person.
             interrupt: raises KeyboardInterrupt in the block's main thread.
         """
-        self._store, self._config, self._say, self._interrupt = store, config, tell, interrupt
+        self._store, self._config, self._say, self._interrupt = store, config, report, interrupt
         self._hangs = HangDetector(hang_timeout_s)
         self._told_attempt = self._before = before
         self._told_trouble = ""
@@ -64,7 +64,7 @@ class Watchdog:
         self.left = False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def _tell(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         """Tells a person, if there still is one: a closed pipe ends the process where rich finds it."""
         with suppress(OSError, SystemExit):
             self._say(line)
@@ -88,8 +88,8 @@ class Watchdog:
 
     def _look(self) -> None:
         beats = self._beats()
-        self._tell_start(beats)
-        self._tell_trouble()
+        self._report_start(beats)
+        self._report_trouble()
         if reason := self._store.get(GIVEN_UP):
             self.failure = ConfigError(reason)
         elif self._leave.is_set():
@@ -99,7 +99,7 @@ class Watchdog:
         elif hung := self._hangs.look(beats, time.monotonic()):
             self._restart(hung)
         else:
-            self._heed_draining(beats)
+            self._handle_draining(beats)
 
     def _beats(self) -> list[Beat]:
         """Returns the last beat of each worker of the newest attempt of this command, by rank."""
@@ -107,18 +107,18 @@ class Watchdog:
         newest = max((beat.attempt for beat in notes), default=0)
         return sorted((beat for beat in notes if beat.attempt == newest > self._before), key=lambda beat: beat.rank)
 
-    def _tell_start(self, beats: Sequence[Beat]) -> None:
+    def _report_start(self, beats: Sequence[Beat]) -> None:
         if beats and beats[0].attempt > max(1, self._told_attempt):
             beat = beats[0]
-            self._tell(f"  start {beat.attempt}: from step {beat.first} with {count(beat.num_workers, 'worker')}")
+            self._report(f"  start {beat.attempt}: from step {beat.first} with {count(beat.num_workers, 'worker')}")
         self._told_attempt = max(self._told_attempt, beats[0].attempt if beats else 0)
 
-    def _tell_trouble(self) -> None:
+    def _report_trouble(self) -> None:
         trouble = self._store.get(TROUBLE) or ""
         if trouble and trouble != self._told_trouble:
-            self._tell(f"  [yellow]warning[/] a checkpoint cannot be written ({escape(trouble)}); training goes on, and it is tried again")
+            self._report(f"  [yellow]warning[/] a checkpoint cannot be written ({escape(trouble)}); training goes on, and it is tried again")
         elif trouble != self._told_trouble:
-            self._tell("  checkpoints can be written again")
+            self._report("  checkpoints can be written again")
         self._told_trouble = trouble
 
     def _restart(self, hung: Sequence[Beat]) -> None:
@@ -131,16 +131,16 @@ class Watchdog:
         try:
             was_there = kill_process(hung[0].node_id, hung[0].pid)
         except ClusterError as error:
-            self._tell(f"  [yellow]warning[/] {escape(str(error))}; it is tried again")
+            self._report(f"  [yellow]warning[/] {escape(str(error))}; it is tried again")
             self._store.put(REASON, "")
             return
         self._condemned = hung[0].attempt
         if was_there:
-            self._tell(f"  [yellow]warning[/] {escape(reason)}; the workers start again")
+            self._report(f"  [yellow]warning[/] {escape(reason)}; the workers start again")
         else:
             self._store.put(REASON, "")
 
-    def _heed_draining(self, beats: Sequence[Beat]) -> None:
+    def _handle_draining(self, beats: Sequence[Beat]) -> None:
         """Has a checkpoint saved when a node with workers on it is to be taken away, and another shortly before it is."""
         if self._config.address == "local":
             return
@@ -151,7 +151,7 @@ class Watchdog:
                 self._draining |= {(node_id, False), (node_id, soon)}
                 self._store.put(SAVE, f"{node_id} is drained{' now' if soon else ''}")
                 self._store.put(DRAINED, f"node {named[node_id]} was taken away")
-                self._tell(f"  node {named[node_id]} is to be taken away{' now' if soon else ''}; saving a checkpoint")
+                self._report(f"  node {named[node_id]} is to be taken away{' now' if soon else ''}; saving a checkpoint")
 
     def _go(self, beats: Sequence[Beat]) -> None:
         """Saves before leaving, within the grace period."""
@@ -161,14 +161,14 @@ class Watchdog:
         if self._deadline is None:
             self._deadline = time.monotonic() + self._config.grace_s
             self._store.put(SAVE, _LEAVING)
-            self._tell(f"  asked to end: saving a checkpoint, for at most {self._config.grace_s} s")
+            self._report(f"  asked to end: saving a checkpoint, for at most {self._config.grace_s} s")
         saved = self._store.get(SAVED) or ""
         name, _, step = saved.rpartition(" ")
         if name == _LEAVING:
-            self._tell(f"  saved at step {step}")
+            self._report(f"  saved at step {step}")
             self.left = True
         elif time.monotonic() >= self._deadline:
-            self._tell(f"  [yellow]warning[/] no checkpoint was saved within {self._config.grace_s} s; the last one before is used")
+            self._report(f"  [yellow]warning[/] no checkpoint was saved within {self._config.grace_s} s; the last one before is used")
             self.left = True
 
     def why(self, error: BaseException) -> str:
@@ -184,15 +184,15 @@ class Watchdog:
         if self.failure is not None:
             raise self.failure
         if self.left:
-            self._hand_on()
+            self._forward()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked.append(number)
         self._leave.set()
         if self._asked.count(signal.SIGTERM) > 1:
-            self._hand_on()
+            self._forward()
 
-    def _hand_on(self) -> None:
+    def _forward(self) -> None:
         """Lets whoever answered the first signal before this watch answer it now."""
         handler = self._handlers.get(self._asked[0])
         if callable(handler):
@@ -212,8 +212,8 @@ class Watchdog:
             self._thread.join()
         with suppress(StoreLostError):
             if self.failure is None:
-                self._tell_start(self._beats())  # one that was too short for a look
+                self._report_start(self._beats())  # one that was too short for a look
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if kind is None and self._leave.is_set():
-            self._hand_on()  # it came when the block was over anyway
+            self._forward()  # it came when the block was over anyway

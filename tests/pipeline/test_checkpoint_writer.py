@@ -89,11 +89,11 @@ def test_on_a_full_disk_training_goes_on_and_the_checkpoint_is_written_when_ther
     folder, full, told = Location.of(little_disk), threading.Event(), []
     attempt, tensor = Attempt(folder), torch.rand(100_000)
 
-    def tell(trouble: str) -> None:
+    def report(trouble: str) -> None:
         told.append(trouble)
         full.set()
 
-    with CheckpointWriter(attempt, MetricsLogWriter(attempt), SPEC, CONFIG, tell) as writer:
+    with CheckpointWriter(attempt, MetricsLogWriter(attempt), SPEC, CONFIG, report) as writer:
         writer.save(everything(1, tensor))
         writer.finish()
         (little_disk / "other").write_bytes(bytes(2 << 20))

@@ -22,7 +22,7 @@ from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import Reporter, StageContext
-from pipeline.train import check_labels, tell_unfinished
+from pipeline.train import check_labels, report_unfinished
 from pipeline.training.loop import MetricsWindow
 from pipeline.training.plan import TrainConfig, TrainPlan
 from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer, sample_tiles
@@ -105,11 +105,11 @@ def test_a_training_that_begins_anew_says_which_one_stays_and_in_what_it_differs
     train(trainer, 3)
     trainer.save(stage / "aaa" / "step_000000003-0001")
     context = StageContext(stage, stage / "bbb", "bbb", "run", ClusterConfig(), Reporter())
-    tell_unfinished(context, {"train.lr": "0.001", "dataset": "d"})
+    report_unfinished(context, {"train.lr": "0.001", "dataset": "d"})
     said = " ".join(capsys.readouterr().err.split())
     assert f"stopped at step 3 stays in {stage / 'aaa'} (train.lr is 0.0002 there and 0.001 here)" in said
     (stage / "aaa" / "receipt.json").write_text("{}")
-    tell_unfinished(context, {"train.lr": "0.001", "dataset": "d"})
+    report_unfinished(context, {"train.lr": "0.001", "dataset": "d"})
     assert capsys.readouterr().err == ""
 
 

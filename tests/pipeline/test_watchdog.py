@@ -76,7 +76,7 @@ def asked() -> Iterator[None]:
 def watch(store: Notes, block: Callable[[], None], told: list[str], before: int = 0, grace_s: int = 25) -> Watchdog:
     """Runs a block under the watch, as the training stage does."""
     config = ClusterConfig(grace_s=grace_s)
-    with interruptible() as interrupt, Watchdog(store, config, 60, before=before, tell=told.append, interrupt=interrupt) as watchdog:  # type: ignore[arg-type]
+    with interruptible() as interrupt, Watchdog(store, config, 60, before=before, report=told.append, interrupt=interrupt) as watchdog:  # type: ignore[arg-type]
         try:
             block()
         except KeyboardInterrupt:

@@ -65,8 +65,8 @@ class PointMLP(nn.Module):
     def _estimate(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         embedding = self.time(timestep_embedding(t, self.width))
         if self.label_embedding is not None:
-            told = labels if labels is not None else torch.full((len(x_t),), self.label_embedding.num_embeddings - 1, device=x_t.device)
-            embedding = embedding + self.label_embedding(told)
+            labels_shown = labels if labels is not None else torch.full((len(x_t),), self.label_embedding.num_embeddings - 1, device=x_t.device)
+            embedding = embedding + self.label_embedding(labels_shown)
         elif labels is not None:
             raise ValueError("labels are given to a network without classes; give none, or train with model.conditional=true")
         x = self.project_in(x_t)
