@@ -81,15 +81,15 @@ class ClusterConfig(BaseModel):
     def _no_secret(cls, storage: str) -> str:
         scheme, separator, rest = storage.partition("://")
         if separator and scheme != "s3":
-            raise ValueError(f"{scheme}:// is no storage; use a folder or s3://BUCKET/PREFIX")
+            raise ValueError(f"{scheme}:// is not supported as storage; use a folder or s3://BUCKET/PREFIX")
         if separator and ("@" in rest.split("/", 1)[0] or "?" in rest):
             raise ValueError("the address holds keys or options, which would be logged; put them into the AWS_* variables")
         if separator and not _S3.fullmatch(rest.rstrip("/")):
-            raise ValueError("this is no bucket, or no prefix in one; use s3://BUCKET/PREFIX, of letters, digits, '.', '_' and '-'")
+            raise ValueError("this is not a bucket with an optional prefix; use s3://BUCKET/PREFIX, of letters, digits, '.', '_' and '-'")
         return storage
 
     @model_validator(mode="after")
     def _check_range(self) -> Self:
         if not 1 <= self.min_workers <= self.max_workers:
-            raise ValueError(f"num_workers={self.num_workers} is no range of workers; use a number from 1 on, or [MIN, MAX]")
+            raise ValueError(f"num_workers={self.num_workers} is not a valid number of workers; use a number from 1 on, or [MIN, MAX]")
         return self

@@ -89,7 +89,7 @@ class JobServer:
 
     def __init__(self, address: str) -> None:
         if not address.startswith(("http://", "https://")):
-            raise ClusterError(f"--address {address} is no web address; use that of the Ray dashboard, such as http://HEAD:8265")
+            raise ClusterError(f"--address {address} is not a web address; use that of the Ray dashboard, such as http://HEAD:8265")
         self.address = address.rstrip("/")
         use_token()
         with answering(address):
@@ -169,7 +169,7 @@ class JobServer:
             except (RuntimeError, OSError, aiohttp.ClientError) as error:
                 lost += 1
                 if lost > RECONNECTS:
-                    raise ClusterError(f"--address {self.address} is lost while following {job_id} ({_short(error)}); the job goes on") from error
+                    raise ClusterError(f"--address {self.address} was lost while following {job_id} ({_short(error)}); the job keeps running") from error
             with contextlib.suppress(ClusterError):
                 job = self.get(job_id)
                 if not job.is_running:

@@ -63,4 +63,4 @@ class KeyValueStore:
             return getattr(client, method)(*arguments, timeout=REACH_S)
         except (RayError, OSError, RuntimeError) as error:
             message = " ".join(str(error).split())[:200]
-            raise StoreLostError(f"Ray's head does not answer ({message}); the same command goes on when it does, or with a new one") from error
+            raise StoreLostError(f"Ray's head does not answer ({message}); run the same command again to resume, when it answers or with a new head") from error

@@ -66,7 +66,7 @@ class NodeWatch:
                 continue
             missing_since = missing_since or now
             if now - missing_since >= self.patience_s:
-                self.failure = ClusterError(f"{missing} (waited {self.patience_s:.0f} s; the same command goes on from the last checkpoint)")
+                self.failure = ClusterError(f"{missing} (waited {self.patience_s:.0f} s; run the same command again to resume from the last checkpoint)")
                 self._give_up()
                 return
             if now - reported >= REPORT_S:

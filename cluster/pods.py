@@ -77,9 +77,9 @@ def check_names(job: Job) -> None:
         name, has_dots = getattr(job, key), key != "namespace"
         if name is not None and (not _NAME.fullmatch(name) or len(name) > most or ("." in name and not has_dots)):
             right = f"use up to {most} small letters and digits, with '-'{' and dots' if has_dots else ''} between them"
-            raise ClusterError(f"--{key.replace('_', '-')} {name} is no name in Kubernetes; {right}")
+            raise ClusterError(f"--{key.replace('_', '-')} {name} is not a valid name in Kubernetes; {right}")
     if not re.fullmatch(r"[!-~]{1,500}", job.image):
-        raise ClusterError(f"--image {job.image} is no image; use REGISTRY/NAME:TAG")
+        raise ClusterError(f"--image {job.image} is not an image; use REGISTRY/NAME:TAG")
 
 
 def check_storage(job: Job) -> None:
@@ -93,7 +93,7 @@ def check_storage(job: Job) -> None:
         if job.claim:
             raise ClusterError(f"--claim {job.claim} has no place where cluster.storage={storage}; leave it out, or name the folder to mount it at")
     elif not storage.startswith("/") or storage.rstrip("/") == "":
-        raise ClusterError(f"cluster.storage={storage} is no place that every pod can see; use an absolute path with --claim, or s3://BUCKET/PREFIX")
+        raise ClusterError(f"cluster.storage={storage} is not a path that every pod can see; use an absolute path with --claim, or s3://BUCKET/PREFIX")
     elif not job.claim:
         raise ClusterError(f"cluster.storage={storage} needs --claim NAME, a ReadWriteMany claim to mount there; or use s3://BUCKET/PREFIX")
 

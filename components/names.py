@@ -36,7 +36,7 @@ def why_no_name(name: str, what: str = "name") -> str | None:
 def why_no_model_name(name: str) -> str | None:
     """Returns what is wrong with the name of a registered model and what would be right; None where nothing is."""
     if not _MODEL_NAME.fullmatch(name) or name.endswith(" "):
-        return f"is no name of a model; use {RIGHT}, spaces only between them"
+        return f"is not a valid model name; use {RIGHT}, spaces only between them"
     return _why_not_held(name, MAX_MODEL_NAME)
 
 

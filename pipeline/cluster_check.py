@@ -72,7 +72,7 @@ def probe_from_node(folder: str, token: str, needed: Mapping[str, str]) -> dict[
 
     seen = (Location.of(folder) / "token").read_text()
     if seen != token:
-        raise FileNotFoundError(f"{folder} holds something else here")
+        raise FileNotFoundError(f"{folder} has other content on this node")
     (Location.of(folder) / ray.get_runtime_context().get_node_id()).write_text("seen")
     for setting, path in needed.items():
         if not os.path.exists(os.path.expanduser(path)):

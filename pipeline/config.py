@@ -59,7 +59,7 @@ class RunConfig(BaseModel):
             raise ValueError(f"train.flip=true means nothing to {self.data.space.noun}s; use train.flip=false")
         train, workers = self.train, self.cluster.max_workers
         if train.global_batch_size % train.lanes:
-            raise ValueError(f"train.global_batch_size={train.global_batch_size} is no multiple of train.lanes={train.lanes}; use a multiple")
+            raise ValueError(f"train.global_batch_size={train.global_batch_size} is not a multiple of train.lanes={train.lanes}; use a multiple")
         if train.lanes % workers:
             raise ValueError(f"cluster.num_workers={workers} does not divide train.lanes={train.lanes}; use a divisor, or other lanes")
         self._check_recipe()
@@ -164,7 +164,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"preset {path} cannot be read ({error.strerror}); name a preset or a YAML file") from error
+        raise ConfigError(f"preset {path} cannot be read ({error.strerror}); use the name of a preset or the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"preset {path} is not YAML ({' '.join(str(error).split())}); mend it") from error
     tree = {} if tree is None else tree

@@ -54,7 +54,7 @@ def check_cache(folder: str | None, *, is_used: bool) -> None:
     except OSError as error:
         raise ConfigError(f"cluster.cache={folder} cannot be written ({error.strerror}); name a folder with write permission") from error
     if blocked is not None:
-        raise ConfigError(f"cluster.cache={folder} can be no folder, for {blocked} is none; name another")
+        raise ConfigError(f"cluster.cache={folder} cannot be a folder, because {blocked} is not one; name another")
 
 
 def check_namesake(folder: Location, name: str) -> None:

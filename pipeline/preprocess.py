@@ -91,7 +91,8 @@ def list_source(config: DataConfig, storage: Location, found: Found | None = Non
         DataError: if the source cannot be read or is empty.
     """
     if _holds(Path(config.source).expanduser(), storage):
-        raise DataError(f"data.source={config.source} holds the storage root {storage}, whose pictures are no data; set cluster.storage to a folder outside it")
+        right = "set cluster.storage to a folder outside it"
+        raise DataError(f"data.source={config.source} contains the storage root {storage}, whose pictures are not data; {right}")
     downloads = str(storage / "downloads") if storage.is_local else str(Path(tempfile.gettempdir()) / "ddpm-downloads")
     source, listing = look_at(config, downloads, found)
     address = address_of(config.source)

@@ -173,7 +173,7 @@ class TrackedRun:
         try:
             self._end(run_id, status)
         except (RegistryError, OSError) as failure:
-            self._context.reporter.line(f"  [yellow]warning[/] {escape(str(failure))}; the same command tells it the rest")
+            self._context.reporter.line(f"  [yellow]warning[/] {escape(str(failure))}; the same command delivers the rest")
 
     def _end(self, run_id: str, status: str) -> None:
         """Ends the run when MLflow has all of it; what a slow server has not taken by the deadline waits for the next call."""

@@ -248,7 +248,7 @@ def _describe(uri: str, error: BaseException) -> str:
         return f"MLFLOW_TRACKING_URI={public} {wrong}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of a user of that server"
     if "Invalid Host header" in message:
         host = public.partition("://")[2].partition("/")[0]
-        return f"MLFLOW_TRACKING_URI={public} is no name of that server; use one that it knows, or add {host} to its --allowed-hosts"
+        return f"MLFLOW_TRACKING_URI={public} is not a name of that server; use one that it accepts, or add {host} to its --allowed-hosts"
     if code in ("PERMISSION_DENIED", 403):
         return f"MLflow at {public} does not let {user or 'you'} do this ({message}); an administrator may grant EDIT on the experiment and the model"
     if type(error).__module__.partition(".")[0] in ("boto3", "botocore"):

@@ -144,7 +144,7 @@ def report_unfinished(context: StageContext, settings: Mapping[str, str]) -> Non
             record = TrainingRecord.model_validate_json((newest / "state.json").read_text())
             detail = differences(record.settings, settings) or "other settings"
             context.reporter.line(
-                f"  [yellow]note[/] this begins anew: a training of the run that stopped at step {record.step} stays in {other} ({escape(detail)})"
+                f"  [yellow]note[/] starting over: a training of the run that stopped at step {record.step} stays in {other} ({escape(detail)})"
             )
 
 

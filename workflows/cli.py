@@ -44,9 +44,9 @@ app.add_typer(models_app, rich_help_panel="Look")
 app.add_typer(schedule_app)
 
 Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name (digits, points, cifar10, cifar10-small, celeba64) or the path of a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings laid on the preset, such as train.steps=1000.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override the preset's, such as train.steps=1000.")]
 Name = Annotated[str | None, typer.Option("--name", help="What to call the run; the preset's name by default.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Print the time of every part of the work at the end, not of those of five seconds and more alone.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print the time of every part of the work at the end; by default of those of five seconds and more.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, the stages' receipts, as the only thing on stdout.")]
 Storage = Annotated[str, typer.Option("--storage", help="Storage root whose MLflow store is used, unless MLFLOW_TRACKING_URI is set.")]
 
@@ -56,11 +56,11 @@ def run(
     preset: Preset,
     overrides: Overrides = None,
     name: Name = None,
-    start_from: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and the later ones even where nothing changed.")] = None,
+    start_from: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all later ones again, even if nothing changed.")] = None,
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Preprocess, train, evaluate, register: what already matches is skipped, what was interrupted goes on."""
+    """Preprocess, train, evaluate, register: finished stages are skipped, an interrupted one is resumed."""
     _run(preset, overrides, name, "register", start_from, as_json, verbose)
 
 
@@ -93,7 +93,7 @@ def retrain(
     preset: Preset,
     overrides: Overrides = None,
     name: Name = None,
-    until: Annotated[str, typer.Option(metavar="STAGE", help="Leave the attempt open after this stage; the same command goes on with it.")] = "register",
+    until: Annotated[str, typer.Option(metavar="STAGE", help="Leave the attempt open after this stage; the same command resumes it.")] = "register",
     address: Annotated[str | None, typer.Option(metavar="URL", help="Have a Ray cluster do it, as a job: its dashboard, such as http://HEAD:8265.")] = None,
     tick: Annotated[str | None, typer.Option(help="With --address: what started this, such as a date; the same tick finds its job again.")] = None,
     packages: Annotated[str, typer.Option(help="With --address: image or lock, as for submit.")] = "image",
@@ -118,7 +118,7 @@ def retrain(
 
         with detaching():
             raise typer.Exit(retrain_on_cluster(config, run_name, address=address, tick=tick, packages=packages_of(packages), pass_env=pass_env or []))
-    with stdout_to_stderr() as stdout, _resumable(stdout, "interrupted; the same command goes on with the attempt"):
+    with stdout_to_stderr() as stdout, _resumable(stdout, "interrupted; run the same command again to resume the attempt"):
         code = make_attempt(stdout, config, run_name, until, as_json=as_json, as_job=as_job)
     raise typer.Exit(code)
 
@@ -134,7 +134,7 @@ def _run(preset: str, overrides: list[str] | None, name: str | None, until: "Sta
     if start_from is not None and start_from not in stages:
         raise ConfigError(f"--from {start_from} is no stage; use one of {', '.join(STAGES)}")
     with stdout_to_stderr() as stdout:
-        with _resumable(stdout, "interrupted; the same command goes on from the last checkpoint"):
+        with _resumable(stdout, "interrupted; run the same command again to resume from the last checkpoint"):
             reports = run_pipeline(config, run_name, until=until, start_from=stages[start_from] if start_from else None)
         with unread_is_fine(stdout):
             if as_json:
@@ -169,7 +169,7 @@ def submit(
     packages: Annotated[str, typer.Option(help="image: the nodes have the packages of requirements.lock; lock: install them for this job by uv.")] = "image",
     pass_env: Annotated[list[str] | None, typer.Option("--pass-env", metavar="VARIABLE", help="Send a variable of this environment, visibly, too.")] = None,
 ) -> None:
-    """Run all four stages on a Ray cluster; this machine may go. Submitted again under its name, a run in progress is attached to, any other goes on."""
+    """Run all four stages on a Ray cluster; this machine may disconnect. Submitting the same name again attaches to a running job, or resumes the run."""
     settings, run_name = _load(preset, overrides, name)
     from workflows.submit import submit as submit_run
 
@@ -270,7 +270,7 @@ def verify_resume_command(
     path = str(find_preset(preset).resolve())
     from workflows.verify_resume import verify_resume
 
-    with stdout_to_stderr() as stdout, _resumable(stdout, "interrupted; the same command begins anew"):
+    with stdout_to_stderr() as stdout, _resumable(stdout, "interrupted; run the same command again to start over"):
         raise typer.Exit(verify_resume(stdout, settings, path, overrides or [], steps=steps, kills=kills, seed=seed, as_json=as_json))
 
 

@@ -67,9 +67,9 @@ def stop(name: str, address: str) -> None:
         typer.echo(f"{job.id} has {job.status.lower()} already")
         return
     job = server.stop(job.id)
-    again = f"submitted again under the name {job.name}, the run goes on from its last checkpoint"
+    again = f"submit it again under the name {job.name} to resume from the last checkpoint"
     if job.name.startswith(ATTEMPT):
-        again = "ddpm retrain with another --tick, or none, goes on with the attempt"
+        again = "ddpm retrain with another --tick, or none, resumes the attempt"
     typer.echo(f"{job.id} {job.status.lower()}; {again}")
 
 

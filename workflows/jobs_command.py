@@ -41,7 +41,7 @@ def jobs_list(address: Address, as_json: Annotated[bool, typer.Option("--json", 
 
 @jobs_app.command("status")
 def jobs_status(run_name: JobName, address: Address, as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False) -> None:
-    """Say how a run stands; the exit code follows from it: 0 while it goes on or when it succeeded."""
+    """Print the status of a run; the exit code is 0 while it runs or when it succeeded."""
     from workflows.jobs import print_status
 
     raise typer.Exit(print_status(run_name, address, as_json))
@@ -60,7 +60,7 @@ def jobs_logs(
 
 @jobs_app.command("stop")
 def jobs_stop(run_name: JobName, address: Address) -> None:
-    """Stop a run. Submitted again under its name, it goes on from its last checkpoint."""
+    """Stop a run. Submit it again under its name to resume from its last checkpoint."""
     from workflows.jobs import stop
 
     stop(run_name, address)

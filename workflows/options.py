@@ -76,7 +76,7 @@ def storage_of(text: str) -> Location:
     except OSError as error:
         raise ConfigError(f"--storage {text} cannot be looked at ({error.strerror}); {right}") from error
     if blocked is not None:
-        raise ConfigError(f"--storage {text} can be no folder, for {blocked} is none; {right}")
+        raise ConfigError(f"--storage {text} cannot be a folder, because {blocked} is not one; {right}")
     return root
 
 

@@ -1,4 +1,4 @@
-"""`ddpm retrain`: one scheduled attempt, from new images to a champion or a reason why not. Killed anywhere, the same command goes on with it."""
+"""`ddpm retrain`: one scheduled attempt, from new images to a champion or a reason why not. Killed anywhere, the same command resumes it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

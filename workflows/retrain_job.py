@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from workflows.outcome import said_in
 from workflows.submit import CONFIG_FILE, Packages, check_paths, check_room, check_settings, follow_job, say_where, send, variables_of
 
-ATTEMPT, AGAIN = "retrain~", "the same command goes on with the attempt"
+ATTEMPT, AGAIN = "retrain~", "run the same command again to resume the attempt"
 
 
 def retrain_on_cluster(config: RunConfig, name: str, *, address: str, tick: str | None, packages: Packages, pass_env: Sequence[str]) -> int:
@@ -54,7 +54,7 @@ def _job_name(name: str, tick: str | None) -> str:
 def _ended(server: JobServer, job: Job) -> int:
     """Returns the exit code of a tick that is over: a scheduler that tries again must not start what a person stopped."""
     if job.status == "STOPPED":
-        typer.echo(f"{job.id} was stopped; another --tick, or none, goes on with the attempt")
+        typer.echo(f"{job.id} was stopped; another --tick, or none, resumes the attempt")
         return job.outcome
     typer.echo(f"{job.id} is done already")
     return _exit_code(server, job.id)

@@ -23,7 +23,7 @@ from pipeline.tracking import git_commit, ui_link
 from workflows.settings import SECRETS, paths_of, travelling_settings
 
 CONFIG_FILE = "submitted.yaml"
-SUBMIT_AGAIN = "submit it again under the same name and it goes on from the last checkpoint"
+SUBMIT_AGAIN = "submit it again under the same name to resume from the last checkpoint"
 DRIVER = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": "60"}  # seconds to close the run before a stopped driver is killed
 Packages = Literal["image", "lock"]
 # `uv run` makes the environment once for each node; Ray starts its workers with the same words.
@@ -158,7 +158,7 @@ def follow_job(server: JobServer, job_id: str, name: str, again: str = SUBMIT_AG
     try:
         job = server.follow(job_id, _write)
     except KeyboardInterrupt:
-        typer.echo(f"\ndetached; {job_id} goes on. Come back with: ddpm jobs logs {name} --address {server.address}", err=True)
+        typer.echo(f"\ndetached; {job_id} keeps running. Attach again with: ddpm jobs logs {name} --address {server.address}", err=True)
         raise
     typer.echo(f"{job.id} {job.status.lower()}{_reason(job, again)}", err=True)
     return job.outcome

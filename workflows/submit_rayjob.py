@@ -199,7 +199,7 @@ def _end(api: Api, rayjob: Tree, say: Callable[[str], None]) -> int:
     if _state(rayjob) == ("Complete", "SUCCEEDED"):
         return SUCCESS
     if _is_lost(rayjob):
-        say(f"RayJob {name} was lost before the attempt could end; the next pod of this Job, or the next tick, goes on with it")
+        say(f"RayJob {name} was lost before the attempt could end; the next pod of this Job, or the next tick, resumes it")
         return CLUSTER_LOST
     return _exit_code(rayjob) or FAILURE
 
@@ -232,7 +232,7 @@ def _read(template: Path) -> Tree:
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
-    print("this pod was told to stop; the RayJob goes on, and the next pod of this Job follows it", flush=True)
+    print("this pod was asked to stop; the RayJob goes on, and the next pod of this Job follows it", flush=True)
     sys.exit(TERMINATED)
 
 

@@ -174,7 +174,7 @@ def _check(config: RunConfig, settings: Sequence[str]) -> None:
         raise ConfigError(f"cluster.address={config.cluster.address} is another machine, whose processes are not ours to kill; use local")
     for fixed, why in (("cluster.storage", "both trainings have a temporary one"), ("train.steps", "use --steps")):
         if any(setting.startswith(f"{fixed}=") for setting in settings):
-            raise ConfigError(f"{fixed} is not for this command to be told; leave it out ({why})")
+            raise ConfigError(f"{fixed} cannot be set for this command; leave it out ({why})")
 
 
 def scaled_down(steps: int, kills: int) -> list[str]:

@@ -119,7 +119,7 @@ def num_components(content: bytes) -> int:
 
 
 def ends_early(content: bytes, form: str) -> bool:
-    """Tells whether the file is shorter than its own structure says, or lacks the mark of its end; bytes after that do not matter."""
+    """Tells whether the file ends early: shorter than its own structure says, or without its end marker; bytes after that do not matter."""
     try:
         return _ENDS_EARLY[form](content)
     except (IndexError, OverflowError, struct.error):  # it points behind its end, or behind that of any file

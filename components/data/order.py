@@ -40,7 +40,7 @@ class RowOrder:
         if self.num_rows < 1:
             raise ValueError(f"num_rows={self.num_rows} leaves nothing to order; use a dataset with rows")
         if self.global_batch_size % self.lanes:
-            raise ValueError(f"global_batch_size={self.global_batch_size} is no multiple of lanes={self.lanes}; use a multiple")
+            raise ValueError(f"global_batch_size={self.global_batch_size} is not a multiple of lanes={self.lanes}; use a multiple")
 
     @property
     def rows_per_lane(self) -> int:

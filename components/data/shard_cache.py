@@ -46,7 +46,7 @@ class ShardCache:
             # Another process may remove the copy before it is open; once open, removal does not matter.
             with suppress(FileNotFoundError):
                 return open_file(self._fetch(file, sha256))
-        raise DataError(f"copies in {self.folder} vanish as fast as they are made; set cluster.cache_bytes higher")
+        raise DataError(f"the shard cache {self.folder} evicts copies before they are opened; set cluster.cache_bytes higher")
 
     def _fetch(self, file: Location, sha256: str) -> Path:
         self._make_folder()

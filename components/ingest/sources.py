@@ -73,7 +73,7 @@ class DataConfig(PixelSettings):
         if "@" in bucket or "?" in rest:
             raise ValueError("the address holds keys or options, which would be logged; put them into the AWS_* variables")
         if not _BUCKET.fullmatch(bucket) or "//" in f"/{prefix}":
-            raise ValueError("this is no bucket, or no prefix in one; use s3://BUCKET/PREFIX")
+            raise ValueError("this is not a bucket with an optional prefix; use s3://BUCKET/PREFIX")
         return source
 
     @model_validator(mode="after")

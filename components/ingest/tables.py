@@ -137,7 +137,7 @@ def image_column(schema: pa.Schema, wanted: str | None, name: str) -> str:
     encoded = [field.name for field in schema if _is_bytes(field.type)]
     if wanted is not None:
         if wanted not in (*structs, *encoded):
-            raise DataError(f"data.image_column={wanted} is no image column of {name}; {_instead(schema, [*structs, *encoded])}")
+            raise DataError(f"data.image_column={wanted} is not an image column of {name}; {_instead(schema, [*structs, *encoded])}")
         return wanted
     candidates = structs or encoded
     usual = [column for column in candidates if column.lower() in USUAL_NAMES]

@@ -44,7 +44,7 @@ class Request:
         if self.label is not None:
             denoiser.spec.label_number(self.label)
         if self.recipe.guidance != 1 and denoiser.spec.null_label is None:
-            raise ValueError(f"guidance={self.recipe.guidance:g} needs a model that is told classes, and this one is told none; use guidance=1")
+            raise ValueError(f"guidance={self.recipe.guidance:g} needs a conditional model, and this one has no classes; use guidance=1")
 
 
 def draw(denoiser: Denoiser, request: Request, network: Callable[..., torch.Tensor] | None = None) -> np.ndarray:

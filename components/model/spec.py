@@ -68,7 +68,7 @@ class DenoiserSpec(BaseModel):
         """
         names = self.label_names
         if not names:
-            raise ValueError(f"label={label} means nothing to a model that is told no classes; leave it out, or train with model.conditional=true")
+            raise ValueError(f"label={label} has no effect on a model without classes; leave it out, or train with model.conditional=true")
         if label in names:
             return names.index(label)
         if label.isdecimal() and int(label) < len(names):

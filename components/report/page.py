@@ -195,7 +195,7 @@ def _open(picture: Picture) -> Image.Image:
     try:
         return Image.open(io.BytesIO(picture.content), formats=list(MEDIA_TYPES))
     except OSError as error:
-        raise ValueError(f"picture={picture.alt!r} is no image that pages show; use the content of a PNG, GIF, JPEG or WebP file") from error
+        raise ValueError(f"picture={picture.alt!r} is not an image that pages can show; use the content of a PNG, GIF, JPEG or WebP file") from error
 
 
 def _data_uri(image_format: str, content: bytes) -> str:

@@ -34,7 +34,7 @@ def check_files(config: EvaluateConfig) -> None:
     except OSError as error:
         named = {key: value for key in ("inception_weights", "dinov2_weights", "reference") if (value := getattr(config, key)) is not None}
         reason = error.strerror or " ".join(str(error).split())
-        raise DataError(f"{' or '.join(f'evaluate.{key}={value}' for key, value in named.items())} cannot be read ({reason}); name one that can") from error
+        raise DataError(f"{' or '.join(f'evaluate.{key}={value}' for key, value in named.items())} cannot be read ({reason}); name a readable one") from error
 
 
 def _check_files(config: EvaluateConfig) -> None:

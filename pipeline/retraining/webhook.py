@@ -60,12 +60,12 @@ def check_url(url: str) -> None:
     """
     host, right = _host(url), "use https://HOST/PATH, or http:// on this machine"
     if not host:
-        raise ConfigError(f"retrain.webhook is no address of a web server; {right}")
+        raise ConfigError(f"retrain.webhook is not the address of a web server; {right}")
     scheme = urlsplit(url).scheme
     if scheme == "http" and not _is_loopback(host):
         raise ConfigError(f"retrain.webhook to {host} is not encrypted; {right}, or where the network is to be trusted {INSECURE}://HOST/PATH")
     if scheme not in ("https", "http", INSECURE):
-        raise ConfigError(f"retrain.webhook has the scheme {scheme!r}, by which nothing can be sent; {right}")
+        raise ConfigError(f"retrain.webhook has the scheme {scheme!r}, which is not supported; {right}")
 
 
 def _host(url: str) -> str:

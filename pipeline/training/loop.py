@@ -225,7 +225,7 @@ class Worker:
                 self._write_pictures(attempt)
                 return newest
             except UnwritableError as error:
-                right = "make room or mend it, and the same command goes on from the last checkpoint"
+                right = "make room or mend it, and run the same command again to resume from the last checkpoint"
                 self.heartbeat.give_up(f"cluster.storage: {attempt.folder} cannot be written ({error}); {right}")
                 raise
 

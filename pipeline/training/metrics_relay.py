@@ -72,7 +72,7 @@ class MetricsRelay:
             self._delivering.join(LEAVING_S if in_a_hurry(error) else LAST_DELIVERY_S)
         self._late.set()
         if not self._complete:
-            self._context.reporter.line(f"  [yellow]warning[/] MLflow has not got all metrics yet; they wait in {self._context.folder}")
+            self._context.reporter.line(f"  [yellow]warning[/] MLflow does not have all metrics yet; the rest is kept in {self._context.folder}")
 
     def _show(self) -> None:
         done, attempt = self._last_step(), self._before
@@ -97,7 +97,7 @@ class MetricsRelay:
                 if path not in self._damaged:
                     self._damaged.add(path)
                     reason = escape(damage_of(path))
-                    self._context.reporter.line(f"  [yellow]warning[/] a damaged checkpoint is set aside as {path.name}, the one before it is used: {reason}")
+                    self._context.reporter.line(f"  [yellow]warning[/] a damaged checkpoint was renamed to {path.name}, the one before it is used: {reason}")
 
     def _report_lines(self) -> None:
         """Says what the first worker has to say."""

@@ -88,7 +88,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _check_keeping(self) -> Self:
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            raise ValueError(f"keep_every={self.keep_every} is no multiple of checkpoint_every={self.checkpoint_every}; use a multiple")
+            raise ValueError(f"keep_every={self.keep_every} is not a multiple of checkpoint_every={self.checkpoint_every}; use a multiple")
         return self
 
 

@@ -78,7 +78,9 @@ class Watchdog:
                 self._lost_since = self._lost_since or time.monotonic()
                 silent_s = time.monotonic() - self._lost_since
                 if silent_s >= HEAD_LOST_S[self._config.address == "local"] or self._leave.is_set():
-                    self.failure = HeadLostError(f"Ray's head has not answered for {silent_s:.0f} s; the same command goes on from the last checkpoint")
+                    self.failure = HeadLostError(
+                        f"Ray's head has not answered for {silent_s:.0f} s; run the same command again to resume from the last checkpoint"
+                    )
             except Exception:
                 self.left = self._leave.is_set()  # a look that fails must not keep the command from ending
             if self.failure is not None or self.left:
@@ -161,7 +163,7 @@ class Watchdog:
         if self._deadline is None:
             self._deadline = time.monotonic() + self._config.grace_s
             self._store.put(SAVE, _LEAVING)
-            self._report(f"  asked to end: saving a checkpoint, for at most {self._config.grace_s} s")
+            self._report(f"  termination requested: saving a checkpoint, for at most {self._config.grace_s} s")
         saved = self._store.get(SAVED) or ""
         name, _, step = saved.rpartition(" ")
         if name == _LEAVING:

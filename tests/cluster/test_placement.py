@@ -143,4 +143,4 @@ def test_a_lost_node_is_told_of_and_waited_for_only_so_long(monkeypatch: pytest.
     assert "waiting up to" in told[0]
     assert "needs 16 CPUs" in told[0]
     assert "the cluster has 1 node with 1 CPU, no GPU" in str(watch.failure)
-    assert "goes on from the last checkpoint" in str(watch.failure)
+    assert "run the same command again to resume from the last checkpoint" in str(watch.failure)

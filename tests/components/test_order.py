@@ -75,5 +75,5 @@ def test_windows_hold_a_gibibyte_over_all_lanes():
 
 
 def test_lanes_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(ValueError, match="global_batch_size=10 is no multiple of lanes=4"):
+    with pytest.raises(ValueError, match="global_batch_size=10 is not a multiple of lanes=4"):
         RowOrder(100, 10, 4, seed=0)

@@ -128,7 +128,7 @@ def test_a_wide_image_has_a_row_of_its_own(width: int, place: str | None):
 
 @pytest.mark.parametrize("content", [b"", b"<svg onload=alert(1)></svg>", png(image_format="BMP")])
 def test_what_is_no_picture_is_refused_by_its_name(content: bytes):
-    with pytest.raises(ValueError, match="picture='a cat' is no image that pages show; use"):
+    with pytest.raises(ValueError, match="picture='a cat' is not an image that pages can show; use"):
         render_report(Report("t", Verdict("v"), sections=(Section("s", pictures=(Picture(content, "a cat", "b"),)),)))
 
 

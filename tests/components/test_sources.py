@@ -44,9 +44,9 @@ def test_text_that_is_no_source_is_refused(text: str):
     [
         ("s3://key:secret@bucket/x", "holds keys or options"),
         ("s3://bucket/x?endpoint_override=y", "holds keys or options"),
-        ("s3://key:sec/ret@bucket/x", "no bucket"),
-        ("s3://", "no bucket"),
-        ("s3://bucket/a//b", "no bucket"),
+        ("s3://key:sec/ret@bucket/x", "not a bucket"),
+        ("s3://", "not a bucket"),
+        ("s3://bucket/a//b", "not a bucket"),
         ("gs://bucket/x", "gs:// is no source; use a folder, s3://BUCKET/PREFIX"),
     ],
 )

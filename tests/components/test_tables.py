@@ -270,7 +270,7 @@ def test_of_a_file_with_a_damaged_part_the_other_rows_are_read(tmp_path: Path):
 
 def test_plain_bytes_are_read_where_the_column_is_named(root: Location):
     write(root / "a.parquet", {"jpg": [encoded(0), encoded(1)], "other": [b"x", b"y"]})
-    with pytest.raises(DataError, match=r"data\.image_column=png is no image column of a\.parquet"):
+    with pytest.raises(DataError, match=r"data\.image_column=png is not an image column of a\.parquet"):
         list_source(DataConfig(source=str(root), image_column="png"))
     source, listing = list_source(DataConfig(source=str(root), image_column="jpg"))
     assert [source.fetch(item.path) for item in items_of(listing.table)] == [encoded(0), encoded(1)]

@@ -164,7 +164,7 @@ def test_a_wrong_password_ends_the_command_with_one_message_before_the_work(on_s
     ("settings", "message"),
     [
         ({}, "MLFLOW_TRACKING_URI={url} asks for a user and a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
-        ({"MLFLOW_TRACKING_URI": "http://localhost:{port}"}, "MLFLOW_TRACKING_URI=http://localhost:{port} is no name of that server; .* --allowed-hosts"),
+        ({"MLFLOW_TRACKING_URI": "http://localhost:{port}"}, "MLFLOW_TRACKING_URI=http://localhost:{port} is not a name of that server; .* --allowed-hosts"),
         ({"MLFLOW_TRACKING_URI": "http://admin:" + WRONG + "@127.0.0.1:{port}"}, "MLFLOW_TRACKING_URI={url} asks for a user and a password"),
     ],
     ids=["no password", "another host", "a password in the address"],

@@ -331,4 +331,4 @@ def test_interrupted_by_a_person_it_says_how_to_go_on(home: Path, first: dict[st
         running.send_signal(signal.SIGINT)
         stdout, stderr = running.communicate(timeout=120)
     assert (running.returncode, stdout) == (130, "")
-    assert stderr.endswith("interrupted; the same command goes on from the last checkpoint\n")
+    assert stderr.endswith("interrupted; run the same command again to resume from the last checkpoint\n")

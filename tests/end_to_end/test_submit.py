@@ -257,16 +257,16 @@ def test_a_tick_goes_on_where_it_failed_and_not_where_a_person_stopped_it(site: 
     tick = ["retrain", "digits", site.storage, *NIGHTLY, "train.steps=4000", "--tick", "wednesday"]
     refused = site.ddpm(*tick, "retrain.max_hours=1e-9")
     assert refused.code == 12, refused.stdout + refused.stderr
-    assert "ddpm-retrain~nightly~wednesday-1 failed with exit code 12; the same command goes on with the attempt" in refused.stderr
+    assert "ddpm-retrain~nightly~wednesday-1 failed with exit code 12; run the same command again to resume the attempt" in refused.stderr
     with site.start(*tick) as again:
         again.wait_for(lambda text: "attempt 2 of nightly" in text)
         assert site.ddpm("jobs", "stop", "retrain~nightly~wednesday").stdout.endswith(
-            "stopped; ddpm retrain with another --tick, or none, goes on with the attempt\n"
+            "stopped; ddpm retrain with another --tick, or none, resumes the attempt\n"
         )
         assert again.process.wait(timeout=60) == 130
     stopped = site.ddpm(*tick)
     assert stopped.code == 130
-    assert stopped.stdout == "ddpm-retrain~nightly~wednesday-2 was stopped; another --tick, or none, goes on with the attempt\n"
+    assert stopped.stdout == "ddpm-retrain~nightly~wednesday-2 was stopped; another --tick, or none, resumes the attempt\n"
     assert [status for _, status in jobs_of(site, "retrain~nightly~wednesday")] == ["FAILED", "STOPPED"]
 
 
@@ -393,7 +393,7 @@ def test_what_the_cluster_does_not_have_is_said_within_ten_seconds_with_what_it_
         (["cluster.storage=s3://key:secret@bucket/x"], {}, "", "put them into the AWS_"),
         ([], {"MLFLOW_TRACKING_URI": "file:///mlruns"}, "", "MLFLOW_TRACKING_URI=file:///mlruns is on this machine only"),
         (["data.root=s3://bucket/sets"], {}, "", "data.root=s3://bucket/sets is not read from there"),
-        (["cluster.storage=s3://my bucket/x"], {}, "", "this is no bucket"),
+        (["cluster.storage=s3://my bucket/x"], {}, "", "this is not a bucket"),
         ([], {"MLFLOW_TRACKING_URI": "http://user:planted@host"}, "", "MLFLOW_TRACKING_URI holds a user, password or option"),
     ],
 )

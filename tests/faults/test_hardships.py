@@ -179,7 +179,7 @@ def test_a_disk_that_stays_full_ends_the_command_with_one_line_and_nothing_is_lo
     finally:
         family.kill()
     said = on_little_disk.log.read_text()
-    assert re.search(r"error: .*cannot be written \(No space left on device\).*the same command goes on from the last checkpoint", said), said
+    assert re.search(r"error: .*cannot be written \(No space left on device\).*run the same command again to resume from the last checkpoint", said), said
     assert said.partition("Traceback")[2] == ""
     fill(little_disk)
     again = on_little_disk.start()

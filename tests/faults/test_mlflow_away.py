@@ -19,7 +19,7 @@ from pipeline.training.metrics_relay import CURSOR_FILE
 
 EVERY = 5
 SECONDS = 400
-WARNINGS = ("warning MLflow has not got all metrics yet; they wait in", "the same command tells it the rest")
+WARNINGS = ("warning MLflow does not have all metrics yet; the rest is kept in", "the same command delivers the rest")
 
 
 @dataclass

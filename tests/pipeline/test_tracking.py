@@ -119,7 +119,7 @@ def test_a_server_that_never_answers_does_not_keep_a_training_from_its_end(
         tracking = Tracking(uri, mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), None)
         with MetricsRelay(context, tracking, "0" * 32, 10):
             write_lines(MetricsLogWriter(Attempt(context.folder)), range(1, 11))
-    assert "MLflow has not got all metrics yet; they wait in" in capsys.readouterr().err
+    assert "MLflow does not have all metrics yet; the rest is kept in" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_a_worker_sets_aside_is_told_once_and_not_again_the_next_time(context: StageContext, capsys: pytest.CaptureFixture[str]):
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_a_worker_sets_aside_is_told_once_and_not_again_the_ne
             assert newest_whole_checkpoint(context.folder) is None
         told = [line for line in capsys.readouterr().err.splitlines() if "damaged checkpoint" in line]
         assert len(told) == 1
-        assert f"is set aside as damaged_{checkpoint_name(step, 1)}, the one before it is used: " in told[0]
+        assert f"was renamed to damaged_{checkpoint_name(step, 1)}, the one before it is used: " in told[0]
         assert "manifest.json cannot be read" in told[0]
 
 

@@ -93,7 +93,7 @@ PRESET_NAMES = {
 }
 OBJECTS = {
     "": "is empty",
-    **{name: "is no name in Kubernetes; use up to" for name in ("A", "a_b", "a/b", "a b", "-a", "a-", "a.", "é", "a\nb", "a" * 254)},
+    **{name: "is not a valid name in Kubernetes; use up to" for name in ("A", "a_b", "a/b", "a b", "-a", "a-", "a.", "é", "a\nb", "a" * 254)},
 }
 FILES_OF_EVALUATE = ("evaluate.inception_weights", "evaluate.dinov2_weights", "evaluate.reference")
 PATH_SETTINGS = ("data.source", "data.root", *FILES_OF_EVALUATE, "cluster.cache", "cluster.storage")
@@ -188,7 +188,7 @@ def test_a_preset_that_is_none_or_gives_no_name_is_refused(refused: Callable[...
 
 def test_a_preset_may_have_any_file_name_where_run_and_model_have_names(run: Run, tmp_path: Path):
     (tmp_path / "my preset (1).yaml").write_text("")
-    message = "registry.model_name: 'ddpm-my preset (1)' is no name of a model"
+    message = "registry.model_name: 'ddpm-my preset (1)' is not a valid model name"
     assert message in run("run", "my preset (1).yaml", "--name", "mine")[2]
     assert run("config", "my preset (1).yaml", "registry.model_name=mine")[0] == 0
     assert NO_SOURCE in run("run", "my preset (1).yaml", "--name", "mine", "registry.model_name=mine", NO_SOURCE)[2]
@@ -238,7 +238,7 @@ def test_an_object_that_kubernetes_cannot_hold_is_refused(refused: Callable[...,
     [
         (("manifest", "rayjob", "digits", *ON_KUBERNETES, "--image", "a b"), "--image a b is no image"),
         (("manifest", "cronjob", "digits", *ON_KUBERNETES, "--time-zone", "Mars/Base"), "--time-zone Mars/Base is unknown"),
-        (("manifest", "cronjob", "digits", *ON_KUBERNETES, "--namespace", "a.b"), "--namespace a.b is no name in Kubernetes; use up to 63"),
+        (("manifest", "cronjob", "digits", *ON_KUBERNETES, "--namespace", "a.b"), "--namespace a.b is not a valid name in Kubernetes; use up to 63"),
         (("retrain", "digits", "--address", "http://h", "--tick", "a" * 101), "has 101 characters; use up to 100"),
         (("retrain", "digits", "--tick", ""), "--tick '' is empty"),
         (("compare", "x", "--dataset", ""), "--dataset '' is empty"),
@@ -265,7 +265,7 @@ def test_a_cache_is_made_only_where_it_is_used_and_one_that_cannot_be_is_refused
     check_cache(str(tmp_path / "a" / "b"), is_used=True)
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "a-file").write_text("")
-    with pytest.raises(ConfigError, match=r"cluster\.cache=.*a-file/x can be no folder, for .*a-file is none"):
+    with pytest.raises(ConfigError, match=r"cluster\.cache=.*a-file/x cannot be a folder, because .*a-file is not one"):
         check_cache(str(tmp_path / "a-file" / "x"), is_used=False)
     with pytest.raises(ConfigError, match=r"cluster\.cache=/proc/x cannot be written"):
         check_cache("/proc/x", is_used=True)

@@ -112,9 +112,9 @@ def test_guidance_leads_away_from_what_is_drawn_without(conditional: str, tmp_pa
 
 
 def test_label_and_guidance_are_refused_by_option_where_they_mean_nothing(checkpoint: str, conditional: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match="--label=cat means nothing to a model that is told no classes; leave it out"):
+    with pytest.raises(ConfigError, match="--label=cat has no effect on a model without classes; leave it out"):
         draw(checkpoint, tmp_path / "grid.png", label="cat")
-    with pytest.raises(ConfigError, match="--guidance=2 needs a model that is told classes, and this one is told none; use guidance=1"):
+    with pytest.raises(ConfigError, match="--guidance=2 needs a conditional model, and this one has no classes; use guidance=1"):
         draw(checkpoint, tmp_path / "grid.png", guidance=2.0)
     with pytest.raises(ConfigError, match=r"--label=cow is unknown; use a class's name \(cat, dog, 1\) or a number from 0 to 2"):
         draw(conditional, tmp_path / "grid.png", label="cow")
@@ -196,8 +196,8 @@ def test_a_class_is_asked_for_by_name_or_number(served_classes: Served):
         ({"num_images": True}, "num_images=True is no exact whole number"),
         ({"num_images": "4"}, "num_images=4 is no exact whole number"),
         ({"seed": -1}, f"seed=-1 is out of range; use 0 to {MAX_SEED}"),
-        ({"label": "cat"}, "label=cat means nothing to a model that is told no classes; leave it out, or train with model.conditional=true"),
-        ({"guidance": 2}, "guidance=2 needs a model that is told classes, and this one is told none; use guidance=1"),
+        ({"label": "cat"}, "label=cat has no effect on a model without classes; leave it out, or train with model.conditional=true"),
+        ({"guidance": 2}, "guidance=2 needs a conditional model, and this one has no classes; use guidance=1"),
         ({"guidance": "much"}, "guidance=much is no number; use one such as guidance=1.5"),
         ({"guidance": -1.0}, "guidance=-1.0 is out of range; use 0 or more, 1 for none"),
     ],

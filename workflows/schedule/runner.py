@@ -54,7 +54,7 @@ async def reconcile(client: PrefectClient, plan: Plan) -> None:
         await _set(client, run, _aborted(run))
     going_on = _going_on(runs)
     if going_on is not None:
-        await _set(client, going_on, AwaitingRetry(scheduled_time=now, message="goes on after the scheduler was interrupted"))
+        await _set(client, going_on, AwaitingRetry(scheduled_time=now, message="resumes after the scheduler was interrupted"))
     late = [run for run in runs if run.state_type == StateType.SCHEDULED]
     late.sort(key=lambda run: (run.run_count, run.next_scheduled_start_time or now))
     for run in late if going_on else late[:-1]:

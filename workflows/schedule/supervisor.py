@@ -55,7 +55,7 @@ def supervise(plan: Plan, folder: Location) -> int:
         typer.echo(f"error: {error}", err=True)
         return 1
     except KeyboardInterrupt:
-        typer.echo("ended; what was interrupted goes on at the next start", err=True)
+        typer.echo("ended; what was interrupted resumes at the next start", err=True)
     return 0
 
 
