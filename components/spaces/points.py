@@ -68,10 +68,15 @@ class PointSpace(Space):
         return self.model_copy(update={"mean": (float(mean[0]), float(mean[1])), "scale": math.sqrt(variance)})
 
     def to_x_0(self, rows: "torch.Tensor") -> "torch.Tensor":
-        return (rows - rows.new_tensor(self.mean)) / self.scale
+        import torch
+
+        # Numbers, and no tensor of them: within a CUDA graph nothing may be copied from the host.
+        return torch.stack([(rows[..., axis] - self.mean[axis]) / self.scale for axis in (0, 1)], dim=-1)
 
     def to_rows(self, x_0: "torch.Tensor") -> "torch.Tensor":
-        return x_0 * self.scale + x_0.new_tensor(self.mean)
+        import torch
+
+        return torch.stack([x_0[..., axis] * self.scale + self.mean[axis] for axis in (0, 1)], dim=-1)
 
     def tiles(self, rows: np.ndarray) -> np.ndarray:
         from .scatter import scatter_tile

@@ -128,7 +128,7 @@ def measure_scores(sampled: Sampled, real_features: RealFeatures, unit: MetricUn
     from components.metrics.kernel import kernel_distance
     from components.metrics.neighbours import neighbourhoods
 
-    fake, real = sampled.first(MOST_COMPARED), real_features.spread(MOST_COMPARED)
+    fake, real = sampled.first(MOST_COMPARED), real_features.subsample(MOST_COMPARED)
     if min(len(fake), len(real)) < FEWEST_COMPARED:
         return []
     found = neighbourhoods(fake, real, device=device)
@@ -160,10 +160,10 @@ def measure_inception_score(sampled: Sampled, unit: MetricUnit) -> list[Metric]:
 def measure_floor(train: RealFeatures, holdout: RealFeatures | None, num_samples: int) -> Floor | None:
     """Returns what real images score: held-out ones against the training split where there are any, else one half of it against the other."""
     if holdout is not None:
-        measured, reference = holdout.spread(num_samples), train.reference
+        measured, reference = holdout.subsample(num_samples), train.reference
         what = f"held-out {'points' if train.identity.name.startswith('ed_') else 'images'} against the training split"
     else:
-        values = train.spread(2 * num_samples)
+        values = train.subsample(2 * num_samples)
         measured, other = values[::2], values[1::2]
         if min(len(measured), len(other)) < FEWEST_COMPARED:
             return None
@@ -174,7 +174,7 @@ def measure_floor(train: RealFeatures, holdout: RealFeatures | None, num_samples
     if is_energy(train.identity):
         from components.metrics.energy import MOST_POINTS, between_real
 
-        value, spread = between_real(measured, train.spread(MOST_POINTS), len(measured))
+        value, spread = between_real(measured, train.subsample(MOST_POINTS), len(measured))
         return Floor(value=value, spread=spread, count=len(measured), reference_count=reference.count or 0, measured=what, extractor=train.identity.name)
     from components.metrics.frechet import frechet_distance
     from components.metrics.moments import FeatureStats
@@ -198,10 +198,10 @@ def find_copies(sampled: Sampled, train: RealFeatures, holdout: RealFeatures | N
     from components.metrics.memorisation import QUANTILE, Calibration, memorisation
 
     fake = sampled.first(MOST_COMPARED)
-    known = train.spread(MOST_COMPARED) if holdout is None else holdout.spread(MOST_COMPARED)
+    known = train.subsample(MOST_COMPARED) if holdout is None else holdout.subsample(MOST_COMPARED)
     if min(len(fake), len(known)) < FEWEST_COMPARED:
         return None
-    calibration = Calibration(known, train.spread_rows(MOST_COMPARED) if holdout is None else None)
+    calibration = Calibration(known, train.subsampled_rows(MOST_COMPARED) if holdout is None else None)
     found = memorisation(fake, train.features(), calibration, device=device)
     which = "training images, each beside the others" if holdout is None else "held-out images"
     verdict = Memorisation(

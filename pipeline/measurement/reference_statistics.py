@@ -54,7 +54,7 @@ class RealFeatures:
         files = (self.real.features_file(self.identity, rows) for rows in parts)
         yield from zip((rows.start for rows in parts), read_parts(files), strict=True)
 
-    def spread(self, most: int) -> np.ndarray:
+    def subsample(self, most: int) -> np.ndarray:
         """Returns the features of at most so many rows, evenly spread over those that are kept."""
         wanted, chosen, passed = self._wanted(most), [], 0
         for _, values in self.features():
@@ -62,8 +62,8 @@ class RealFeatures:
             passed += len(values)
         return np.concatenate(chosen)
 
-    def spread_rows(self, most: int) -> np.ndarray:
-        """Returns which rows `spread` takes."""
+    def subsampled_rows(self, most: int) -> np.ndarray:
+        """Returns which rows `subsample` takes."""
         rows = np.concatenate([np.arange(part.start, part.stop) for part in self.kept_parts()])
         return rows[self._wanted(most)]
 
