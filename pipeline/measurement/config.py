@@ -61,7 +61,7 @@ class EvaluateConfig(BaseModel):
 
     @property
     def recipe(self) -> Recipe:
-        """How samples are drawn; in float32 as long as nobody asked the hardware what `auto` means, as `open_bench` does."""
+        """How samples are drawn; in float32 as long as nobody asked the hardware what `auto` means, as `open_evaluator` does."""
         return Recipe(
             sampler=self.sampler,
             steps=self.steps,

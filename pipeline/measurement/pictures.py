@@ -10,7 +10,6 @@ from components.charts import save_loss_curve, save_timestep_losses
 from components.counts import counted
 from components.data.reader import RowReader
 from components.data.shards import Split
-from components.diffusion.schedule import Schedule
 from components.figures import closest_pairs, grid, interpolation_sheet
 from components.model.spec import read_spec
 from components.process import Moment, all_schedules, forward_picture, gif_bytes, reverse_frames, save_schedules
@@ -93,6 +92,8 @@ def draw_pictures(evaluator: Evaluator, samples: SampleSet, numbers: Numbers, mo
 
 def _draw_forward(evaluator: Evaluator, samples: SampleSet, forward: Path, schedules: Path) -> None:
     """Draws what the noise of the model's process does to some rows to train on, and its schedule among the others."""
+    from components.diffusion.schedule import Schedule
+
     space, diffusion = evaluator.manifest.space, read_spec(Location.of(samples.checkpoint)).diffusion
     count = evaluator.manifest.num_train
     numbers = np.linspace(0, count - 1, min(count, FORWARD_IMAGES if space.one_tile_per_row else space.rows_in_a_picture)).round().astype(int)

@@ -391,7 +391,7 @@ def test_an_overlay_is_what_the_command_prints_with_its_options(
     [
         (["rayjobs", "digits", *ON_CLAIM], {}, "manifest rayjobs is no kind; use one of rayjob, raycluster, raycronjob, cronjob"),
         (["rayjob", "digits"], {}, "cluster.storage=./storage is not a path that every pod can see; use an absolute path with --claim, or s3://BUCKET/PREFIX"),
-        (["rayjob", "digits", "cluster.storage=/", "--claim", "x"], {}, "cluster.storage=/ is no place"),
+        (["rayjob", "digits", "cluster.storage=/", "--claim", "x"], {}, "cluster.storage=/ is not a path"),
         (["rayjob", "digits", "cluster.storage=/mnt/ddpm"], {}, "cluster.storage=/mnt/ddpm needs --claim NAME"),
         (["rayjob", "digits", "cluster.storage=s3://b/p", "--secret", "s", "--claim", "x"], {}, "--claim x has no place"),
         (["rayjob", "digits", "cluster.storage=s3://b/p"], {}, "cluster.storage=s3://b/p cannot hold MLflow's database; set MLFLOW_TRACKING_URI"),

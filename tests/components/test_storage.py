@@ -130,9 +130,9 @@ def test_a_copy_that_is_not_what_the_manifest_says_is_refused(root: Location, tm
 USE = """
 import json, sys
 from pathlib import Path
-from components.data.shard_cache import Copies
+from components.data.shard_cache import ShardCache
 from components.storage import Location
-copies = Copies(Path(sys.argv[1]), 1)
+copies = ShardCache(Path(sys.argv[1]), 1)
 print(json.dumps([len(copies.use(Location.of(uri), sha256, Path.read_bytes)) for uri, sha256 in json.loads(sys.argv[2])]))
 """
 

@@ -49,7 +49,9 @@ def points(place: Path, command: Command) -> dict[str, Any]:
 
 
 def loaded(place: Path, name: str) -> Any:
-    mlflow.set_tracking_uri(f"sqlite:///{place / 'storage' / 'mlflow' / 'mlflow.db'}")
+    address = f"sqlite:///{place / 'storage' / 'mlflow' / 'mlflow.db'}"
+    mlflow.set_tracking_uri(address)
+    mlflow.set_registry_uri(address)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's, of type hints that the model does without
         return mlflow.pyfunc.load_model(f"models:/{name}@champion")

@@ -387,7 +387,7 @@ def test_what_the_cluster_does_not_have_is_said_within_ten_seconds_with_what_it_
         ([], {"RAY_AUTH_TOKEN": "wrong"}, "", "refuses the token given"),
         ([], {}, "http://127.0.0.1:9", "does not answer"),
         ([], {}, "MLFLOW", "is no Ray dashboard|cannot do this"),
-        ([], {}, "127.0.0.1:6379", "is no web address"),
+        ([], {}, "127.0.0.1:6379", "is not a web address"),
         (["cluster.storage=./here"], {}, "", "cluster.storage=./here is relative to this machine's folder"),
         (["data.source=my/photos"], {}, "", "data.source=my/photos is relative to this machine's folder"),
         (["cluster.storage=s3://key:secret@bucket/x"], {}, "", "put them into the AWS_"),

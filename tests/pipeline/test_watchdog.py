@@ -109,7 +109,7 @@ def test_sigterm_has_a_checkpoint_saved_and_then_leaves(store: Notes):
 
     with pytest.raises(Asked):
         watch(store, lambda: save_when_asked(store), told)
-    assert told == ["  asked to end: saving a checkpoint, for at most 25 s", "  saved at step 8"]
+    assert told == ["  termination requested: saving a checkpoint, for at most 25 s", "  saved at step 8"]
 
 
 def test_an_answer_to_another_request_is_not_taken_for_the_checkpoint_and_the_grace_period_ends(store: Notes):

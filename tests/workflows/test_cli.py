@@ -51,7 +51,7 @@ def test_config_prints_every_setting_and_the_digest(run: Run):
         (["run", "digits", "--name", "a/b"], "--name a/b is no run name"),
         (["run", "digits", "data.source=/no/such/folder"], "data.source=/no/such/folder does not exist; name a folder"),
         (["run", "digits", "data.source=empty"], "data.source=empty holds no images but nothing"),
-        (["run", "digits", "data.source=."], "holds the storage root"),
+        (["run", "digits", "data.source=."], "contains the storage root"),
         (["run", "digits", "cluster.storage=/proc/nowhere"], "cluster.storage=/proc/nowhere cannot be written"),
         (["run", "digits", "cluster.storage=a-file/storage"], "cluster.storage=a-file/storage cannot be written"),
         (["run", "digits", "evaluate.inception_weights=absent.pth"], "evaluate.inception_weights=absent.pth does not exist"),

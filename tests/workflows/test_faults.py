@@ -83,8 +83,8 @@ def test_curves_without_points_show_nothing():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("cluster.storage=elsewhere", "cluster.storage is not for this command to be told; leave it out (both trainings have a temporary one)"),
-        ("train.steps=9", "train.steps is not for this command to be told; leave it out (use --steps)"),
+        ("cluster.storage=elsewhere", "cluster.storage cannot be set for this command; leave it out (both trainings have a temporary one)"),
+        ("train.steps=9", "train.steps cannot be set for this command; leave it out (use --steps)"),
         ("cluster.address=auto", "cluster.address=auto is another machine, whose processes are not ours to kill; use local"),
     ],
 )

@@ -101,7 +101,7 @@ def test_the_exit_code_is_the_driver_s_and_another_where_the_cluster_was_lost(cl
     code, out, _ = finish(start("--wait"))
     assert code == expected
     assert f"RayJob {JOB}: {end[0]}" in out
-    assert out.endswith("goes on with it\n") == (code == 75)
+    assert out.endswith("resumes it\n") == (code == 75)
     if expected == 12:
         assert out.splitlines()[-1] == "digits #4: stopped: retrain.max_label_drift=0.3 is exceeded (exit code 12)"
 
