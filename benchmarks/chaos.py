@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from components.model.retention import damage_of, damaged_checkpoints
 from pipeline.config import load_config
 from pipeline.context import Reporter
-from workflows.faults import DAMAGES, HARDSHIPS, KILLS, Fault, Kind, Struck, Trial, new_folder, plan_faults
+from workflows.faults import DAMAGES, HARDSHIPS, KILLS, Fault, InjectedFault, Kind, Trial, new_folder, plan_faults
 from workflows.preset_files import find_preset
 from workflows.verify_resume import Verdict, contrast, describe, scaled_down
 
@@ -84,7 +84,7 @@ def damage_told(trial: Trial) -> list[str]:
     return [f"{path.name}: {damage_of(path)}" for path in damaged_checkpoints(folder)] if folder else []
 
 
-def table(struck: Sequence[Struck], wanted: dict[str, int]) -> str:
+def table(struck: Sequence[InjectedFault], wanted: dict[str, int]) -> str:
     """Returns the table in Markdown."""
     lines = ["| fault | tried | recovered | seconds to the next step: median | worst |", "|---|---|---|---|---|"]
     for kind, count in wanted.items():

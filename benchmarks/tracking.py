@@ -46,7 +46,7 @@ from pipeline.training.loop import MetricsWindow, Worker
 from pipeline.training.metrics_log import Attempt, MetricsLogWriter, read_metrics
 from pipeline.training.metrics_relay import MetricsRelay
 from pipeline.training.plan import TrainPlan
-from pipeline.training.system_watch import SystemWatch
+from pipeline.training.system_watch import SystemMetricsMonitor
 from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer
 from workflows.preset_files import find_preset
 
@@ -100,7 +100,13 @@ def measure(config: RunConfig, folder: Path, options: argparse.Namespace) -> Non
     dataset = Location.of(folder / "dataset" / "noise")
     write_dataset(dataset, [np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)], ["noise"])
     meter, processes = Meter(), 0.0
-    for owner, name in ((MetricsWindow, "line"), (MetricsLogWriter, "append"), (MetricsLogWriter, "flush"), (SystemWatch, "look"), (SystemWatch, "_note")):
+    for owner, name in (
+        (MetricsWindow, "line"),
+        (MetricsLogWriter, "append"),
+        (MetricsLogWriter, "flush"),
+        (SystemMetricsMonitor, "look"),
+        (SystemMetricsMonitor, "_note"),
+    ):
         meter.wrap(owner, name)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     lines = 0
@@ -152,7 +158,7 @@ def train(config: RunConfig, dataset: Location, folder: Location, threads: int, 
 def run(trainer: Trainer, plan: TrainPlan, dataset: Location, attempt: Attempt | None) -> None:
     """Runs the loop of a worker."""
     manifest = read_manifest(dataset)
-    watch = SystemWatch(attempt, 0, alone=True) if attempt else None
+    watch = SystemMetricsMonitor(attempt, 0, alone=True) if attempt else None
     with ExitStack() as stack:
         if watch:
             stack.enter_context(watch)
@@ -213,8 +219,8 @@ def report(config: RunConfig, options: argparse.Namespace, meter: Meter, seconds
     spread = [max(values) / min(values) for values in seconds.values()]
     print(f"slowest / fastest round: bare {spread[1]:.3f}, tracked {spread[0]:.3f}")
     per_line = bare * config.train.log_every
-    on_its_way = ("MetricsWindow.line", "MetricsLogWriter.append", "SystemWatch.look")
-    beside = sum(meter.cpu[label] for label in ("MetricsLogWriter.flush", "SystemWatch._note")) / lines
+    on_its_way = ("MetricsWindow.line", "MetricsLogWriter.append", "SystemMetricsMonitor.look")
+    beside = sum(meter.cpu[label] for label in ("MetricsLogWriter.flush", "SystemMetricsMonitor._note")) / lines
     for what, cost in (
         ("the training thread, time", sum(meter.wall[label] for label in on_its_way) / lines),
         ("the training thread, CPU", sum(meter.cpu[label] for label in on_its_way) / lines),

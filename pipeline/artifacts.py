@@ -223,7 +223,7 @@ class Memorisation(_Record):
         return "no sign of copied training images"
 
 
-class Standing(_Record):
+class ElectionEntry(_Record):
     """One of the averages that stood for election."""
 
     checkpoint: str
@@ -248,7 +248,7 @@ class Evaluation(Receipt):
     """Checksum of that average."""
     step: int
     """Training steps of the checkpoint."""
-    election: tuple[Standing, ...]
+    election: tuple[ElectionEntry, ...]
     """What it was chosen from, best first; empty where nothing else stood."""
     metric: Metric
     """The number that decides."""

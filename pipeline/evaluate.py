@@ -9,13 +9,13 @@ from components.model.manifest import averages_in, is_complete
 from components.model.retention import checkpoint_step, checkpoints
 from components.model.spec import read_spec
 from components.storage import Location
-from pipeline.artifacts import Evaluation, Metric, ShardSet, Standing, TrainedModel
+from pipeline.artifacts import ElectionEntry, Evaluation, Metric, ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.leaderboard import VIEW_TAG, view, view_key
 from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.evaluator import Evaluator, open_evaluator
-from pipeline.measurement.measure import Sampled, measure_distance
+from pipeline.measurement.measure import SampleFeatures, measure_distance
 from pipeline.measurement.pictures import draw_pictures, write_page
 from pipeline.measurement.sample_dataset import keep_samples
 from pipeline.measurement.sample_store import SampleSet, checksum_of
@@ -111,7 +111,7 @@ def forget(folder: Location) -> None:
             (folder / name).remove()
 
 
-def _elect(evaluator: Evaluator, model: TrainedModel) -> tuple[SampleSet, tuple[Standing, ...]]:
+def _elect(evaluator: Evaluator, model: TrainedModel) -> tuple[SampleSet, tuple[ElectionEntry, ...]]:
     """Returns the samples of the average that is measured: the main one of the last checkpoint, or the best of all where there is an election.
 
     Candidates are compared on seeds of their own, so that the winner's number is not the luckiest of several.
@@ -127,9 +127,9 @@ def _elect(evaluator: Evaluator, model: TrainedModel) -> tuple[SampleSet, tuple[
     for folder, weights in standing:
         samples = evaluator.samples_of(folder, weights)
         evaluator.draw(samples, seeds)
-        distance = measure_distance(Sampled(samples.folder, evaluator.actor_pool.identities[0], seeds), reference)
+        distance = measure_distance(SampleFeatures(samples.folder, evaluator.actor_pool.identities[0], seeds), reference)
         metric = Metric(value=distance.value, unit=unit, standard_error=distance.standard_error)
-        found.append(Standing(checkpoint=str(folder), weights=weights, step=checkpoint_step(folder), metric=metric))
+        found.append(ElectionEntry(checkpoint=str(folder), weights=weights, step=checkpoint_step(folder), metric=metric))
         evaluator.context.reporter.line(f"  election    {folder.name} {weights}: {metric.name} {metric.value:.4g}")
     found.sort(key=lambda standing: standing.metric.value)
     return evaluator.samples_of(Location.of(found[0].checkpoint), found[0].weights), tuple(found)

@@ -20,11 +20,11 @@ RENEW_S, EXPIRE_S, SETTLE_S = 5.0, 30.0, 3.0
 READS, RETRY_S = 5, 0.2
 
 
-class HeldError(Exception):
+class LeaseHeldError(Exception):
     """Raised where another process holds the lease. The message names it."""
 
 
-class LostError(ConfigError):
+class LeaseLostError(ConfigError):
     """Raised in a block whose lease another process holds now, or may hold, because it could not be renewed."""
 
 
@@ -63,7 +63,7 @@ def alone(file: Location, reporter: Reporter, does: str) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(held(file, wait=False))
-        except HeldError as error:
+        except LeaseHeldError as error:
             with reporter.waiting(f"{error} {does}; waiting for it"):
                 stack.enter_context(held(file, wait=True))
         yield
@@ -81,7 +81,7 @@ def _locked(file: Location, wait: bool) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             lock.seek(0)
-            raise HeldError(lock.read().strip()) from error
+            raise LeaseHeldError(lock.read().strip()) from error
         lock.truncate(0)
         lock.write(_holder())
         lock.flush()
@@ -99,7 +99,7 @@ def _leased(file: Location, wait: bool) -> Iterator[None]:
             yield
         except KeyboardInterrupt:
             if lost.is_set():
-                raise LostError(f"{file} could not be renewed, so that another process may have taken over; run the same command again") from None
+                raise LeaseLostError(f"{file} could not be renewed, so that another process may have taken over; run the same command again") from None
             raise
         finally:
             stop.set()
@@ -118,7 +118,7 @@ def _take(file: Location, wait: bool) -> _Lease:
     while True:
         other = _wait_while_alive(file, wait)
         if other is not None:
-            raise HeldError(other.holder)
+            raise LeaseHeldError(other.holder)
         file.write_text(mine.model_dump_json())
         # The last of several writers wins; each looks again when all have written.
         time.sleep(SETTLE_S)

@@ -19,7 +19,7 @@ from pipeline.cluster_check import check_cluster
 from pipeline.config import RunConfig, public_tree
 from pipeline.context import Reporter
 from pipeline.errors import ConfigError
-from pipeline.lease import HeldError, alone, held
+from pipeline.lease import LeaseHeldError, alone, held
 from pipeline.measurement.extractors import check_files
 from pipeline.names import check_cache, check_namesake
 from pipeline.ray_session import ray_session
@@ -41,7 +41,7 @@ class Ready:
 
     config: RunConfig
     storage: Location
-    listed: preprocess_stage.Listed | None
+    listed: preprocess_stage.ListedSource | None
     tracking: Tracking | None
 
 
@@ -77,7 +77,7 @@ def preflight(config: RunConfig, name: str, until: StageName, reporter: Reporter
             yield ready
 
 
-def _list(config: RunConfig, storage: Location, reporter: Reporter) -> preprocess_stage.Listed:
+def _list(config: RunConfig, storage: Location, reporter: Reporter) -> preprocess_stage.ListedSource:
     found = Found()
     with reporter.part(LISTING, lambda: counted(found.num_listed, "file", ",")):
         return preprocess_stage.list_source(config.data, storage, found)
@@ -143,5 +143,5 @@ def one_process(folder: Location, name: str, waiting: Reporter | None = None) ->
     try:
         with held(folder / ".lock", wait=False):
             yield
-    except HeldError as error:
+    except LeaseHeldError as error:
         raise ConfigError(f"run {name} is in progress in {error}; wait for it, or choose another --name") from error

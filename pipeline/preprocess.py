@@ -54,7 +54,7 @@ ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedSource:
     """A source as it is now.
 
     Attributes:
@@ -81,7 +81,7 @@ class State(BaseModel):
     shards: tuple[Shard, ...] = ()
 
 
-def list_source(config: DataConfig, storage: Location, found: Found | None = None) -> Listed:
+def list_source(config: DataConfig, storage: Location, found: Found | None = None) -> ListedSource:
     """Returns a source with its listing.
 
     Args:
@@ -100,7 +100,7 @@ def list_source(config: DataConfig, storage: Location, found: Found | None = Non
     identity = source_to_json(source) if "/" in address or address.startswith(POINTS) else address
     splits = _splits_for_digest(listing)
     plan = _digest(identity, _definition(config), listing.digest(), listing.ignored, config.holdout_fraction, config.duplicates, config.shard_bytes, *splits)
-    return Listed(address, identity, source, listing, plan)
+    return ListedSource(address, identity, source, listing, plan)
 
 
 def _splits_for_digest(listing: Listing) -> list[object]:
@@ -114,7 +114,7 @@ def _holds(folder: Path, storage: Location) -> bool:
     return False
 
 
-def preprocess(config: DataConfig, listed: Listed, *, context: StageContext, anew: bool = False) -> ShardSet:
+def preprocess(config: DataConfig, listed: ListedSource, *, context: StageContext, anew: bool = False) -> ShardSet:
     """Turns a source into a dataset below `datasets/` and returns its receipt.
 
     Args:
@@ -187,7 +187,7 @@ class _Counts:
 class _Making:
     """The making of one dataset. Killed at any point and begun again it goes on with the chunks that are done, and ends with the same files."""
 
-    def __init__(self, config: DataConfig, listed: Listed, folder: Location, context: StageContext, anew: bool) -> None:
+    def __init__(self, config: DataConfig, listed: ListedSource, folder: Location, context: StageContext, anew: bool) -> None:
         self.config, self.listed, self.folder, self.context, self.anew = config, listed, folder, context, anew
         self.listing = listed.listing.table
         self.state = State() if anew else _state(folder)

@@ -70,7 +70,7 @@ class Pipeline:
     reporter: Reporter
     storage: Location
     reports: dict[StageName, StageReport]
-    listed: preprocess_stage.Listed | None = None
+    listed: preprocess_stage.ListedSource | None = None
     given: FixedInputs | None = None
 
     def context(self, stage: StageName, inputs: str) -> StageContext:

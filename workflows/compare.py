@@ -29,7 +29,7 @@ from components.storage import Location
 from pipeline.config import load_sections
 from pipeline.context import Reporter, StageContext
 from pipeline.errors import ConfigError
-from pipeline.measurement.compare import Comparison, Entrant, Result, compare, shard_set_of
+from pipeline.measurement.compare import ComparedModel, Comparison, Result, compare, shard_set_of
 from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.evaluator import open_evaluator
 from pipeline.measurement.extractors import check_extractor, check_files
@@ -68,7 +68,7 @@ class Wanted:
 class Found:
     """A model that a person named: where its checkpoint lies, and its version where the registry has one."""
 
-    entrant: Entrant
+    entrant: ComparedModel
     version: "ModelVersion | None"
 
 
@@ -120,9 +120,9 @@ def _named_apart(found: Sequence[Found]) -> list[Found]:
 
 def _find(model: str, tracking: Tracking | None, storage: Location) -> Found:
     if tracking is None or not model.startswith("models:/"):
-        return Found(Entrant(model, Location.of(model)), None)
+        return Found(ComparedModel(model, Location.of(model)), None)
     version = find_model(tracking, model)
-    return Found(Entrant(f"{version.name} v{version.version}", fetch_checkpoint(tracking, model, storage)), version)
+    return Found(ComparedModel(f"{version.name} v{version.version}", fetch_checkpoint(tracking, model, storage)), version)
 
 
 def _dataset(wanted: Wanted, first: "ModelVersion | None") -> str:

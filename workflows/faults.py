@@ -21,7 +21,7 @@ from components.storage import Location
 from pipeline.artifacts import TrainedModel
 from pipeline.errors import ConfigError
 from pipeline.training.metrics_log import METRICS_FOLDER, attempts_so_far, open_metrics
-from workflows.processes import Family
+from workflows.processes import ProcessTree
 
 Kind = Literal[
     "worker killed", "driver killed", "newest checkpoint truncated", "newest checkpoint bit-flipped", "worker stands still", "asked to end", "head killed"
@@ -57,7 +57,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Struck:
+class InjectedFault:
     """A fault that was done.
 
     Attributes:
@@ -120,7 +120,7 @@ class Trial:
         """What the last start printed."""
         return self.folder / "receipt.json"
 
-    def start(self, within: Sequence[str] = ()) -> Family:
+    def start(self, within: Sequence[str] = ()) -> ProcessTree:
         """Starts the command, the same one each time.
 
         Args:
@@ -142,7 +142,7 @@ class Trial:
         ]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return Family(command, env=inherited | {"PYTHONPATH": paths, "TMPDIR": str(self.temporary)}, stdout=self.receipt, stderr=self.log)
+        return ProcessTree(command, env=inherited | {"PYTHONPATH": paths, "TMPDIR": str(self.temporary)}, stdout=self.receipt, stderr=self.log)
 
     def training_folder(self) -> Location | None:
         """Returns where the training writes, once it does."""
@@ -162,7 +162,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Endured:
+class TrialResult:
     """A training that came to its end.
 
     Attributes:
@@ -175,26 +175,26 @@ class Endured:
     starts: int
     gave_up: int
     seconds: float
-    struck: tuple[Struck, ...]
+    struck: tuple[InjectedFault, ...]
     processes: tuple[str, ...]
 
 
 @dataclass
-class Ordeal:
+class FaultInjector:
     """A trial under way."""
 
     trial: Trial
     pending: list[Fault]
     starts: int = 0
     gave_up: int = 0
-    struck: list[Struck] = field(default_factory=list)
+    struck: list[InjectedFault] = field(default_factory=list)
     processes: list[str] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
     _due: float | None = None
     _step: int = 0
     _writer: int = 0
 
-    def run(self) -> Endured:
+    def run(self) -> TrialResult:
         """Runs the command, strikes it, and runs it again, until it comes to its end.
 
         Raises:
@@ -204,7 +204,7 @@ class Ordeal:
             pass
         seconds = time.monotonic() - self._began
         self._note_progress(ended=True)
-        return Endured(self.starts, self.gave_up, seconds, tuple(self.struck), tuple(self.processes))
+        return TrialResult(self.starts, self.gave_up, seconds, tuple(self.struck), tuple(self.processes))
 
     def _run_once(self) -> bool:
         """Starts the command and returns whether it came to its end."""
@@ -245,7 +245,7 @@ class Ordeal:
             self._due = time.monotonic() + self.pending[0].delay_s
         return time.monotonic() >= self._due
 
-    def _strike(self, family: Family) -> bool:
+    def _strike(self, family: ProcessTree) -> bool:
         """Does the next fault, if there is something that it can hit, and returns whether that has ended the command for good."""
         fault = self.pending[0]
         if fault.kind == "worker killed":
@@ -286,7 +286,7 @@ class Ordeal:
 
     def _done(self, fault: Fault, hit: str) -> None:
         folder, seconds = self.trial.training_folder(), time.monotonic() - self._began
-        self.struck.append(Struck(fault.kind, hit, seconds, self._step, attempts_so_far(folder) if folder else 0))
+        self.struck.append(InjectedFault(fault.kind, hit, seconds, self._step, attempts_so_far(folder) if folder else 0))
         self.pending, self._due = self.pending[1:], None
 
 

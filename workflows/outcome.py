@@ -8,7 +8,7 @@ _SAID = re.compile(rf"^(?:(.*)\n)?{_MARK}(\d+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Said:
+class LoggedOutcome:
     """What an attempt said of itself.
 
     Attributes:
@@ -25,7 +25,7 @@ def last_line(code: int) -> str:
     return f"{_MARK}{code}\n"
 
 
-def said_in(log: str) -> Said | None:
+def said_in(log: str) -> LoggedOutcome | None:
     """Returns what an attempt said at the end of its log; None where it was cut short."""
-    found = [Said(int(match[2]), (match[1] or "").strip()) for match in _SAID.finditer(log.replace("\r\n", "\n"))]
+    found = [LoggedOutcome(int(match[2]), (match[1] or "").strip()) for match in _SAID.finditer(log.replace("\r\n", "\n"))]
     return found[-1] if found else None

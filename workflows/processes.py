@@ -18,7 +18,7 @@ SETTLE_S = 2.0
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-class Family:
+class ProcessTree:
     """A running command and its descendants. Only these are ever ended, by id, and never one that merely got the id of one."""
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], stdout: Path, stderr: Path) -> None:

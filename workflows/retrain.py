@@ -9,7 +9,7 @@ from components.storage import Location
 from pipeline.artifacts import Evaluation, Registration, ShardSet, StageName, TrainedModel
 from pipeline.config import RunConfig, config_digest, digest_of, result_fields
 from pipeline.context import Reporter
-from pipeline.lease import HeldError, alone, held
+from pipeline.lease import LeaseHeldError, alone, held
 from pipeline.measurement.compare import shard_set_of
 from pipeline.names import check_namesake
 from pipeline.preflight import check_storage
@@ -46,7 +46,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Told:
+class AttemptResult:
     """What became of a call.
 
     Attributes:
@@ -64,7 +64,7 @@ class Told:
     headline: str = ""
 
 
-def retrain(config: RunConfig, name: str, *, until: StageName = "register", reporter: Reporter | None = None) -> Told:
+def retrain(config: RunConfig, name: str, *, until: StageName = "register", reporter: Reporter | None = None) -> AttemptResult:
     """Makes one attempt, or goes on with the one that is open.
 
     Args:
@@ -82,8 +82,8 @@ def retrain(config: RunConfig, name: str, *, until: StageName = "register", repo
     try:
         with _alone(call):
             return _noted(call)
-    except HeldError as error:
-        return Told("skipped", f"another attempt of {name} is running in {error}")
+    except LeaseHeldError as error:
+        return AttemptResult("skipped", f"another attempt of {name} is running in {error}")
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def _alone(call: Call) -> Iterator[None]:
         yield
 
 
-def _noted(call: Call) -> Told:
+def _noted(call: Call) -> AttemptResult:
     """Makes the attempt, notes what became of it, an error too, and tells people."""
     started = datetime.now(UTC)
     if (untold := _untold(call)) is not None:
@@ -102,20 +102,20 @@ def _noted(call: Call) -> Told:
     try:
         told = _attempt(call)
     except Exception as error:
-        _report(call, Told("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", _open_attempt(call)), started)
+        _report(call, AttemptResult("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", _open_attempt(call)), started)
         raise
     return told if told.outcome == "open" else _report(call, told, started)
 
 
-def _untold(call: Call) -> Told | None:
+def _untold(call: Call) -> AttemptResult | None:
     """Returns what became of the last attempt, where the process died that was to tell it."""
     last = next(iter(call.journal.attempts()[-1:]), None)
     if last is None or last.told or last.outcome not in ("promoted", "kept", "stopped"):
         return None
-    return Told(last.outcome, last.reason, last)
+    return AttemptResult(last.outcome, last.reason, last)
 
 
-def _report(call: Call, told: Told, started: datetime) -> Told:
+def _report(call: Call, told: AttemptResult, started: datetime) -> AttemptResult:
     """Notes the outcome of a call and tells it; a skip for the same reason as the last call's is told once."""
     before, config = call.journal.state(), call.config.retrain
     failures = next_failures(before.failures, told.outcome)
@@ -133,7 +133,7 @@ def _report(call: Call, told: Told, started: datetime) -> Told:
     return replace(told, summary=file, headline=headline(summary))
 
 
-def _summary(call: Call, told: Told, started: datetime, failures: int, is_alert: bool) -> AttemptSummary:
+def _summary(call: Call, told: AttemptResult, started: datetime, failures: int, is_alert: bool) -> AttemptSummary:
     attempt = told.attempt
     facts = {
         "name": call.name,
@@ -153,14 +153,14 @@ def _summary(call: Call, told: Told, started: datetime, failures: int, is_alert:
     return AttemptSummary.model_validate(facts)
 
 
-def _attempt(call: Call) -> Told:
+def _attempt(call: Call) -> AttemptResult:
     attempt = _open_attempt(call)
     if attempt is not None and (why := _why_not_on(call, attempt)):
         call.reporter.line(f"  attempt {attempt.number} is abandoned: {why}")
         call.journal.write(_ended(attempt, "abandoned", why))
         attempt = None
     begun = _begin(call) if attempt is None else attempt
-    if isinstance(begun, Told):
+    if isinstance(begun, AttemptResult):
         return begun
     origin = f"from {begun.start.weights} of {begun.start.model}" if begun.start else "from fresh weights"
     call.reporter.line(f"[bold]attempt {begun.number}[/] of {call.name}: dataset {begun.dataset_digest}, {origin}")
@@ -188,7 +188,7 @@ def _open_attempt(call: Call) -> Attempt | None:
     return next((attempt for attempt in reversed(call.journal.attempts()) if attempt.outcome is None), None)
 
 
-def _begin(call: Call) -> Attempt | Told:
+def _begin(call: Call) -> Attempt | AttemptResult:
     """Looks for news and opens an attempt, or tells why there is none."""
     config, attempts = call.config, call.journal.attempts()
     reports = run(config, call.name, until="preprocess", reporter=call.reporter)
@@ -203,7 +203,7 @@ def _begin(call: Call) -> Attempt | Told:
     if found is not None and found.kind == "stop":
         return _stop(call, attempt, found, reports)
     if old := _old_news(call, attempt, latest, found):
-        return Told("skipped", old, None, reports)
+        return AttemptResult("skipped", old, None, reports)
     start = find_start(config.retrain.start, name, config.model, config.diffusion, shards, tracking=tracking, storage=call.storage)
     attempt = attempt.model_copy(update={"start": start})
     found = check_planned_hours(_plan_of(call, attempt), latest, call.reporter)
@@ -213,10 +213,10 @@ def _begin(call: Call) -> Attempt | Told:
     return attempt
 
 
-def _stop(call: Call, attempt: Attempt, found: Finding, reports: Mapping[StageName, StageReport]) -> Told:
+def _stop(call: Call, attempt: Attempt, found: Finding, reports: Mapping[StageName, StageReport]) -> AttemptResult:
     stopped = _ended(attempt, "stopped", found.reason)
     call.journal.write(stopped)
-    return Told("stopped", found.reason, stopped, reports)
+    return AttemptResult("stopped", found.reason, stopped, reports)
 
 
 def _old_news(call: Call, attempt: Attempt, latest: Latest | None, found: Finding | None) -> str:
@@ -253,14 +253,14 @@ def _plan_of(call: Call, attempt: Attempt) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": config.retrain.steps})})
 
 
-def _carry_on(call: Call, attempt: Attempt) -> Told:
+def _carry_on(call: Call, attempt: Attempt) -> AttemptResult:
     """Runs the stages of an attempt, those that are done in no time, and ends it after the last."""
     if call.until == "preprocess":
-        return Told("open", "the dataset is made", attempt)
+        return AttemptResult("open", "the dataset is made", attempt)
     given = FixedInputs(shard_set_of(Location.of(attempt.dataset)), attempt.start)
     reports = run(_plan_of(call, attempt), attempt.run_name, until=call.until, reporter=call.reporter, given=given)
     if call.until != "register":
-        return Told("open", f"done up to {call.until}", attempt, reports)
+        return AttemptResult("open", f"done up to {call.until}", attempt, reports)
     ended = _result(attempt, reports)
     tracking = connect(call.storage)
     with translated(tracking.uri):
@@ -268,7 +268,7 @@ def _carry_on(call: Call, attempt: Attempt) -> Told:
     ended = ended.model_copy(update={"experiment_id": experiment})
     call.journal.write(ended)
     assert ended.outcome is not None
-    return Told(ended.outcome, ended.reason, ended, reports)
+    return AttemptResult(ended.outcome, ended.reason, ended, reports)
 
 
 def _result(attempt: Attempt, reports: Mapping[StageName, StageReport]) -> Attempt:

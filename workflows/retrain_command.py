@@ -7,7 +7,7 @@ from pipeline.artifacts import STAGES
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
 from workflows.outcome import last_line
-from workflows.retrain import EXIT_CODES, Told, retrain
+from workflows.retrain import EXIT_CODES, AttemptResult, retrain
 
 
 def make_attempt(stdout: IO[str], config: RunConfig, name: str, until: str, *, as_json: bool, as_job: bool) -> int:
@@ -31,14 +31,14 @@ def make_attempt(stdout: IO[str], config: RunConfig, name: str, until: str, *, a
     return 0 if told.outcome in ("promoted", "kept", "skipped") else code
 
 
-def _line(told: Told, name: str) -> str:
+def _line(told: AttemptResult, name: str) -> str:
     if told.headline:
         return told.headline + "\n"
     number = f" #{told.attempt.number}" if told.attempt else ""
     return f"{name}{number}: {told.outcome}: {told.reason}\n"
 
 
-def to_json(told: Told, name: str) -> dict[str, object]:
+def to_json(told: AttemptResult, name: str) -> dict[str, object]:
     """Returns what became of an attempt, for a script."""
     attempt = told.attempt
     return {

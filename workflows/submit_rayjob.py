@@ -19,7 +19,7 @@ from urllib.parse import quote
 import requests
 import yaml
 
-from workflows.outcome import Said, said_in
+from workflows.outcome import LoggedOutcome, said_in
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 INSTANCE_LABEL, JOB_LABEL = "app.kubernetes.io/instance", "batch.kubernetes.io/job-name"
@@ -204,7 +204,7 @@ def _end(api: Api, rayjob: Tree, say: Callable[[str], None]) -> int:
     return _exit_code(rayjob) or FAILURE
 
 
-def _said(api: Api, name: str, say: Callable[[str], None]) -> Said | None:
+def _said(api: Api, name: str, say: Callable[[str], None]) -> LoggedOutcome | None:
     """Returns what the attempt said at its end; a log that cannot be read fails nothing."""
     try:
         said = said_in(replace(api, patience_s=min(LOG_PATIENCE_S, api.patience_s)).log(name))

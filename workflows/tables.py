@@ -14,7 +14,7 @@ from cluster.nodes import count
 from components.counts import counted
 from pipeline.artifacts import Evaluation, Metric, Registration, ShardSet, StageName, TrainedModel
 from pipeline.config import RunConfig, config_digest, section_fields
-from pipeline.registry.browse import Contrast, VersionFacts
+from pipeline.registry.browse import VersionDiff, VersionFacts
 from pipeline.registry.move import Move
 from pipeline.run import StageReport
 from pipeline.tracking import public_uri, ui_fragment
@@ -158,7 +158,7 @@ def print_version(out: IO[str], facts: VersionFacts, moves: Sequence[Move], uri:
     console.print(f"draw        ddpm sample models:/{facts.name}/{facts.version} --num 64 --out grid.png", soft_wrap=True, markup=False)
 
 
-def print_contrast(out: IO[str], name: str, found: Contrast) -> None:
+def print_contrast(out: IO[str], name: str, found: VersionDiff) -> None:
     """Prints versions side by side: numbers, then the settings that differ."""
     console = _console(out)
     table = _table(name, "", *(version.label for version in found.versions))

@@ -17,7 +17,7 @@ from pipeline.config import RunConfig
 from pipeline.context import Reporter
 from pipeline.errors import ConfigError
 from pipeline.tracking import connect
-from workflows.faults import KILLS, Endured, Fault, Ordeal, Struck, Trial, new_folder, plan_faults, raw_curve
+from workflows.faults import KILLS, Fault, FaultInjector, InjectedFault, Trial, TrialResult, new_folder, plan_faults, raw_curve
 from workflows.processes import shared_memory_files, without_owner
 
 LOSS = "train/loss"
@@ -99,7 +99,7 @@ def _compare_curves(what: str, one: Sequence[tuple[int, float]], other: Sequence
 
 
 @dataclass(frozen=True)
-class Left:
+class Leftovers:
     """What both trainings left behind; Ray's logs do not count."""
 
     processes: tuple[str, ...]
@@ -116,10 +116,10 @@ class Verdict:
     """The comparison, and how both trainings went."""
 
     compared: list[Compared]
-    undisturbed: Endured
-    disturbed: Endured
+    undisturbed: TrialResult
+    disturbed: TrialResult
     wanted: int
-    left: Left
+    left: Leftovers
 
     @property
     def equal(self) -> bool:
@@ -193,14 +193,14 @@ def contrast(folder: Path, preset: str, settings: Sequence[str], faults: Sequenc
     shared_memory = shared_memory_files()
     straight, hurt = Trial(preset, tuple(settings), folder / "a"), Trial(preset, (*settings, *unlike), folder / "b")
     reporter.line(f"undisturbed training in {straight.folder}")
-    undisturbed = Ordeal(straight, []).run()
+    undisturbed = FaultInjector(straight, []).run()
     share_datasets(straight, hurt)
     reporter.line(f"the same with {counted(len(faults), 'fault')} in {hurt.folder}")
-    disturbed = Ordeal(hurt, list(faults)).run()
+    disturbed = FaultInjector(hurt, list(faults)).run()
     compared = compare(training_end_of(straight), training_end_of(hurt))
     temporary = [f"{trial.folder.name}/{name}" for trial in (straight, hurt) for name in trial.temporary_files()]
     mapped_by_none = without_owner(shared_memory_files() - shared_memory)
-    left = Left((*undisturbed.processes, *disturbed.processes), tuple(mapped_by_none), tuple(temporary))
+    left = Leftovers((*undisturbed.processes, *disturbed.processes), tuple(mapped_by_none), tuple(temporary))
     return Verdict(compared, undisturbed, disturbed, len(faults), left)
 
 
@@ -225,7 +225,7 @@ def describe(verdict: Verdict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _describe_fault(struck: Struck) -> str:
+def _describe_fault(struck: InjectedFault) -> str:
     after = "" if struck.recovered_s is None else f", {struck.recovered_s:.1f} s to the next step"
     return f"{struck.kind} ({struck.hit}) at {struck.seconds:.1f} s after step {struck.step}{after}"
 

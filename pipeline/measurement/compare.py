@@ -13,14 +13,14 @@ from pipeline.artifacts import Metric, PairedTest, ShardSet
 from pipeline.context import StageContext
 from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.evaluator import Evaluator, as_metric, open_evaluator
-from pipeline.measurement.measure import Sampled, measure_distance, measure_floor, paired_test
+from pipeline.measurement.measure import SampleFeatures, measure_distance, measure_floor, paired_test
 from pipeline.measurement.sample_store import SampleSet
 
 GRID_IMAGES = 16
 
 
 @dataclass(frozen=True)
-class Entrant:
+class ComparedModel:
     """A model that is compared.
 
     Attributes:
@@ -72,7 +72,7 @@ class Comparison:
     floor: float | None
 
 
-def compare(entrants: Sequence[Entrant], recipes: Sequence[Recipe], config: EvaluateConfig, dataset: Location, *, context: StageContext) -> Comparison:
+def compare(entrants: Sequence[ComparedModel], recipes: Sequence[Recipe], config: EvaluateConfig, dataset: Location, *, context: StageContext) -> Comparison:
     """Measures every model by every recipe.
 
     Raises:
@@ -90,7 +90,7 @@ def compare(entrants: Sequence[Entrant], recipes: Sequence[Recipe], config: Eval
     return Comparison(tuple(results), pixels, None if floor is None else floor.value)
 
 
-def _by_recipe(evaluator: Evaluator, entrants: Sequence[Entrant], recipe: Recipe) -> list[Result]:
+def _by_recipe(evaluator: Evaluator, entrants: Sequence[ComparedModel], recipe: Recipe) -> list[Result]:
     reference, unit = evaluator.reference()
     unit = unit.model_copy(update={"sampler": recipe.describe(), "steps": recipe.steps})
     drawn = []
@@ -99,7 +99,7 @@ def _by_recipe(evaluator: Evaluator, entrants: Sequence[Entrant], recipe: Recipe
         samples = _samples(evaluator, entrant, recipe)
         evaluator.draw(samples, evaluator.config.seeds)
         drawn.append(samples)
-    sampled = [Sampled(samples.folder, evaluator.actor_pool.identities[0], evaluator.config.seeds) for samples in drawn]
+    sampled = [SampleFeatures(samples.folder, evaluator.actor_pool.identities[0], evaluator.config.seeds) for samples in drawn]
     results = []
     for entrant, samples, mine in zip(entrants, drawn, sampled, strict=True):
         distance = measure_distance(mine, reference)
@@ -121,7 +121,7 @@ def _with_recipe(metric: Metric, recipe: Recipe) -> Metric:
     return metric.model_copy(update={"unit": metric.unit.model_copy(update={"sampler": recipe.describe(), "steps": recipe.steps})})
 
 
-def _samples(evaluator: Evaluator, entrant: Entrant, recipe: Recipe) -> SampleSet:
+def _samples(evaluator: Evaluator, entrant: ComparedModel, recipe: Recipe) -> SampleSet:
     return evaluator.samples_of(entrant.checkpoint, entrant.weights, recipe)
 
 

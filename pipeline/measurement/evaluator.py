@@ -29,7 +29,7 @@ from pipeline.measurement.extractors import choose_extractors
 from pipeline.measurement.measure import (
     FEWEST_COMPARED,
     Distance,
-    Sampled,
+    SampleFeatures,
     find_copies,
     measure_distance,
     measure_floor,
@@ -50,7 +50,7 @@ PICTURE_BATCH = 16
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SamplingSummary:
     """What drawing a block of seeds left to say.
 
     Attributes:
@@ -118,7 +118,7 @@ class Evaluator:
         counts = tuple(self.label_counts.get(name, 0) for name in spec.label_names)
         return sample_set(self.context.storage, checkpoint, weights, recipe or self.config.recipe, counts if any(counts) else (1,) * len(counts))
 
-    def draw(self, samples: SampleSet, seeds: range, pixels: Location | None = None, *, need: bool = False) -> Drawn:
+    def draw(self, samples: SampleSet, seeds: range, pixels: Location | None = None, *, need: bool = False) -> SamplingSummary:
         """Draws and measures a block of seeds, as far as that is not done.
 
         Args:
@@ -133,7 +133,7 @@ class Evaluator:
                 checksum.update(bytes.fromhex(sha256))
                 fresh += drawn
                 pieces.finish(part, len(part))
-        return Drawn(checksum.hexdigest(), fresh / (time.perf_counter() - started))
+        return SamplingSummary(checksum.hexdigest(), fresh / (time.perf_counter() - started))
 
     def pixels(self, samples: SampleSet, seeds: Sequence[int], block: range = range(0), folder: Location | None = None) -> np.ndarray:
         """Returns the pixels (len(seeds), C, H, W) of some seeds: those of a block that a folder holds, or drawn again."""
@@ -190,7 +190,7 @@ class Evaluator:
     def measure(self, samples: SampleSet) -> Numbers:
         """Returns all that is taken of the configured seeds, which are drawn."""
         reference, unit = self.reference()
-        sampled = Sampled(samples.folder, self.actor_pool.identities[0], self.config.seeds)
+        sampled = SampleFeatures(samples.folder, self.actor_pool.identities[0], self.config.seeds)
         part = self.context.reporter.part
         train, holdout = self.real_features(0, "train"), self.holdout(0)
         with part("distances"):
@@ -212,7 +212,7 @@ class Evaluator:
             warnings=tuple(_warnings(unit, reference.dimensions, copies)),
         )
 
-    def _scores(self, sampled: Sampled, real_features: RealFeatures) -> list[Metric]:
+    def _scores(self, sampled: SampleFeatures, real_features: RealFeatures) -> list[Metric]:
         return self.actor_pool.compute(measure_scores, sampled, real_features, self._unit(real_features.identity, real_features))
 
     def holdout(self, which: int) -> RealFeatures | None:
@@ -225,7 +225,9 @@ class Evaluator:
 
     def _guard(self, which: int, samples: SampleSet) -> Metric:
         train = self.real_features(which, "train")
-        return as_metric(measure_distance(Sampled(samples.folder, train.identity, self.config.seeds), train.reference), self._unit(train.identity, train))
+        return as_metric(
+            measure_distance(SampleFeatures(samples.folder, train.identity, self.config.seeds), train.reference), self._unit(train.identity, train)
+        )
 
     def _unit(self, identity: Identity, real_features: RealFeatures) -> MetricUnit:
         return MetricUnit(

@@ -23,7 +23,7 @@ FEWEST_COMPARED = 10
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampleFeatures:
     """Features of a block of seeds by one extractor, kept in a folder of samples."""
 
     folder: Location
@@ -77,7 +77,7 @@ class Distance:
         return standard_error(self.influence)
 
 
-def measure_distance(sampled: Sampled, reference: "AnyReference") -> Distance:
+def measure_distance(sampled: SampleFeatures, reference: "AnyReference") -> Distance:
     """Returns the distance of samples from a reference: the Frechet distance from statistics, the energy distance from points."""
     from components.metrics import energy
     from components.metrics.frechet import compare, frechet_distance
@@ -105,7 +105,7 @@ def _batched(chunks: Iterator[np.ndarray], rows: int = 4096) -> Iterator[np.ndar
         yield np.concatenate(held)
 
 
-def _halves(sampled: Sampled, reference: "Reference") -> "tuple[FeatureStats, FeatureStats]":
+def _halves(sampled: SampleFeatures, reference: "Reference") -> "tuple[FeatureStats, FeatureStats]":
     """Returns the statistics of even and of odd places in the row of seeds."""
     from components.metrics.moments import FeatureStats
 
@@ -123,7 +123,7 @@ def _halves(sampled: Sampled, reference: "Reference") -> "tuple[FeatureStats, Fe
     return even, odd
 
 
-def measure_scores(sampled: Sampled, real_features: RealFeatures, unit: MetricUnit, device: str = "cpu") -> list[Metric]:
+def measure_scores(sampled: SampleFeatures, real_features: RealFeatures, unit: MetricUnit, device: str = "cpu") -> list[Metric]:
     """Returns what is taken of pairs of features: kernel distance, precision and recall, density and coverage."""
     from components.metrics.kernel import kernel_distance
     from components.metrics.neighbours import neighbourhoods
@@ -146,7 +146,7 @@ def measure_scores(sampled: Sampled, real_features: RealFeatures, unit: MetricUn
     ]
 
 
-def measure_inception_score(sampled: Sampled, unit: MetricUnit) -> list[Metric]:
+def measure_inception_score(sampled: SampleFeatures, unit: MetricUnit) -> list[Metric]:
     """Returns the Inception score, for the one extractor that may give it."""
     from components.metrics.inception_score import inception_score
 
@@ -193,7 +193,9 @@ def _reference_like(reference: "AnyReference", features: np.ndarray) -> "AnyRefe
     return EnergyReference.of(features) if isinstance(reference, EnergyReference) else Reference.of(FeatureStats.of(features, reference.mean))
 
 
-def find_copies(sampled: Sampled, train: RealFeatures, holdout: RealFeatures | None, device: str = "cpu") -> "tuple[Memorisation, tuple[Pair, ...]] | None":
+def find_copies(
+    sampled: SampleFeatures, train: RealFeatures, holdout: RealFeatures | None, device: str = "cpu"
+) -> "tuple[Memorisation, tuple[Pair, ...]] | None":
     """Returns how many samples are copies of training images, and the closest pairs; None where there are too few images to tell."""
     from components.metrics.memorisation import QUANTILE, Calibration, memorisation
 
@@ -222,7 +224,7 @@ def find_copies(sampled: Sampled, train: RealFeatures, holdout: RealFeatures | N
     return verdict, found.pairs
 
 
-def paired_test(candidate: Sampled, champion: Sampled, reference: "AnyReference") -> PairedTest:
+def paired_test(candidate: SampleFeatures, champion: SampleFeatures, reference: "AnyReference") -> PairedTest:
     """Compares two models on the same seeds: what both have in common by starting from the same noise takes no part in the error."""
     from components.metrics.frechet import paired_difference
 

@@ -9,7 +9,7 @@ from pipeline.artifacts import ChampionTest, MetricUnit, PairedTest, ShardSet
 from pipeline.context import StageContext
 from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.evaluator import open_evaluator
-from pipeline.measurement.measure import Sampled, paired_test
+from pipeline.measurement.measure import SampleFeatures, paired_test
 from pipeline.measurement.reference_statistics import is_energy, read_points, read_reference, reference_file
 from pipeline.measurement.sample_store import Identity
 
@@ -66,7 +66,7 @@ def compare_with_champion(
             for name, samples in ((candidate.name, ours), (champion.name, theirs)):
                 context.reporter.line(f"  {name} on seeds {seeds.start} to {seeds.stop - 1}")
                 evaluator.draw(samples, seeds)
-            return paired_test(Sampled(ours.folder, identity, seeds), Sampled(theirs.folder, identity, seeds), reference)
+            return paired_test(SampleFeatures(ours.folder, identity, seeds), SampleFeatures(theirs.folder, identity, seeds), reference)
 
         test = test or test_on(config.seeds)
         better = test.upper < -min_gain
@@ -88,7 +88,7 @@ def _kept_test(config: EvaluateConfig, unit: MetricUnit, candidate: Rival, champ
     """Returns the test on what both have kept from their evaluations, None where something is gone."""
     identity = Identity(unit.extractor, unit.extractor_digest, unit.preprocessing)
     file = Location.of(config.reference) if config.reference else reference_file(context.storage, unit.reference_digest, "train", identity)
-    sampled = [Sampled(Location.of(folder), identity, config.seeds) for folder in (candidate.samples, champion.samples)]
+    sampled = [SampleFeatures(Location.of(folder), identity, config.seeds) for folder in (candidate.samples, champion.samples)]
     if not file.is_file() or not all(each.is_there() for each in sampled):
         return None
     try:

@@ -58,7 +58,7 @@ class VersionFacts(BaseModel):
         }
 
 
-class Contrast(BaseModel):
+class VersionDiff(BaseModel):
     """What sets versions of one model apart.
 
     Attributes:
@@ -128,13 +128,13 @@ def _facts(version: "ModelVersion", aliases: Mapping[str, object], settings: dic
     )
 
 
-def contrast(versions: Sequence[VersionFacts]) -> Contrast:
+def contrast(versions: Sequence[VersionFacts]) -> VersionDiff:
     """Returns in what versions differ: unit and settings."""
     first = versions[0].metric
     unlike = tuple(tuple(unlike_parts(version.metric.unit, first.unit)) if version.metric and first else () for version in versions)
     keys = sorted({key for version in versions for key in version.settings})
     values = {key: tuple(version.settings.get(key, "") for version in versions) for key in keys}
-    return Contrast(versions=tuple(versions), unlike=unlike, settings={key: each for key, each in values.items() if len(set(each)) > 1})
+    return VersionDiff(versions=tuple(versions), unlike=unlike, settings={key: each for key, each in values.items() if len(set(each)) > 1})
 
 
 def log_of(tracking: Tracking, name: str) -> list[Move]:

@@ -164,7 +164,7 @@ def _judged(status: int | str) -> tuple[Outcome, str]:
     return "refused", f"answered {status}; look at the address and at DDPM_WEBHOOK_SECRET"
 
 
-class Sending:
+class WebhookSender:
     """Messages on their way, in a thread of their own.
 
     Args:
@@ -225,7 +225,7 @@ def post(
     attempts: int = ATTEMPTS,
     timeout_s: float = TIMEOUT_S,
     total_s: float = TOTAL_S,
-) -> Sending:
+) -> WebhookSender:
     """Puts a message in an outbox, and begins to deliver all that is there; raises nothing, whatever storage and receiver do.
 
     An equal message that is still there is not put a second time. One that was sent by a process that died before it could remove it is sent again,
@@ -243,4 +243,4 @@ def post(
             (outbox / f"{int(time.time() * 1000):014d}-{_id(body)}.json").write_bytes(body)
     except OSError:
         unsaved = body
-    return Sending(outbox, _Receiver(url, secret, attempts, timeout_s, time.monotonic() + total_s), unsaved)
+    return WebhookSender(outbox, _Receiver(url, secret, attempts, timeout_s, time.monotonic() + total_s), unsaved)

@@ -31,7 +31,7 @@ from pipeline.training.metrics_log import Attempt, MetricsLine, MetricsLogWriter
 from pipeline.training.metrics_relay import samples_folder
 from pipeline.training.plan import TrainFailure, TrainOutcome, TrainPlan
 from pipeline.training.restarts import record_restart
-from pipeline.training.system_watch import SystemWatch
+from pipeline.training.system_watch import SystemMetricsMonitor
 from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer, sample_tiles
 
 GRID_COLUMNS = 8
@@ -177,11 +177,11 @@ def _agree_on_start(folder: Location, rank: int, device: torch.device) -> tuple[
     return attempt or Attempt(folder, Ticket.model_validate_json(ticket)), folder / name if name else None
 
 
-def _watch(attempt: Attempt, context: Any) -> contextlib.AbstractContextManager[SystemWatch | None]:
+def _watch(attempt: Attempt, context: Any) -> contextlib.AbstractContextManager[SystemMetricsMonitor | None]:
     """Returns the watch of this worker's node, if it is the node's first worker."""
     if context.get_local_rank() != 0:
         return contextlib.nullcontext()
-    return SystemWatch(attempt, context.get_node_rank(), alone=context.get_local_world_size() == context.get_world_size())
+    return SystemMetricsMonitor(attempt, context.get_node_rank(), alone=context.get_local_world_size() == context.get_world_size())
 
 
 @dataclass
@@ -197,7 +197,7 @@ class Worker:
     plan: BatchPlan
     reader: RowReader
     heartbeat: Heartbeat
-    watch: SystemWatch | None
+    watch: SystemMetricsMonitor | None
     rank: int
     world: int
     threads_asked_for: bool = False

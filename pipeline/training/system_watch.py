@@ -10,7 +10,7 @@ WATCH_EVERY_S = 10.0
 _LEAVE_S = 5.0
 
 
-class SystemWatch:
+class SystemMetricsMonitor:
     """Writes down what this machine does while a block trains, on behalf of an attempt, in a metrics log of the node's own.
 
     It reads and writes in a thread of its own, and a failure of any kind leaves a gap in the curves and nothing else.
@@ -48,7 +48,7 @@ class SystemWatch:
         except Exception:  # whatever it is, training goes on
             return
 
-    def __enter__(self) -> "SystemWatch":
+    def __enter__(self) -> "SystemMetricsMonitor":
         return self
 
     def __exit__(self, *_: object) -> None:

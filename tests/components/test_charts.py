@@ -14,12 +14,12 @@ from components.charts import DPI, WIDTH, Interval, StepsPoint, save_intervals, 
 
 POINTS = [StepsPoint("ddim", 50, 4.0, 0.1), StepsPoint("ancestral", 50, 7.0, 0.3), StepsPoint("ddim", 10, 9.0, 0.2), StepsPoint("ancestral", 250, 3.5, 0.0)]
 
-Drawn = Callable[..., Any]
+SamplingSummary = Callable[..., Any]
 """Gives matplotlib's axes, whose own types stop at the base classes of what is drawn."""
 
 
 @pytest.fixture
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drawn:
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SamplingSummary:
     """Calls a function that writes a chart, checks the file, and returns the axes that it shows."""
     saved: list[Figure] = []
     savefig = Figure.savefig
@@ -46,7 +46,7 @@ def texts(axes: Any) -> str:
     return "\n".join(text.get_text() for text in axes.figure.findobj(Text))
 
 
-def test_the_loss_at_each_timestep_is_a_line_for_each_set_of_images(drawn: Drawn):
+def test_the_loss_at_each_timestep_is_a_line_for_each_set_of_images(drawn: SamplingSummary):
     axes = drawn(save_timestep_losses, [0, 500, 999], {"train": [1.0, 0.1, 0.01], "held out": [1.1, 0.2, 0.02]})
     assert lines(axes) == {"train": ([0, 500, 999], [1.0, 0.1, 0.01]), "held out": ([0, 500, 999], [1.1, 0.2, 0.02])}
     assert axes.get_yscale() == "log"
@@ -54,13 +54,13 @@ def test_the_loss_at_each_timestep_is_a_line_for_each_set_of_images(drawn: Drawn
 
 
 @pytest.mark.parametrize("losses", [[1.0, 0.9, 0.8], [1.0, 0.0, 0.5], [100.0, float("nan"), 0.0], [float("nan")] * 3])
-def test_losses_that_cannot_be_or_need_not_be_logarithmic_are_drawn_on_a_linear_scale(drawn: Drawn, losses: list[float]):
+def test_losses_that_cannot_be_or_need_not_be_logarithmic_are_drawn_on_a_linear_scale(drawn: SamplingSummary, losses: list[float]):
     axes = drawn(save_timestep_losses, [0, 500, 999], {"train": losses})
     assert axes.get_yscale() == "linear"
     assert axes.get_legend() is None
 
 
-def test_a_distance_is_drawn_by_steps_with_bars_of_1_96_standard_errors_and_a_floor(drawn: Drawn):
+def test_a_distance_is_drawn_by_steps_with_bars_of_1_96_standard_errors_and_a_floor(drawn: SamplingSummary):
     axes = drawn(save_steps_chart, POINTS, "FID", 2.0)
     ddim, ancestral = axes.containers
     for container, (xs, ys, errors) in zip((ddim, ancestral), [([10, 50], [9.0, 4.0], [0.2, 0.1]), ([50, 250], [7.0, 3.5], [0.3, 0.0])], strict=True):
@@ -75,17 +75,17 @@ def test_a_distance_is_drawn_by_steps_with_bars_of_1_96_standard_errors_and_a_fl
     assert "real against real" not in texts(drawn(save_steps_chart, POINTS, "FID"))
 
 
-def test_numbers_of_steps_that_are_close_share_a_tick(drawn: Drawn):
+def test_numbers_of_steps_that_are_close_share_a_tick(drawn: SamplingSummary):
     axes = drawn(save_steps_chart, [StepsPoint("ddim", steps, 1.0, 0.0) for steps in (10, 11, 900, 1000)], "FID")
     assert list(axes.get_xticks()) == [1000, 11]
 
 
-def test_an_interval_below_zero_keeps_the_scale_linear(drawn: Drawn):
+def test_an_interval_below_zero_keeps_the_scale_linear(drawn: SamplingSummary):
     assert drawn(save_steps_chart, [StepsPoint("a", 10, 50.0, 0.1), StepsPoint("a", 20, 0.1, 0.1)], "FID").get_yscale() == "linear"
     assert drawn(save_steps_chart, [StepsPoint("a", 10, 50.0, 0.1), StepsPoint("a", 20, 0.1, 0.01)], "FID").get_yscale() == "log"
 
 
-def test_intervals_stand_below_one_another_in_their_order(drawn: Drawn):
+def test_intervals_stand_below_one_another_in_their_order(drawn: SamplingSummary):
     intervals = [Interval("v3", 9.8, 9.6, 10.1), Interval("a" * 100, -9.1, -9.3, 9.0)]
     axes = drawn(save_intervals, intervals, "FID", 0.0, "champion")
     [bars] = axes.collections
@@ -97,12 +97,12 @@ def test_intervals_stand_below_one_another_in_their_order(drawn: Drawn):
     assert "champion" in texts(axes)
 
 
-def test_a_name_is_no_formula(drawn: Drawn):
+def test_a_name_is_no_formula(drawn: SamplingSummary):
     axes = drawn(save_intervals, [Interval(r"$\frac{$", 1, 0, 2)], r"$\oops$", 1.0, "$x$ $")
     assert [label.get_text() for label in axes.get_yticklabels()] == [r"\$\frac{\$"]
 
 
-def test_the_training_loss_is_drawn_with_its_running_mean(drawn: Drawn):
+def test_the_training_loss_is_drawn_with_its_running_mean(drawn: SamplingSummary):
     steps, losses = list(range(0, 400, 10)), np.linspace(4, 1, 40).tolist()
     drawn_lines = lines(drawn(save_loss_curve, steps, losses))
     assert drawn_lines["loss"] == (steps, losses)

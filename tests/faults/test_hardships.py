@@ -17,9 +17,9 @@ import terminal
 from pipeline.tracking import connect
 from pipeline.training.restarts import restarts_of
 from workflows.cli import RESUME
-from workflows.faults import Fault, Kind, Ordeal, Trial, new_folder
+from workflows.faults import Fault, FaultInjector, Kind, Trial, new_folder
 from workflows.preset_files import find_preset
-from workflows.processes import Family, shared_memory_files, without_owner
+from workflows.processes import ProcessTree, shared_memory_files, without_owner
 from workflows.verify_resume import TrainingEnd, compare, scaled_down, share_datasets, training_end_of
 
 STEPS = 240
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def undisturbed() -> Iterator[tuple[Trial, TrainingEnd]]:
     trial = Trial(str(find_preset("digits")), SETTINGS, new_folder() / "a")
-    Ordeal(trial, []).run()
+    FaultInjector(trial, []).run()
     yield trial, training_end_of(trial)
     shutil.rmtree(trial.folder.parent)
 
@@ -84,7 +84,7 @@ def reasons(trial: Trial) -> list[str]:
 )
 def test_the_end_is_that_of_an_undisturbed_training(undisturbed: tuple[Trial, TrainingEnd], trial: Trial, kind: Kind, reason: str, starts: int):
     shared_memory = shared_memory_files()
-    endured = Ordeal(trial, [Fault(kind, step=STEPS // 3, delay_s=0.2, draw=1)]).run()
+    endured = FaultInjector(trial, [Fault(kind, step=STEPS // 3, delay_s=0.2, draw=1)]).run()
     assert [one.kind for one in endured.struck] == [kind]
     assert endured.starts == starts
     assert unlike(undisturbed, trial) == []
@@ -108,7 +108,7 @@ def test_asked_to_end_it_saves_where_it_is_and_says_that_it_is_to_be_resumed(und
     folder = trial.training_folder()
     assert folder is not None
     assert [name for name in folder.folders() if name.startswith(f"step_{step:09d}")] != []
-    assert Ordeal(trial, []).run().starts == 1
+    assert FaultInjector(trial, []).run().starts == 1
     begun = re.findall(r"start 2: from step (\d+) with 2 workers", trial.log.read_text())
     assert int(begun[0]) >= step  # the next checkpoint may have come before the workers ended
     assert unlike(undisturbed, trial) == []
@@ -126,7 +126,7 @@ def test_a_terminal_that_closes_has_a_checkpoint_saved_and_leaves_no_process(und
     assert folder is not None
     saved = max(int(name.split("_")[1].partition("-")[0]) for name in folder.folders() if name.startswith("step_"))
     assert saved >= STEPS // 3 + 7
-    assert Ordeal(trial, []).run().starts == 1
+    assert FaultInjector(trial, []).run().starts == 1
     assert unlike(undisturbed, trial) == []
     assert reasons(trial) == ["the command was asked to end (SIGHUP: its terminal, or who read what it prints, went away)"]
     assert trial.temporary_files() == []
@@ -187,11 +187,11 @@ def test_a_disk_that_stays_full_ends_the_command_with_one_line_and_nothing_is_lo
     assert "cannot be written (No space left on device)" in on_little_disk.log.read_text().removeprefix(said)
     assert "Traceback" not in on_little_disk.log.read_text()
     (little_disk / "other").unlink()
-    assert Ordeal(on_little_disk, []).run().starts == 1
+    assert FaultInjector(on_little_disk, []).run().starts == 1
     assert unlike(undisturbed, on_little_disk) == []
 
 
-def start_until(trial: Trial, step: int, within: Sequence[str] = ()) -> Family:
+def start_until(trial: Trial, step: int, within: Sequence[str] = ()) -> ProcessTree:
     """Starts the training and returns when its curve has come to a step."""
     family = trial.start(within)
     wait_for(lambda: last_step(trial) >= step, family)
@@ -206,7 +206,7 @@ def last_step(trial: Trial) -> int:
     return lines[-1].step if lines else 0
 
 
-def wait_for(condition: Callable[[], bool], family: Family, seconds: float = 300) -> None:
+def wait_for(condition: Callable[[], bool], family: ProcessTree, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert family.code() is None, "the command ended"
@@ -215,7 +215,7 @@ def wait_for(condition: Callable[[], bool], family: Family, seconds: float = 300
         time.sleep(0.1)
 
 
-def code_of(family: Family, seconds: float = 300) -> int:
+def code_of(family: ProcessTree, seconds: float = 300) -> int:
     deadline = time.monotonic() + seconds
     while (code := family.code()) is None:
         assert time.monotonic() < deadline

@@ -35,7 +35,7 @@ from pipeline.measurement.compare import shard_set_of
 from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.evaluator import Evaluator
 from pipeline.measurement.extractors import check_extractor
-from pipeline.measurement.measure import Sampled, find_copies, paired_test
+from pipeline.measurement.measure import SampleFeatures, find_copies, paired_test
 from pipeline.measurement.reference_statistics import RealFeatures
 from pipeline.measurement.sample_dataset import keep_samples
 from pipeline.measurement.sample_store import ROWS_PER_PART, SEEDS_PER_PART, Identity, RealSet, SampleSet, features_file, parts_of, pixels_file, write_array
@@ -216,7 +216,7 @@ def test_copies_among_the_samples_are_told(tmp_path: Path, copied: int, verdict:
         for part in parts_of(range(len(values)), ROWS_PER_PART):
             write_array(real.features_file(identity, part), values[part.start : part.stop])
         real_features.append(RealFeatures(real, identity, len(values), Reference.of(FeatureStats.of(values, np.zeros(16)))))
-    found = find_copies(Sampled(folder, identity, range(3000)), real_features[0], real_features[1])
+    found = find_copies(SampleFeatures(folder, identity, range(3000)), real_features[0], real_features[1])
     assert found is not None
     assert verdict in found[0].verdict
     assert (found[0].num_samples, found[0].num_searched, found[0].calibration) == (3000, 4096, "2,048 held-out images")
@@ -300,7 +300,7 @@ def test_common_seeds_tell_a_small_difference_that_separate_errors_would_hide(ev
     for model in (models[0], Location.of(tmp_path / "nearly")):
         samples = one.samples_of(model, "ema")
         one.draw(samples, CONFIG.seeds)
-        sampled.append(Sampled(samples.folder, one.actor_pool.identities[0], CONFIG.seeds))
+        sampled.append(SampleFeatures(samples.folder, one.actor_pool.identities[0], CONFIG.seeds))
     reference, _ = one.reference()
     test = paired_test(sampled[1], sampled[0], reference)
     alone = one.measure(one.samples_of(models[0], "ema")).frechet[0].standard_error

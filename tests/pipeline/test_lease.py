@@ -9,7 +9,7 @@ import ray_nodes
 
 from components.storage import Location
 from pipeline import lease
-from pipeline.lease import HeldError, LostError, held
+from pipeline.lease import LeaseHeldError, LeaseLostError, held
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -25,10 +25,10 @@ def file(request: pytest.FixtureRequest, tmp_path: Path, s3: ray_nodes.S3Server,
 def test_a_second_process_is_refused_while_the_first_is_there_and_let_in_after(file: Location):
     for _ in range(2):
         with held(file, wait=False):
-            with pytest.raises(HeldError, match=r"process \d+ on "), held(file, wait=False):
+            with pytest.raises(LeaseHeldError, match=r"process \d+ on "), held(file, wait=False):
                 pass
             time.sleep(0.5)
-            with pytest.raises(HeldError), held(file, wait=False):
+            with pytest.raises(LeaseHeldError), held(file, wait=False):
                 pass
 
 
@@ -61,7 +61,7 @@ def test_a_process_whose_lease_another_took_is_told_and_leaves_it_alone(file: Lo
             file.write_text(other)
             time.sleep(60)
 
-    with pytest.raises(LostError, match="another process may have taken over"):
+    with pytest.raises(LeaseLostError, match="another process may have taken over"):
         lose()
     assert file.read_text() == other
 

@@ -30,7 +30,7 @@ from pipeline.tracking import Tracking, connect
 from pipeline.training import metrics_relay, system_watch
 from pipeline.training.metrics_log import Attempt, MetricsLine, MetricsLogReader, MetricsLogWriter, system_folder
 from pipeline.training.metrics_relay import CURSOR_FILE, Delivery, MetricsRelay, samples_folder
-from pipeline.training.system_watch import SystemWatch
+from pipeline.training.system_watch import SystemMetricsMonitor
 
 PLANTED = "planted-Secret-41c7"
 
@@ -150,7 +150,7 @@ def test_a_slow_server_gets_as_much_as_there_is_time_for_and_the_rest_the_next_t
 def test_a_watch_notes_what_a_machine_does_and_goes_on_where_an_earlier_attempt_ended(context: StageContext, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(system_watch, "WATCH_EVERY_S", 0.0)
     for steps in ((2, 4), (4, 6)):
-        watch = SystemWatch(Attempt(context.folder), 1, alone=False)
+        watch = SystemMetricsMonitor(Attempt(context.folder), 1, alone=False)
         for step in steps:
             with watch:
                 watch.look(step)
@@ -161,7 +161,7 @@ def test_a_watch_notes_what_a_machine_does_and_goes_on_where_an_earlier_attempt_
 
 def test_a_watch_that_fails_says_nothing_and_writes_nothing(context: StageContext, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(system_watch, "WATCH_EVERY_S", 0.0)
-    watch = SystemWatch(Attempt(context.folder), 0, alone=True)
+    watch = SystemMetricsMonitor(Attempt(context.folder), 0, alone=True)
     (context.folder.path / "system").write_text("in the way")
     with watch:
         watch.look(2)

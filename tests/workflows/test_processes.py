@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from workflows import processes
-from workflows.processes import Family, shared_memory_files, without_owner
+from workflows.processes import ProcessTree, shared_memory_files, without_owner
 
 SLEEP = "import time; time.sleep(300)"
 DAEMON = f"""
@@ -27,11 +27,11 @@ while not os.path.exists(sys.argv[1]):
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Family]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., ProcessTree]]:
     families = []
 
-    def call(*arguments: str) -> Family:
-        families.append(Family([sys.executable, *arguments], env=os.environ, stdout=tmp_path / "out", stderr=tmp_path / "err"))
+    def call(*arguments: str) -> ProcessTree:
+        families.append(ProcessTree([sys.executable, *arguments], env=os.environ, stdout=tmp_path / "out", stderr=tmp_path / "err"))
         return families[-1]
 
     yield call
@@ -46,7 +46,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_a_daemon_and_its_child_belong_to_the_family_after_the_command_has_ended(start: Callable[..., Family], tmp_path: Path):
+def test_a_daemon_and_its_child_belong_to_the_family_after_the_command_has_ended(start: Callable[..., ProcessTree], tmp_path: Path):
     family = start("-c", DAEMON, str(tmp_path / "end"))
     wait_until(lambda: len(family.look()) == 3)
     (tmp_path / "end").touch()
@@ -58,7 +58,7 @@ def test_a_daemon_and_its_child_belong_to_the_family_after_the_command_has_ended
     assert family.wait(60) == []
 
 
-def test_killing_a_family_leaves_everybody_else_alone(start: Callable[..., Family]):
+def test_killing_a_family_leaves_everybody_else_alone(start: Callable[..., ProcessTree]):
     other = subprocess.Popen([sys.executable, "-c", SLEEP])
     try:
         family = start("-c", SLEEP)
@@ -71,7 +71,7 @@ def test_killing_a_family_leaves_everybody_else_alone(start: Callable[..., Famil
         other.wait()
 
 
-def test_the_exit_code_and_what_was_said_are_the_commands(start: Callable[..., Family], tmp_path: Path):
+def test_the_exit_code_and_what_was_said_are_the_commands(start: Callable[..., ProcessTree], tmp_path: Path):
     family = start("-c", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)")
     wait_until(lambda: family.code() is not None)
     assert (family.code(), (tmp_path / "out").read_text(), (tmp_path / "err").read_text()) == (7, "out\n", "err\n")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from workflows.outcome import Said, last_line, said_in
+from workflows.outcome import LoggedOutcome, last_line, said_in
 from workflows.retrain import EXIT_CODES
 
 LINE = "digits #7: kept champion v4: FD (dct8) 0.5, 12 new images, 9 s"
@@ -12,12 +12,12 @@ LINE = "digits #7: kept champion v4: FD (dct8) 0.5, 12 new images, 9 s"
 
 @pytest.mark.parametrize("code", sorted({*EXIT_CODES.values(), 1, 143}))
 def test_a_log_gives_back_the_code_that_ended_it_and_the_line_before(code: int):
-    assert said_in(f"step 4 of 12\n{LINE}\n{last_line(code)}") == Said(code, LINE)
+    assert said_in(f"step 4 of 12\n{LINE}\n{last_line(code)}") == LoggedOutcome(code, LINE)
 
 
 def test_the_last_attempt_of_a_log_counts_and_what_follows_it_does_not():
     log = f"digits #6: failed: RegistryError\n{last_line(1)}{LINE}\r\n{last_line(10)}Job 'ddpm-7' succeeded\n"
-    assert said_in(log) == Said(10, LINE)
+    assert said_in(log) == LoggedOutcome(10, LINE)
 
 
 @pytest.mark.parametrize("log", ["", LINE, f"{LINE}\n{last_line(10)[:-3]}", f"said {last_line(0)}", "ddpm retrain: exit code ten\n"])

@@ -14,7 +14,7 @@ import typer
 
 from components.storage import Location
 from pipeline.errors import ConfigError
-from pipeline.lease import HeldError, held
+from pipeline.lease import LeaseHeldError, held
 from workflows.foreground import ASKED_TO_END, HOST, READY_TIMEOUT_S, becomes_ready, check_free, handle_signals, last_output
 from workflows.schedule import processes
 from workflows.schedule.plan import Plan
@@ -49,7 +49,7 @@ def supervise(plan: Plan, folder: Location) -> int:
         with held(folder / "lock", wait=False):
             handle_signals()
             _supervise(plan, folder)
-    except HeldError as error:
+    except LeaseHeldError as error:
         raise ConfigError(f"--name {plan.name} is scheduled already by {error}; end that one, or choose another --name and --port") from error
     except SchedulerError as error:
         typer.echo(f"error: {error}", err=True)
