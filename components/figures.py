@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -197,7 +198,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def save_animation(path: Path, frames: Sequence[Image.Image], milliseconds: int = 80, hold: int = 1500) -> None:
+def save_animation(file: Path | BinaryIO, frames: Sequence[Image.Image], milliseconds: int = 80, hold: int = 1500) -> None:
     """Writes frames as a looping GIF that rests on its last frame.
 
     Args:
@@ -205,4 +206,4 @@ def save_animation(path: Path, frames: Sequence[Image.Image], milliseconds: int 
         hold: milliseconds on the last frame.
     """
     durations = [milliseconds] * (len(frames) - 1) + [hold]
-    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+    frames[0].save(file, "GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0, optimize=True)

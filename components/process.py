@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .charts import COLOURS, draw_frame, plain
+from .data.images import to_image
 from .diffusion.config import DiffusionConfig
-from .figures import CELL_GAP, INK, MARGIN, OUTLINE, PALE_INK, TEXT_SIZE, TITLE_SIZE, grid, write, write_title
+from .figures import CELL_GAP, INK, MARGIN, OUTLINE, PALE_INK, TEXT_SIZE, TITLE_SIZE, grid, save_animation, write, write_title
 from .spaces.points import PointSpace
 from .spaces.scatter import scatter_tile
 from .spaces.space import Space
@@ -182,7 +183,7 @@ def points_frames(xs: Sequence[np.ndarray], captions: Sequence[str], limits: tup
         captions: of each frame.
     """
     colours = colours_by_place(xs[-1])
-    return [_captioned(scatter_tile(x, size, limits, colours), caption) for x, caption in zip(xs, captions, strict=True)]
+    return [_captioned(scatter_tile(x, limits, size, colours), caption) for x, caption in zip(xs, captions, strict=True)]
 
 
 def image_frames(xs: Sequence[np.ndarray], estimates: Sequence[np.ndarray], captions: Sequence[str], columns: int) -> list[Image.Image]:
@@ -222,8 +223,7 @@ def gif_bytes(frames: Sequence[Image.Image], milliseconds: int = 80, hold: int =
     frames = list(frames)
     while True:
         content = io.BytesIO()
-        durations = [milliseconds] * (len(frames) - 1) + [hold]
-        frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+        save_animation(content, frames, milliseconds, hold)
         if content.tell() <= most_bytes:
             return content.getvalue()
         if len(frames) > 2 * FEWEST_FRAMES:
@@ -264,8 +264,7 @@ def save_schedules(path: Path, schedules: Mapping[str, np.ndarray]) -> None:
 
 def _enlarged(tile: np.ndarray, least: int) -> Image.Image:
     """Returns a tile as a picture, enlarged by a whole factor to about a width, or shrunk to it."""
-    values = tile.transpose(1, 2, 0)
-    picture = Image.fromarray(np.ascontiguousarray(values[:, :, 0] if values.shape[2] == 1 else values)).convert("RGB")
+    picture = to_image(tile).convert("RGB")
     factor = least / picture.width
     if factor >= 1:
         return picture.resize((picture.width * round(factor), picture.height * round(factor)), Image.Resampling.NEAREST)

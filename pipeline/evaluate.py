@@ -9,12 +9,12 @@ from components.model.manifest import averages_in, is_complete
 from components.model.retention import checkpoint_step, checkpoints
 from components.model.spec import read_spec
 from components.storage import Location
-from pipeline.artifacts import ElectionEntry, Evaluation, Metric, ShardSet, TrainedModel
+from pipeline.artifacts import ElectionEntry, Evaluation, ShardSet, TrainedModel
 from pipeline.context import StageContext
 from pipeline.errors import RegistryError
 from pipeline.leaderboard import VIEW_TAG, view, view_key
 from pipeline.measurement.config import EvaluateConfig
-from pipeline.measurement.evaluator import Evaluator, open_evaluator
+from pipeline.measurement.evaluator import Evaluator, as_metric, open_evaluator
 from pipeline.measurement.measure import SampleFeatures, measure_distance
 from pipeline.measurement.pictures import draw_pictures, write_page
 from pipeline.measurement.sample_dataset import keep_samples
@@ -128,7 +128,7 @@ def _elect(evaluator: Evaluator, model: TrainedModel) -> tuple[SampleSet, tuple[
         samples = evaluator.samples_of(folder, weights)
         evaluator.draw(samples, seeds)
         distance = measure_distance(SampleFeatures(samples.folder, evaluator.actor_pool.identities[0], seeds), reference)
-        metric = Metric(value=distance.value, unit=unit, standard_error=distance.standard_error)
+        metric = as_metric(distance, unit)
         found.append(ElectionEntry(checkpoint=str(folder), weights=weights, step=checkpoint_step(folder), metric=metric))
         evaluator.context.reporter.line(f"  election    {folder.name} {weights}: {metric.name} {metric.value:.4g}")
     found.sort(key=lambda standing: standing.metric.value)

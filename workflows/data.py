@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from components.counts import counted
-from workflows.options import Commands, file_to_write, storage_of
+from workflows.options import Commands, file_to_write, storage_of, writing
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -97,13 +97,10 @@ def diff(
 
 def _save_sheet(dataset: "Dataset", out: Path) -> None:
     from components.data.summary import dataset_sheet
-    from pipeline.errors import ConfigError
 
     sheet = dataset_sheet(dataset.folder, dataset.manifest)
-    try:
+    with writing("--out", out):
         sheet.save(out)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({error.strerror}); name a file in a folder with write permission") from error
 
 
 def _print_json(facts: object) -> None:

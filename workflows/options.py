@@ -158,3 +158,16 @@ def _permitted(option: str, text: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{option} {text} cannot be written ({error.strerror}); name another, or give write permission") from error
+
+
+@contextmanager
+def writing(option: str, named: object) -> Iterator[None]:
+    """Says which file could not be written where a block that writes it fails.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option} {named} cannot be written ({error.strerror}); name a file in a folder with write permission") from error

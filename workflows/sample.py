@@ -18,6 +18,7 @@ from components.storage import Location
 from pipeline.errors import ConfigError, RegistryError
 from pipeline.registry.versions import find_model
 from pipeline.tracking import connect, translated
+from workflows.options import writing
 
 IMAGES = 16
 """That an animation shows by default."""
@@ -101,7 +102,5 @@ def _load(model: str, storage: Location, device: str) -> Denoiser:
 
 def _save(tiles: np.ndarray, out: Path) -> None:
     columns = max(1, min(16, round(len(tiles) ** 0.5 * 1.5)))
-    try:
+    with writing("--out", out):
         grid(tiles, columns).save(out)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({error.strerror}); name a file in a folder with write permission") from error

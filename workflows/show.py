@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from workflows.options import Commands, file_to_write, storage_of
+from workflows.options import Commands, file_to_write, storage_of, writing
 from workflows.preset_files import find_preset
 from workflows.streams import stdout_to_stderr
 
@@ -98,15 +98,7 @@ def data(
 
 
 def _save(file: Path, named: str, write: Callable[[], object]) -> None:
-    """Writes a picture and prints where it is.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
-    from pipeline.errors import ConfigError
-
-    try:
+    """Writes a picture and prints where it is."""
+    with writing("--out", named):
         write()
-    except OSError as error:
-        raise ConfigError(f"--out {named} cannot be written ({error.strerror}); name a file in a folder with write permission") from error
     typer.echo(named)

@@ -75,7 +75,6 @@ class PixelSpace(PixelSettings, Space):
     limit: ClassVar[float | None] = 1.0
     rows_in_a_picture: ClassVar[int] = 60
     can_mirror: ClassVar[bool] = True
-    measures: ClassVar[tuple[str, str]] = ("brightness", "contrast")
 
     kind: Literal["pixels"] = "pixels"
     """Which space."""

@@ -25,7 +25,6 @@ class PointSpace(Space):
     noun: ClassVar[str] = "point"
     rows_in_a_picture: ClassVar[int] = 2000
     one_tile_per_row: ClassVar[bool] = False
-    measures: ClassVar[tuple[str, str]] = ("x", "y")
 
     kind: Literal["points"] = "points"
     """Which space."""
@@ -81,7 +80,7 @@ class PointSpace(Space):
     def tiles(self, rows: np.ndarray) -> np.ndarray:
         from .scatter import scatter_tile
 
-        return scatter_tile(rows, limits=self.limits())[None]
+        return scatter_tile(rows, self.limits())[None]
 
     def limits(self) -> tuple[float, float, float, float]:
         """Returns what of the plane pictures show: left, right, bottom, top."""

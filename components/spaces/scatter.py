@@ -6,17 +6,15 @@ DOT_RADIUS, TILE = 1.6, 256
 DOT_INK = np.array([47, 109, 179], np.float64)
 
 
-def scatter_tile(
-    points: np.ndarray, size: int = TILE, limits: tuple[float, float, float, float] | None = None, colours: np.ndarray | None = None
-) -> np.ndarray:
+def scatter_tile(points: np.ndarray, limits: tuple[float, float, float, float], size: int = TILE, colours: np.ndarray | None = None) -> np.ndarray:
     """Returns a scatter of points as a picture (3, size, size) uint8: smooth dots on white, y upwards, denser where there are more.
 
     Args:
         points: (N, 2); those that are not finite or outside are not drawn.
-        limits: left, right, bottom and top of what is shown, a square; by default around all points.
+        limits: left, right, bottom and top of what is shown, a square.
         colours: (N, 3) uint8, one for each point; one blue for all by default.
     """
-    left, right, bottom, top = limits or square_around(points)
+    left, right, bottom, top = limits
     scale = np.array([size / (right - left), size / (top - bottom)])
     with np.errstate(invalid="ignore", over="ignore"):
         places = (points.astype(np.float64) - (left, bottom)) * scale
@@ -39,10 +37,3 @@ def scatter_tile(
     colour = mixed / np.maximum(weight, 1e-9)[..., None]
     picture = 255 - shade[..., None] * (255 - colour)
     return np.ascontiguousarray(picture.round().astype(np.uint8).transpose(2, 0, 1))
-
-
-def square_around(points: np.ndarray) -> tuple[float, float, float, float]:
-    """Returns left, right, bottom and top of a square that holds points (N, 2) with some room."""
-    found = points[np.isfinite(points).all(axis=1)]
-    middle, reach = (found.min(axis=0) + found.max(axis=0)) / 2, 0.55 * max(1e-6, float(np.ptp(found, axis=0).max()))
-    return float(middle[0] - reach), float(middle[0] + reach), float(middle[1] - reach), float(middle[1] + reach)

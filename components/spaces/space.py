@@ -29,8 +29,6 @@ class Space(BaseModel):
     """Whether each row is a picture by itself."""
     can_mirror: ClassVar[bool] = False
     """Whether a row mirrored left to right is as good an example."""
-    measures: ClassVar[tuple[str, str]]
-    """What the two numbers of `measure` are called."""
 
     kind: str
     """Which space."""

@@ -36,7 +36,7 @@ from pipeline.measurement.measure import (
     measure_inception_score,
     measure_scores,
 )
-from pipeline.measurement.reference_statistics import RealFeatures, measure_real_rows, read_reference
+from pipeline.measurement.reference_statistics import RealFeatures, is_energy, measure_real_rows, read_reference
 from pipeline.measurement.remote_progress import collecting_progress
 from pipeline.measurement.sample_store import SEEDS_PER_PART, Identity, SampleSet, parts_of, pixels_file, read_array, sample_set
 
@@ -276,7 +276,7 @@ def open_evaluator(config: EvaluateConfig, shards: ShardSet, context: StageConte
 
 def as_metric(distance: Distance, unit: MetricUnit) -> Metric:
     """Returns a distance as a number with its unit."""
-    return Metric(kind="energy" if unit.extractor.startswith("ed_") else "frechet", value=distance.value, unit=unit, standard_error=distance.standard_error)
+    return Metric(kind="energy" if is_energy(unit.extractor) else "frechet", value=distance.value, unit=unit, standard_error=distance.standard_error)
 
 
 def _warnings(unit: MetricUnit, dimensions: int, copies: "tuple[Memorisation, tuple[Pair, ...]] | None") -> list[str]:

@@ -134,7 +134,7 @@ def measure_scores(sampled: SampleFeatures, real_features: RealFeatures, unit: M
     found = neighbourhoods(fake, real, device=device)
     unit = unit.model_copy(update={"num_samples": len(fake), "reference_count": len(real)})
     kernels = []
-    if not is_energy(sampled.identity):  # which is a kernel distance itself
+    if not is_energy(sampled.identity.name):  # which is a kernel distance itself
         kernel = kernel_distance(fake, real, device=device)
         kernels = [Metric(kind="kernel", value=kernel.mean, spread=kernel.standard_deviation, unit=unit)]
     return [
@@ -161,7 +161,7 @@ def measure_floor(train: RealFeatures, holdout: RealFeatures | None, num_samples
     """Returns what real images score: held-out ones against the training split where there are any, else one half of it against the other."""
     if holdout is not None:
         measured, reference = holdout.subsample(num_samples), train.reference
-        what = f"held-out {'points' if train.identity.name.startswith('ed_') else 'images'} against the training split"
+        what = f"held-out {'points' if is_energy(train.identity.name) else 'images'} against the training split"
     else:
         values = train.subsample(2 * num_samples)
         measured, other = values[::2], values[1::2]
@@ -171,7 +171,7 @@ def measure_floor(train: RealFeatures, holdout: RealFeatures | None, num_samples
         what = "one half of the training split against the other"
     if len(measured) < FEWEST_COMPARED:
         return None
-    if is_energy(train.identity):
+    if is_energy(train.identity.name):
         from components.metrics.energy import MOST_POINTS, between_real
 
         value, spread = between_real(measured, train.subsample(MOST_POINTS), len(measured))

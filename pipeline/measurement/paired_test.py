@@ -10,7 +10,7 @@ from pipeline.context import StageContext
 from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.evaluator import open_evaluator
 from pipeline.measurement.measure import SampleFeatures, paired_test
-from pipeline.measurement.reference_statistics import is_energy, read_points, read_reference, reference_file
+from pipeline.measurement.reference_statistics import read_kept, reference_file
 from pipeline.measurement.sample_store import Identity
 
 FRESH_SEEDS = 2**61
@@ -92,7 +92,6 @@ def _kept_test(config: EvaluateConfig, unit: MetricUnit, candidate: Rival, champ
     if not file.is_file() or not all(each.is_there() for each in sampled):
         return None
     try:
-        read = read_points if is_energy(identity) else read_reference
-        return paired_test(sampled[0], sampled[1], read(file))
+        return paired_test(sampled[0], sampled[1], read_kept(file, identity))
     except DataError:
         return None

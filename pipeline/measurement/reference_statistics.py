@@ -87,8 +87,7 @@ def measure_real_rows(actor_pool: ActorPool, which: int, shards: ShardSet, manif
     num_rows = manifest.splits.get(split, 0)
     cached = reference_file(context.storage, manifest.digest, split, identity)
     parts = parts_of(range(num_rows), ROWS_PER_PART)
-    read = read_points if is_energy(identity) else read_reference
-    reference = read(cached) if cached.is_file() else None
+    reference = read_kept(cached, identity) if cached.is_file() else None
     needed = kept(parts) if reference is not None else parts
     reported = context.reporter.progress(f"measure {split} by {identity.name}", num_rows, f"{manifest.space.noun}s")
     with reported as advance, collecting_progress(advance) as pieces:
@@ -98,7 +97,7 @@ def measure_real_rows(actor_pool: ActorPool, which: int, shards: ShardSet, manif
         return RealFeatures(real, identity, num_rows, reference)
     with alone(context.storage / "locks" / f"features-{cached.name}", context.reporter, f"measures {split} {manifest.space.noun}s by {identity.name}"):
         if cached.is_file():
-            return RealFeatures(real, identity, num_rows, read(cached))
+            return RealFeatures(real, identity, num_rows, read_kept(cached, identity))
         unit = {"dataset": manifest.digest, "split": split, "extractor": identity.name, "extractor_digest": identity.digest}
         reference = _make_reference(real, identity, parts, json.dumps(unit, sort_keys=True))
         reference.save(cached)
@@ -117,7 +116,7 @@ def _make_reference(real: RealSet, identity: Identity, parts: list[range], unit:
     from components.metrics.moments import FeatureStats
     from components.metrics.reference import Reference
 
-    if is_energy(identity):
+    if is_energy(identity.name):
         return EnergyReference.of(np.concatenate(list(read_parts(real.features_file(identity, rows) for rows in parts))), unit)
 
     stats: FeatureStats | None = None
@@ -129,16 +128,16 @@ def _make_reference(real: RealSet, identity: Identity, parts: list[range], unit:
     return Reference.of(stats, unit)
 
 
-def is_energy(identity: Identity) -> bool:
+def is_energy(extractor: str) -> bool:
     """Tells whether an extractor's features are compared by the energy distance, as those of few dimensions are; else by the Frechet distance."""
-    return identity.name.startswith("ed_")
+    return extractor.startswith("ed_")
 
 
-def read_points(file: Location) -> "EnergyReference":
-    """Returns the points that others are compared with, from a file of ours. Raises DataError if it is no such file."""
+def read_kept(file: Location, identity: Identity) -> "AnyReference":
+    """Returns what samples are compared with by an extractor, from a file of ours. Raises DataError if it is no such file."""
     from components.metrics.energy import EnergyReference
 
-    return EnergyReference.load(file)
+    return EnergyReference.load(file) if is_energy(identity.name) else read_reference(file)
 
 
 def read_reference(file: Location) -> "Reference":

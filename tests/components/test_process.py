@@ -24,14 +24,14 @@ LIMITS = (-1.0, 1.0, -1.0, 1.0)
 
 @pytest.mark.parametrize("place", [(0.5, 0.5), (-0.5, 0.25), (0.0, -0.9)])
 def test_a_point_leaves_ink_where_it_lies_with_y_upwards(place: tuple[float, float]):
-    tile = scatter_tile(np.array([place]), 100, LIMITS)
+    tile = scatter_tile(np.array([place]), LIMITS, 100)
     rows, columns = np.nonzero((tile != 255).any(axis=0))
     assert (columns.mean() + 0.5) / 50 - 1 == pytest.approx(place[0], abs=0.02)
     assert 1 - (rows.mean() + 0.5) / 50 == pytest.approx(place[1], abs=0.02)
 
 
 def test_points_outside_and_points_that_are_none_are_not_drawn():
-    assert (scatter_tile(np.array([[5.0, 0], [np.nan, 0], [np.inf, 1]]), 50, LIMITS) == 255).all()
+    assert (scatter_tile(np.array([[5.0, 0], [np.nan, 0], [np.inf, 1]]), LIMITS, 50) == 255).all()
 
 
 def test_equal_places_have_equal_colours_and_opposite_ones_differ():
@@ -81,7 +81,7 @@ def test_the_way_back_has_a_frame_for_each_moment_and_ends_with_the_samples(spac
     frames = reverse_frames(space, [Moment(t, 0.5, x, x) for t, x in zip((99, 50, -1), rows, strict=True)], 3)
     assert len(frames) == 3
     if isinstance(space, PointSpace):
-        tile = scatter_tile(rows[-1], 360, space.limits(), colours_by_place(rows[-1]))
+        tile = scatter_tile(rows[-1], space.limits(), 360, colours_by_place(rows[-1]))
         assert np.array_equal(np.asarray(frames[-1])[1:359, 1:359], tile.transpose(1, 2, 0)[1:359, 1:359])
     else:
         assert frames[0].width > 2 * frames[0].height  # x_t beside the estimate of x_0
