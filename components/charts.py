@@ -103,20 +103,27 @@ def save_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -
         _legend(axes)
 
 
-def save_timestep_losses(path: Path, timesteps: Sequence[int], losses: Mapping[str, Sequence[float]]) -> None:
+_TIMES = {"ddpm": "timestep t, from little noise to pure noise", "flow": "time t, from the data to pure noise", "edm": "sigma, standard deviation of the noise"}
+
+
+def save_timestep_losses(path: Path, timesteps: Sequence[float], losses: Mapping[str, Sequence[float]], process: str = "ddpm") -> None:
     """Writes the loss at single noise levels, a line for each name, such as `train` and `held out`.
 
     Args:
-        timesteps: 0..T-1.
+        timesteps: as the process counts them.
         losses: of `loss_by_timestep`, one per timestep.
+        process: ddpm, flow or edm.
     """
-    with _axes(path, "Loss by timestep") as axes:
+    with _axes(path, "Loss by noise level" if process == "edm" else "Loss by timestep") as axes:
         for index, (name, values) in enumerate(losses.items()):
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
             axes.plot(timesteps, values, color=colour, marker=marker, markersize=3.5, linewidth=1.6, label=plain(name))
         _scale_y(axes, [value for values in losses.values() for value in values])
-        axes.set_xlim(left=min(0, *timesteps))
-        _label(axes, "timestep t, from little noise to pure noise", "L_simple")
+        if process == "edm":
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(left=min(0, *timesteps))
+        _label(axes, _TIMES[process], "L_simple" if process == "ddpm" else "mean squared error")
         _legend(axes)
 
 

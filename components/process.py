@@ -21,8 +21,8 @@ from .spaces.space import Space
 if TYPE_CHECKING:
     import torch
 
-    from .diffusion.samplers import Level
-    from .diffusion.schedule import Schedule
+    from .diffusion.levels import Level
+    from .diffusion.process import Process
 
 MOST_BYTES = 2_000_000
 """Of any picture of this file."""
@@ -34,13 +34,13 @@ class Moment:
     """What one step of a sampler sees.
 
     Attributes:
-        t: its time step; -1 where all noise is gone.
+        t: its time, as the process counts it; -1 where all noise is gone.
         alpha_bar: there.
         x_t: rows (N, *shape).
         x_0: the estimate, likewise.
     """
 
-    t: int
+    t: float
     alpha_bar: float
     x_t: np.ndarray
     x_0: np.ndarray
@@ -100,24 +100,26 @@ def posterior_variance(alpha_bar: np.ndarray) -> np.ndarray:
     return (1 - before) / (1 - alpha_bar) * (1 - alpha_bar / before)
 
 
-def noised(space: Space, schedule: "Schedule", rows: np.ndarray, timesteps: Sequence[int]) -> list[np.ndarray]:
-    """Returns rows (N, *shape) as they are at some times: x_t ~ q(x_t | x_0) (DDPM Eq. 4), the same noise at each; -1 is the data themselves."""
+def noised(space: Space, process: "Process", rows: np.ndarray, times: Sequence[float]) -> list[np.ndarray]:
+    """Returns rows (N, *shape) as they are at some times: x_t ~ q(x_t | x_0) (DDPM Eq. 4), the same noise at each; -1 is the data themselves.
+
+    What a process scales is scaled back: rows show the shares of data and noise.
+    """
     import torch
 
     from .diffusion.noise import initial_noise
 
     x_0 = space.to_x_0(torch.from_numpy(np.ascontiguousarray(rows)))
     eps = initial_noise(range(len(rows)), space.shape)
-    x_ts = [x_0 if t < 0 else schedule.add_noise(x_0, eps, torch.full((len(rows),), t)) for t in timesteps]
+    x_ts = [x_0 if t < 0 else process.add_noise(x_0, eps, torch.full((len(rows),), t)) / process.level_at(t).scale for t in times]
     return [space.to_rows(x_t).numpy() for x_t in x_ts]
 
 
-def forward_picture(space: Space, schedule: "Schedule", rows: np.ndarray, title: str, times: int = 8) -> Image.Image:
+def forward_picture(space: Space, process: "Process", rows: np.ndarray, title: str, times: int = 8) -> Image.Image:
     """Returns the figure of what noise does to rows (N, *shape), from the data to t = T - 1; images are shown side by side, points together."""
-    last = schedule.num_steps - 1
-    timesteps = [-1, *sorted(set(np.linspace(0, last, times - 1).round().astype(int).tolist()))]
-    tiles = [as_one_tile(space, x_t) for x_t in noised(space, schedule, rows, timesteps)]
-    return forward_figure(tiles, timesteps, [1.0 if t < 0 else float(schedule.alpha_bar[t]) for t in timesteps], title)
+    shown = [-1, *process.times(times - 1)]
+    tiles = [as_one_tile(space, x_t) for x_t in noised(space, process, rows, shown)]
+    return forward_figure(tiles, shown, [1.0 if t < 0 else process.level_at(t).alpha_bar for t in shown], title)
 
 
 def as_one_tile(space: Space, rows: np.ndarray) -> np.ndarray:
@@ -131,7 +133,7 @@ def as_one_tile(space: Space, rows: np.ndarray) -> np.ndarray:
 
 def reverse_frames(space: Space, moments: Sequence[Moment], columns: int) -> list[Image.Image]:
     """Returns the frames of samples that rise from noise: points in the colour of where each ends, images as x_t beside the estimate of x_0."""
-    captions = [f"t = {moment.t}, SNR {ratio_in_words(moment.alpha_bar)}" if moment.t >= 0 else "samples" for moment in moments]
+    captions = [f"t = {moment.t:.4g}, SNR {ratio_in_words(moment.alpha_bar)}" if moment.t >= 0 else "samples" for moment in moments]
     if isinstance(space, PointSpace):
         return points_frames([moment.x_t for moment in moments], captions, space.limits())
     return image_frames([space.tiles(moment.x_t) for moment in moments], [space.tiles(moment.x_0) for moment in moments], captions, columns)
@@ -145,7 +147,7 @@ def all_schedules(num_steps: int) -> dict[str, np.ndarray]:
     return {kind: Schedule(DiffusionConfig(num_steps=num_steps, betas=kind)).alpha_bar.numpy() for kind in kinds}
 
 
-def forward_figure(tiles: Sequence[np.ndarray], timesteps: Sequence[int], alpha_bar: Sequence[float], title: str, columns: int = 4) -> Image.Image:
+def forward_figure(tiles: Sequence[np.ndarray], timesteps: Sequence[float], alpha_bar: Sequence[float], title: str, columns: int = 4) -> Image.Image:
     """Returns data at several times side by side, each with its t and signal-to-noise ratio beneath.
 
     Args:

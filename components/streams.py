@@ -23,6 +23,8 @@ class Purpose(IntEnum):
     SAMPLE_LABEL = 7
     DROPOUT = 8
     POINTS = 9
+    BOUND = 10
+    AUGMENTATION = 11
 
 
 def stream(purpose: Purpose, seed: int, *counters: int) -> np.random.Generator:

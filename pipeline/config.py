@@ -24,7 +24,7 @@ from pipeline.measurement.config import EvaluateConfig
 from pipeline.names import check_paths
 from pipeline.register import RegistryConfig
 from pipeline.retraining.config import RetrainConfig
-from pipeline.training.plan import TrainConfig
+from pipeline.training.config import TrainConfig
 
 DIGEST_LENGTH = 16
 LONGEST_SOURCE_NAME = 60
@@ -68,7 +68,7 @@ class RunConfig(BaseModel):
 
     def _check_recipe(self) -> None:
         try:
-            self.evaluate.recipe.check(self.diffusion.num_steps)
+            self.evaluate.recipe.check_process(self.diffusion)
         except ValueError as error:
             raise ValueError(f"evaluate.{error}") from error
         if self.evaluate.guidance != 1 and not self.model.conditional:

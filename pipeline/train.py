@@ -31,10 +31,11 @@ from pipeline.context import StageContext
 from pipeline.errors import ConfigError
 from pipeline.retraining.attempts import Start
 from pipeline.tracking import Tracking, public_uri
+from pipeline.training.config import TrainConfig
 from pipeline.training.heartbeat import REASON
 from pipeline.training.metrics_log import attempts_so_far, read_metrics
 from pipeline.training.metrics_relay import MetricsRelay
-from pipeline.training.plan import TrainConfig, TrainFailure, TrainOutcome, TrainPlan, differences
+from pipeline.training.plan import TrainFailure, TrainOutcome, TrainPlan, differences
 from pipeline.training.restarts import pop_end, record_end
 from pipeline.training.watchdog import Watchdog
 

@@ -153,7 +153,7 @@ def _recipes(config: EvaluateConfig, wanted: Wanted, found: Sequence[Found]) -> 
         try:
             recipe = EvaluateConfig.model_validate(settings).recipe
             for spec, each in zip(specs, found, strict=True):
-                recipe.check(spec.diffusion.num_steps)
+                recipe.check_process(spec.diffusion)
                 if recipe.guidance != 1 and spec.null_label is None:
                     raise ConfigError(
                         f"evaluate.guidance={recipe.guidance} needs conditional models, and {each.entrant.name} is none; use --set evaluate.guidance=1"

@@ -70,7 +70,7 @@ def watch(model: str, *, num: int | None, steps: int, seed: int, sampler: str, f
     noted, seeds = Watch(space, steps, frames), range(seed, seed + request.num_images)
     network, labels = prepared(denoiser.network, recipe.precision, device), spec.labels_by_turns(seeds)
     null = spec.null_label
-    x_0 = sample(network, denoiser.schedule, seeds, space.shape, recipe, device=device, labels=labels, null_label=null, limit=space.limit, on_step=noted)
+    x_0 = sample(network, denoiser.process, seeds, space.shape, recipe, device=device, labels=labels, null_label=null, limit=space.limit, on_step=noted)
     return space, noted.ended(space.to_rows(x_0).cpu().numpy())
 
 

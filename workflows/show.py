@@ -37,7 +37,7 @@ def forward(
 
     from components.data.catalog import find_dataset
     from components.data.reader import RowReader
-    from components.diffusion.schedule import Schedule
+    from components.diffusion.process import make_process
     from components.process import forward_picture
     from pipeline.config import load_config
 
@@ -46,8 +46,8 @@ def forward(
     count = found.manifest.num_train
     numbers = np.linspace(0, count - 1, min(count, ROWS_FORWARD if space.one_tile_per_row else space.rows_in_a_picture)).round().astype(int)
     rows = RowReader(found.folder, found.manifest).rows(numbers)
-    title = f"{found.manifest.source}, {diffusion.betas} schedule, T = {diffusion.num_steps}"
-    _save(file, out, lambda: forward_picture(space, Schedule(diffusion), rows, title).save(file))
+    title = f"{found.manifest.source}, {diffusion.describe()}"
+    _save(file, out, lambda: forward_picture(space, make_process(diffusion), rows, title).save(file))
 
 
 @show_app.command()
@@ -56,7 +56,7 @@ def reverse(
     num: Annotated[int | None, typer.Option(min=1, max=10_000, help="Samples to draw; 16 images or 2,000 points by default.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Network evaluations per sample.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample; sample i has seed + i.")] = 0,
-    sampler: Annotated[str, typer.Option(help="ddim, ancestral, dpmpp_2m or unipc.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help="ddim, ancestral, dpmpp_2m, unipc or heun.")] = "ddim",
     out: Annotated[str, typer.Option(metavar="FILE", help="Animation to write: GIF. Its folder must be there.")] = "reverse.gif",
     storage: Storage = "./storage",
 ) -> None:

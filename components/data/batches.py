@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..streams import Purpose, stream
+from .augment import NUMBERS, Augmentation
 from .order import RowOrder
 from .reader import NO_LABEL, RowReader
 
@@ -24,10 +25,11 @@ class Batch:
     Attributes:
         rows: (B,) int64, row numbers in the dataset.
         data: (B, *shape) rows of the dataset's space, mirrored where the draw says so.
-        t: (B,) int64, 0..T-1.
+        t: (B,), as the diffusion process counts times: int64 0..T-1, or float32.
         eps: (B, *shape) float32.
         labels: (B,) int64, what the network is told of each image's class; None where it is told no class.
         keys: (B, L, 2) int32, uniformly random, which decide each image's dropout masks at L layers; None for a network without dropout.
+        augmentation: (B, A) float32, what is to be done to each image, and that it is mirrored already; None where nothing is.
     """
 
     step: int
@@ -37,15 +39,16 @@ class Batch:
     eps: torch.Tensor
     labels: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    augmentation: torch.Tensor | None = None
 
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Returns what a training step needs of it, in the order (data, eps, t, labels, keys)."""
-        return self.data, self.eps, self.t, self.labels, self.keys
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Returns what a training step needs of it, in the order (data, eps, t, labels, keys, augmentation)."""
+        return self.data, self.eps, self.t, self.labels, self.keys, self.augmentation
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """Returns the batch with each of these tensors changed."""
-        labels, keys = (None if tensor is None else change(tensor) for tensor in (self.labels, self.keys))
-        return replace(self, data=change(self.data), eps=change(self.eps), t=change(self.t), labels=labels, keys=keys)
+        labels, keys, augmentation = (None if tensor is None else change(tensor) for tensor in (self.labels, self.keys, self.augmentation))
+        return replace(self, data=change(self.data), eps=change(self.eps), t=change(self.t), labels=labels, keys=keys, augmentation=augmentation)
 
     def split(self, rows: int) -> "list[Batch]":
         """Returns the batch cut into parts of so many rows."""
@@ -57,19 +60,23 @@ class BatchPlan:
     """All that decides a step's draws.
 
     Attributes:
-        num_steps: T, noise levels.
+        draw_times: draws the times of a number of rows, such as `Process.draw_times`.
         mirrored: mirrors rows left to right; each is with probability one half. None where none is.
         num_classes: K, the classes that the network is told; label K says that the class is not told. 0 for a network that is told no class.
         label_dropout: probability that a row's class is not told (p_uncond of Classifier-Free Guidance, algorithm 1).
         num_dropouts: L, dropout layers of the network.
+        augmentation: what else is done to images; None for nothing.
+        tells_mirrors: whether the network is told that an image is mirrored.
     """
 
     order: RowOrder
-    num_steps: int
+    draw_times: Callable[[np.random.Generator, int], np.ndarray]
     mirrored: Callable[[np.ndarray], np.ndarray] | None
     num_classes: int = 0
     label_dropout: float = 0.0
     num_dropouts: int = 0
+    augmentation: Augmentation | None = None
+    tells_mirrors: bool = False
 
     def lanes_of(self, rank: int, num_workers: int) -> range:
         """Returns the lanes that a worker carries: equal parts where the workers divide the lanes, else some carry one more.
@@ -86,19 +93,34 @@ class BatchPlan:
         rows = np.concatenate([self.order.rows(step, lane) for lane in lanes])
         data = reader.rows(rows)
         times, noises, shown = [], [], []
+        mirrors = np.zeros(len(rows), bool)
         for index, lane in enumerate(lanes):
             draw = stream(Purpose.TRAINING, self.order.seed, step, lane)
             count = self.order.rows_per_lane
-            times.append(draw.integers(0, self.num_steps, count))
+            times.append(self.draw_times(draw, count))
             noises.append(draw.standard_normal((count, *data.shape[1:]), dtype=np.float32))
             if self.mirrored is not None:
                 chosen = np.flatnonzero(draw.random(count) < 0.5) + index * count
                 data[chosen] = self.mirrored(data[chosen])
+                mirrors[chosen] = True
             if self.num_classes:
                 shown.append(draw.random(count) >= self.label_dropout)
         labels = self._labels(reader.labels(rows), np.concatenate(shown)) if self.num_classes else None
         parts = (rows, data, np.concatenate(times), np.concatenate(noises))
-        return Batch(step, *(torch.from_numpy(part) for part in parts), labels=labels, keys=self.keys(step, lanes))
+        augmentation = self._augmentation(step, lanes, mirrors)
+        return Batch(step, *(torch.from_numpy(part) for part in parts), labels=labels, keys=self.keys(step, lanes), augmentation=augmentation)
+
+    def _augmentation(self, step: int, lanes: range, mirrors: np.ndarray) -> torch.Tensor | None:
+        """Returns what is done to each row of the given lanes at a step; None where nothing is, or nothing but mirrors that nobody is told of."""
+        if self.augmentation is None and not self.tells_mirrors:
+            return None
+        if self.augmentation is None:
+            numbers = np.zeros((len(mirrors), NUMBERS), np.float32)
+        else:
+            draws = [stream(Purpose.AUGMENTATION, self.order.seed, step, lane) for lane in lanes]
+            numbers = np.concatenate([self.augmentation.draw(draw, self.order.rows_per_lane) for draw in draws])
+        numbers[:, 0] = mirrors
+        return torch.from_numpy(numbers)
 
     def keys(self, step: int, lanes: range) -> torch.Tensor | None:
         """Returns the keys of the dropout masks of the given lanes at a step."""

@@ -22,6 +22,15 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...], draw: int = 0) -
     return torch.from_numpy(np.stack(rows))
 
 
+def rows_of_noise(purpose: Purpose, seed: int, rows: Sequence[int], shape: Sequence[int], *more: int) -> torch.Tensor:
+    """Returns standard normal float32 noise (len(rows), *shape), a row's by its number, made on the CPU so that every device measures alike.
+
+    Args:
+        more: what else tells one draw from another, such as a step.
+    """
+    return torch.from_numpy(np.stack([stream(purpose, seed, row, *more).standard_normal(tuple(shape), dtype=np.float32) for row in rows]))
+
+
 def interpolated_noise(first_seed: int, second_seed: int, fractions: Sequence[float], shape: tuple[int, ...]) -> torch.Tensor:
     """Returns x_T (len(fractions), *shape), float32, on the great circle between the noises of two seeds (DDIM Eq. 67).
 

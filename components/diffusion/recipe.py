@@ -4,9 +4,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-SamplerName = Literal["ddim", "ancestral", "dpmpp_2m", "unipc"]
+from .config import DiffusionConfig
+
+SamplerName = Literal["ddim", "ancestral", "dpmpp_2m", "unipc", "heun"]
 Spacing = Literal["uniform", "quadratic"]
-Variance = Literal["small", "large"]
+Variance = Literal["small", "large", "learned"]
 Threshold = Literal["clip", "dynamic", "none"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -18,11 +20,12 @@ class Recipe:
     """How samples are drawn.
 
     Attributes:
-        sampler: `ddim` (DDIM), `ancestral` (DDPM), `dpmpp_2m` (DPM-Solver++, multistep, second order) or `unipc` (UniPC, second order).
-        steps: network evaluations per image, 1 to T.
+        sampler: `ddim` (DDIM, which is Euler's method for flows and EDM), `ancestral` (DDPM), `dpmpp_2m` (DPM-Solver++, multistep, second order), `unipc`
+            (UniPC, second order) or `heun` (EDM algorithm 1, second order, two evaluations a step).
+        steps: network evaluations per image, 1 to T; `heun` takes one less where they are even.
         spacing: which time steps `ddim` visits, evenly spaced or denser near 0 (DDIM appendix D.2).
         eta: fresh noise of `ddim`, from 0 (none) to 1 (as much as `ancestral`) (DDIM Eq. 16).
-        variance: of an `ancestral` step: `small` is the posterior's, `large` is beta (DDPM section 3.2).
+        variance: of an `ancestral` step: `small` is the posterior's, `large` is beta (DDPM section 3.2), `learned` what the network says (Improved DDPM).
         guidance: weight of the label in classifier-free guidance; 1 is none.
         threshold: what keeps the estimate of x_0 in -1..1: `clip`, `dynamic` (Imagen section 2.3) or `none`.
         precision: arithmetic of the network; all else is float32.
@@ -57,9 +60,21 @@ class Recipe:
         if self.variance != "small" and self.sampler != "ancestral":
             raise ValueError(f"variance={self.variance} means nothing to sampler={self.sampler}; use variance=small or sampler=ancestral")
 
+    def check_process(self, diffusion: DiffusionConfig) -> None:
+        """Checks the recipe against a diffusion process.
+
+        Raises:
+            ValueError: like `check`, or if the process has nothing of what it asks for.
+        """
+        self.check(diffusion.most_steps)
+        if self.spacing != "uniform" and diffusion.process != "ddpm":
+            raise ValueError(f"spacing={self.spacing} means nothing to a model of process={diffusion.process}; use spacing=uniform")
+        if self.variance == "learned" and not diffusion.learned_variance:
+            raise ValueError("variance=learned needs a model trained with diffusion.learned_variance=true; use variance=small or variance=large")
+
     def describe(self) -> str:
         """Returns the sampler in a few words: what differs from the defaults is said, as in `ddim eta 0.5, 50 quadratic steps`. The precision is not."""
-        name = f"ddim eta {self.eta:g}" if self.eta else "ancestral of large variance" if self.variance == "large" else self.sampler
+        name = f"ddim eta {self.eta:g}" if self.eta else f"ancestral of {self.variance} variance" if self.variance != "small" else self.sampler
         steps = f"{self.steps}{' quadratic' if self.spacing == 'quadratic' else ''} step{'s' if self.steps != 1 else ''}"
         guidance = [f"guidance {self.guidance:g}"] if self.guidance != 1 else []
         threshold = {"clip": [], "dynamic": ["dynamic thresholding"], "none": ["no clipping"]}[self.threshold]

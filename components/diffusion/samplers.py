@@ -6,76 +6,29 @@ Python numbers of float64, known before the first step: nothing waits for the de
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 
-import numpy as np
 import torch
 
+from .levels import Level, spaced_timesteps
+from .process import Process
 from .recipe import Recipe, Variance
-from .schedule import Schedule
 
-
-@dataclass(frozen=True)
-class Level:
-    """A noise level that a sampler visits.
-
-    Attributes:
-        index: its place in the list, 0 being the noisiest.
-        t: its time step, 0 to T-1.
-        alpha_bar: alpha_bar_t.
-    """
-
-    index: int
-    t: int
-    alpha_bar: float
-
-    @property
-    def alpha(self) -> float:
-        """The share of the image, sqrt(alpha_bar): alpha_t of DPM-Solver++, which is not DDPM's alpha_t."""
-        return math.sqrt(self.alpha_bar)
-
-    @property
-    def sigma(self) -> float:
-        """The share of the noise, sqrt(1 - alpha_bar)."""
-        return math.sqrt(1 - self.alpha_bar)
-
-    @property
-    def log_snr(self) -> float:
-        """lambda_t = log(alpha / sigma), half the logarithm of the signal-to-noise ratio (DPM-Solver++ section 2)."""
-        return math.log(self.alpha / self.sigma)
-
+__all__ = ["Level", "ancestral", "ddim", "dpmpp_2m", "heun", "noise_levels", "spaced_timesteps", "unipc"]
 
 Estimate = Callable[[torch.Tensor, Level], torch.Tensor]
 Noise = Callable[[Level], torch.Tensor]
 Past = Sequence[tuple[Level, torch.Tensor]]
 
 
-def noise_levels(recipe: Recipe, schedule: Schedule) -> list[Level]:
+def noise_levels(recipe: Recipe, process: Process) -> list[Level]:
     """Returns the levels of a recipe's network evaluations, noisiest first.
 
     Raises:
-        ValueError: if the recipe does not fit the schedule.
+        ValueError: if the recipe does not fit the process.
     """
-    recipe.check(schedule.num_steps)
-    timesteps = spaced_timesteps(recipe, schedule.num_steps)
-    return [Level(index, t, alpha_bar) for index, (t, alpha_bar) in enumerate(zip(timesteps, schedule.alpha_bar[timesteps].tolist(), strict=True))]
-
-
-def spaced_timesteps(recipe: Recipe, num_steps: int) -> list[int]:
-    """Returns `recipe.steps` different time steps, from T-1 downwards (DDIM appendix D.2).
-
-    The multistep samplers stop a step above 0, from where they go to x_0 at once (`linspace` in diffusers).
-    """
-    last, steps = num_steps - 1, recipe.steps
-    if recipe.spacing == "quadratic" and steps > 1:
-        place = np.arange(steps)
-        square = np.floor(last * (place / (steps - 1)) ** 2).astype(int)
-        # Near 0 squares are closer than whole numbers: each is moved up until all differ.
-        return (np.maximum.accumulate(square - place) + place)[::-1].tolist()
-    if recipe.sampler in ("dpmpp_2m", "unipc") and steps < num_steps:
-        return np.linspace(0, last, steps + 1).round().astype(int)[:0:-1].tolist()
-    return np.linspace(last, 0, steps).round().astype(int).tolist()
+    return process.levels(recipe)
 
 
 def ddim(estimate: Estimate, x_t: torch.Tensor, levels: Sequence[Level], noise: Noise, eta: float = 0.0) -> torch.Tensor:
@@ -91,16 +44,56 @@ def ddim(estimate: Estimate, x_t: torch.Tensor, levels: Sequence[Level], noise: 
     return estimate(x_t, levels[-1])
 
 
-def ancestral(estimate: Estimate, x_t: torch.Tensor, levels: Sequence[Level], noise: Noise, variance: Variance = "small") -> torch.Tensor:
-    """Returns x_0 ~ p(x_0 | x_T), each step about the mean of q(x_{t-1} | x_t, x_0) (DDPM Eq. 6-7, algorithm 2; respaced: Improved DDPM section 4)."""
+def ancestral(
+    estimate: Estimate,
+    x_t: torch.Tensor,
+    levels: Sequence[Level],
+    noise: Noise,
+    variance: Variance = "small",
+    fraction: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Returns x_0 ~ p(x_0 | x_T), each step about the mean of q(x_{t-1} | x_t, x_0) (DDPM Eq. 6-7, algorithm 2; respaced: Improved DDPM section 4).
+
+    Args:
+        fraction: what the network said last of where the variance lies between its bounds, -1..1 (Improved DDPM Eq. 15); for `learned`.
+    """
     for now, then in pairwise(levels):
         x_0 = estimate(x_t, now)
         alpha = now.alpha_bar / then.alpha_bar
         mean_x_0 = math.sqrt(then.alpha_bar) * (1 - alpha) / (1 - now.alpha_bar)
         mean_x_t = math.sqrt(alpha) * (1 - then.alpha_bar) / (1 - now.alpha_bar)
-        spread = (1 - then.alpha_bar) / (1 - now.alpha_bar) * (1 - alpha) if variance == "small" else 1 - alpha
-        x_t = mean_x_0 * x_0 + mean_x_t * x_t + math.sqrt(spread) * noise(now)
+        small, large = (1 - then.alpha_bar) / (1 - now.alpha_bar) * (1 - alpha), 1 - alpha
+        if variance == "learned" and fraction is not None:
+            share = (fraction() + 1) / 2
+            deviation = (0.5 * (share * math.log(large) + (1 - share) * math.log(small))).exp()
+        else:
+            deviation = math.sqrt(small if variance == "small" else large)
+        x_t = mean_x_0 * x_0 + mean_x_t * x_t + deviation * noise(now)
     return estimate(x_t, levels[-1])
+
+
+def heun(estimate: Estimate, x_t: torch.Tensor, levels: Sequence[Level], *, straight: bool) -> torch.Tensor:
+    """Returns x_0 by Heun's method on the probability-flow ODE dx/dsigma = (x - x_0) / sigma (EDM algorithm 1 without churn).
+
+    Args:
+        straight: work on x = (1 - s) x_0 + s eps, whose paths are straight where data are one point, instead of on EDM's x = x_0 + s eps; the ODE is
+            the same in both.
+    """
+
+    def share(level: Level) -> float:
+        """What alpha x_0 + sigma eps is divided by."""
+        return level.alpha + level.sigma if straight else level.alpha
+
+    def slope(x: torch.Tensor, level: Level, at: Level) -> torch.Tensor:
+        return (x - estimate(x * share(level), at)) / x.new_full((), level.sigma / share(level))
+
+    x = x_t / x_t.new_full((), share(levels[0]))
+    for now, then in pairwise(levels):
+        h = then.sigma / share(then) - now.sigma / share(now)
+        first = slope(x, now, now)
+        second = slope(x + h * first, then, replace(then, index=now.index + 1))
+        x = x + (0.5 * h) * (first + second)
+    return estimate(x * share(levels[-1]), levels[-1])
 
 
 def dpmpp_2m(estimate: Estimate, x_t: torch.Tensor, levels: Sequence[Level]) -> torch.Tensor:
@@ -118,7 +111,7 @@ def unipc(estimate: Estimate, x_t: torch.Tensor, levels: Sequence[Level]) -> tor
     x_before = x_t
     for now, then in pairwise(levels):
         x_0 = estimate(x_t, now)
-        if past:
+        if past and past[-1][0].alpha_bar > 0:  # from noise alone there is no way back that a correction could shorten
             x_t = _correct(x_before, past, now, x_0)
         past = [*past[-1:], (now, x_0)]
         x_before, x_t = x_t, _predict(x_t, past, then)
@@ -129,7 +122,7 @@ def _predict(x_t: torch.Tensor, past: Past, then: Level) -> torch.Tensor:
     """Returns x at the next level from the last one or two estimates of x_0 (DPM-Solver++ algorithm 2; UniP-2 is the same)."""
     now, x_0 = past[-1]
     h = then.log_snr - now.log_snr
-    if len(past) > 1:
+    if len(past) > 1 and past[-2][0].alpha_bar > 0:
         before, x_0_before = past[-2]
         ratio = (now.log_snr - before.log_snr) / h
         x_0 = x_0 + (x_0 - x_0_before) * (0.5 / ratio)
@@ -142,7 +135,7 @@ def _correct(x_before: torch.Tensor, past: Past, now: Level, x_0: torch.Tensor) 
     h = now.log_snr - before.log_snr
     b_h = math.expm1(-h)
     change = 0.5 * (x_0 - x_0_before)
-    if len(past) > 1:
+    if len(past) > 1 and past[-2][0].alpha_bar > 0:
         earlier, x_0_earlier = past[-2]
         ratio = (earlier.log_snr - before.log_snr) / h
         b_1 = (b_h / -h - 1) / b_h

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .bound import split_output
+from .levels import Level
 from .noise import initial_noise
+from .process import Process
 from .recipe import Precision, Recipe, Threshold
-from .samplers import Level, ancestral, ddim, dpmpp_2m, noise_levels, unipc
-from .schedule import Schedule
+from .samplers import ancestral, ddim, dpmpp_2m, heun, noise_levels, unipc
 
 OnStep = Callable[[Level, torch.Tensor, torch.Tensor], None]
 Guided = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -18,7 +20,7 @@ DYNAMIC_QUANTILE = 0.995
 @torch.inference_mode()
 def sample(
     network: Callable[..., torch.Tensor],
-    schedule: Schedule,
+    process: Process,
     seeds: Sequence[int],
     shape: tuple[int, ...],
     recipe: Recipe,
@@ -35,7 +37,8 @@ def sample(
     Args:
         network: (x_t, t (B,)), or (x_t, t, labels (B,)) where labels are given, -> output of x_t's shape. It may hand out the same memory
             at every call, as one under CUDA graphs does. With guidance it is called once with both halves, the labelled one first.
-            It runs in the recipe's precision, x_t and all else stay float32; `prepared` makes one for which that costs no cast of weights.
+            Where it says variances it has twice as many channels. It runs in the recipe's precision, x_t and all else stay float32; `prepared`
+            makes one for which that costs no cast of weights.
         shape: of x_0, such as (C, H, W).
         labels: (len(seeds),) int64, the class of each image.
         null_label: the label that means none, which guidance needs.
@@ -46,14 +49,19 @@ def sample(
     Raises:
         ValueError: if the recipe does not fit the schedule, or needs labels that are not there, or a length differs from that of seeds.
     """
-    levels = noise_levels(recipe, schedule)
+    levels = noise_levels(recipe, process)
     _check_inputs(recipe, seeds, labels, null_label, x_T)
     network = _in_precision(network, recipe.precision, torch.device(device).type)
-    guided = _guided(network, recipe.guidance, None if labels is None else labels.to(device), null_label)
+    guided = _guided(network, recipe.guidance, None if labels is None else labels.to(device), null_label, learned=process.config.learned_variance)
+
+    learned, said = process.config.learned_variance, []
 
     def estimate(x_t: torch.Tensor, level: Level) -> torch.Tensor:
         t = torch.full((len(x_t),), level.t, device=x_t.device)
-        x_0 = thresholded(schedule.predict_x_0(guided(x_t, t).float(), x_t, t[:1]), recipe.threshold, limit)
+        x = x_t if level.scale == 1 else x_t * level.scale
+        output, fraction = split_output(guided(*process.network_inputs(x, t)).float(), learned)
+        said[:] = [] if fraction is None else [fraction]
+        x_0 = thresholded(process.predict_x_0(output, x, t[:1]), recipe.threshold, limit)
         if on_step is not None:
             on_step(level, x_t, x_0)
         return x_0
@@ -62,10 +70,13 @@ def sample(
         return initial_noise(seeds, shape, draw=level.index + 1).to(device)
 
     x_t = (initial_noise(seeds, shape) if x_T is None else x_T.float()).to(device)
+    x_t = x_t if process.start == 1 else x_t * process.start
     if recipe.sampler == "ddim":
         return ddim(estimate, x_t, levels, fresh_noise, recipe.eta)
     if recipe.sampler == "ancestral":
-        return ancestral(estimate, x_t, levels, fresh_noise, recipe.variance)
+        return ancestral(estimate, x_t, levels, fresh_noise, recipe.variance, lambda: said[0])
+    if recipe.sampler == "heun":
+        return heun(estimate, x_t, levels, straight=process.config.process == "flow" or levels[0].alpha_bar == 0)
     return {"dpmpp_2m": dpmpp_2m, "unipc": unipc}[recipe.sampler](estimate, x_t, levels)
 
 
@@ -97,8 +108,11 @@ def _in_precision(network: Callable[..., torch.Tensor], precision: Precision, de
     return network_in_precision
 
 
-def _guided(network: Callable[..., torch.Tensor], guidance: float, labels: torch.Tensor | None, null_label: int | None) -> Guided:
-    """Returns the network as a function of x_t and t: "labelled, and led away from the unlabelled output (Classifier-Free Guidance Eq. 6, guidance = 1 + w)."""
+def _guided(network: Callable[..., torch.Tensor], guidance: float, labels: torch.Tensor | None, null_label: int | None, *, learned: bool) -> Guided:
+    """Returns the network as a function of x_t and t: labelled, and led away from the unlabelled output (Classifier-Free Guidance Eq. 6, guidance = 1 + w).
+
+    Variances that a network says are the labelled ones.
+    """
     if labels is None:
         return network
     if guidance == 1 or null_label is None:
@@ -107,7 +121,8 @@ def _guided(network: Callable[..., torch.Tensor], guidance: float, labels: torch
 
     def guided(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         labelled, unlabelled = network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float().chunk(2)
-        return unlabelled + guidance * (labelled - unlabelled)
+        led = unlabelled + guidance * (labelled - unlabelled)
+        return torch.cat([led.chunk(2, dim=1)[0], labelled.chunk(2, dim=1)[1]], dim=1) if learned else led
 
     return guided
 

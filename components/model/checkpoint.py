@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from ..diffusion.schedule import Schedule
+from ..diffusion.process import Process, make_process
 from ..errors import DataError
 from ..scratch import scratch
 from ..storage import Location
@@ -40,7 +40,7 @@ class Denoiser:
 
     spec: DenoiserSpec
     network: nn.Module
-    schedule: Schedule
+    process: Process
 
 
 class TrainingRecord(BaseModel):
@@ -66,6 +66,21 @@ class TrainingRecord(BaseModel):
     """Losses of the steps since the last point of the curve."""
     open_norms: tuple[float, ...] = ()
     """Norms of the gradients of these steps."""
+    validations: tuple[tuple[int, float], ...] = ()
+    """Step and deciding number of every measurement on held-out rows so far."""
+    recent_losses: tuple[float, ...] = ()
+    """Losses of the last steps, in the order of their steps modulo their number, by which spikes are known."""
+    recent_norms: tuple[float, ...] = ()
+    """Norms of the gradients of these steps."""
+    steps_seen: int = 0
+    """Steps among which spikes were looked for."""
+    spike_steps: int = 0
+    """Steps that were spikes."""
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the lowest measurement so far; None without any."""
+        return min(self.validations, key=lambda validation: validation[1])[0] if self.validations else None
 
 
 @dataclass(frozen=True)
@@ -199,7 +214,7 @@ def load_denoiser(path: Location, device: torch.device | str = "cpu", weights: s
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); restore it or use another checkpoint") from error
     network = network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Denoiser(spec, network, Schedule(spec.diffusion).to(device))
+    return Denoiser(spec, network, make_process(spec.diffusion).to(device))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,40 @@
 """Running averages of the weights."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import nn
+
+
+class Decay(Protocol):
+    """How much of an average a step keeps."""
+
+    def __call__(self, step: int) -> float:
+        """Returns the decay of update `step` (0, 1, ...)."""
+        ...
+
+
+def warmed_up(decay: float, step: int) -> float:
+    """Returns the decay of update `step` (0, 1, ...), warmed up as min(decay, (1 + step) / (10 + step))."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def half_life(images: int, batch_size: int, ramp_up: float | None, step: int) -> float:
+    """Returns the decay of update `step` (0, 1, ...) by which an image counts half after a number of images, fewer at the start (EDM's training loop).
+
+    Args:
+        images: half-life.
+        batch_size: images of a step.
+        ramp_up: longest half-life as a share of the images before this step; None for no ramp-up.
+    """
+    life = float(images) if ramp_up is None else min(float(images), step * batch_size * ramp_up)
+    return 0.5 ** (batch_size / max(life, 1e-8))
+
+
+def power_decay(exponent: float, step: int) -> float:
+    """Returns the decay of update `step` (0, 1, ...) by which a step counts as a power of its number (EDM2 Eq. 127): (1 - 1/t)^(exponent + 1), t = step + 1."""
+    return (1 - 1 / (step + 1)) ** (exponent + 1)
 
 
 class Ema:
@@ -13,13 +44,10 @@ class Ema:
         weights: name -> average.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, module: nn.Module, decay: Decay) -> None:
+        """Starts at the module's weights."""
+        self.decay_at = decay
         self.weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-
-    def decay_at(self, step: int) -> float:
-        """Returns the decay of update `step` (0, 1, ...), warmed up as min(decay, (1 + step) / (10 + step))."""
-        return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, module: nn.Module, weight: torch.Tensor) -> None:

@@ -25,6 +25,11 @@ def average_name(decay: float) -> str:
     return f"{MAIN_AVERAGE}-{decay}"
 
 
+def power_average_name(width: float) -> str:
+    """Returns what a checkpoint calls the power-function average of a width, such as ema-width-0.05."""
+    return f"{MAIN_AVERAGE}-width-{width}"
+
+
 def manifest_of(path: Location) -> dict[str, tuple[int, str]]:
     """Returns what a checkpoint's manifest says: file name -> bytes and SHA-256.
 

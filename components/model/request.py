@@ -35,7 +35,7 @@ class Request:
         Raises:
             ValueError: if a value is out of range, or means nothing to this model.
         """
-        self.recipe.check(denoiser.schedule.num_steps)
+        self.recipe.check_process(denoiser.spec.diffusion)
         if not 1 <= self.num_images <= MAX_IMAGES:
             raise ValueError(f"num_images={self.num_images} is out of range; use 1 to {MAX_IMAGES}")
         last = MAX_SEED + 1 - self.num_images
@@ -66,7 +66,5 @@ def _draw_batch(denoiser: Denoiser, network: Callable[..., torch.Tensor], reques
     labels = spec.labels_by_turns(seeds)
     if labels is not None and request.label is not None:
         labels = labels.new_full(labels.shape, spec.label_number(request.label))
-    x_0 = sample(
-        network, denoiser.schedule, seeds, spec.shape, request.recipe, device=device, labels=labels, null_label=spec.null_label, limit=spec.space.limit
-    )
+    x_0 = sample(network, denoiser.process, seeds, spec.shape, request.recipe, device=device, labels=labels, null_label=spec.null_label, limit=spec.space.limit)
     return spec.space.to_rows(x_0).cpu().numpy()

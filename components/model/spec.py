@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..diffusion.config import DiffusionConfig
 from ..errors import DataError
@@ -29,6 +29,9 @@ class DenoiserSpec(BaseModel):
     label_names: tuple[str, ...] = ()
     """The classes that the network is told, in the order of their numbers; empty where it is told none."""
 
+    num_conditions: int = Field(0, exclude_if=lambda number: number == 0)
+    """Numbers that the network is told of what augmentation did to a row; 0 where it is told nothing of it."""
+
     @model_validator(mode="before")
     @classmethod
     def _read_older(cls, values: object) -> object:
@@ -47,7 +50,8 @@ class DenoiserSpec(BaseModel):
 
     def build(self) -> "nn.Module":
         """Returns the network with fresh weights."""
-        return self.model.build(self.shape, len(self.label_names))
+        more = {"outputs": 2} if self.diffusion.learned_variance else {}
+        return self.model.build(self.shape, len(self.label_names), **more, **({"conditions": self.num_conditions} if self.num_conditions else {}))
 
     @property
     def null_label(self) -> int | None:

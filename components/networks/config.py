@@ -44,12 +44,14 @@ class NetworkConfig(BaseModel):
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError, naming what would do, unless the network takes x_t of a shape (without the batch)."""
 
-    def build(self, shape: tuple[int, ...], num_classes: int = 0) -> "nn.Module":
+    def build(self, shape: tuple[int, ...], num_classes: int = 0, *, outputs: int = 1, conditions: int = 0) -> "nn.Module":
         """Returns the network with fresh weights: a `Network`.
 
         Args:
             shape: of x_t, without the batch.
             num_classes: K, the classes that it is told; 0 for a network that is told none.
+            outputs: how many times the channels of x_t it returns: 2 where it says variances, too.
+            conditions: A, numbers that it is told of what augmentation did to a row; all 0 says nothing.
 
         Raises:
             ValueError: like `check_shape`.
@@ -64,13 +66,21 @@ class NetworkConfig(BaseModel):
 class Network(Protocol):
     """What every network is, beside an `nn.Module`."""
 
-    def __call__(self, x_t: "torch.Tensor", t: "torch.Tensor", labels: "torch.Tensor | None" = None, keys: "torch.Tensor | None" = None) -> "torch.Tensor":
-        """Returns an estimate of x_t's shape.
+    def __call__(
+        self,
+        x_t: "torch.Tensor",
+        t: "torch.Tensor",
+        labels: "torch.Tensor | None" = None,
+        keys: "torch.Tensor | None" = None,
+        conditions: "torch.Tensor | None" = None,
+    ) -> "torch.Tensor":
+        """Returns an estimate of x_t's shape, or one of twice its channels where it says variances, too.
 
         Args:
             x_t: (B, *shape).
-            t: (B,) int64, 0..T-1.
+            t: (B,), int64 0..T-1 of DDPM, real numbers of other processes.
             labels: (B,) int64, 0..K, where K says that the class is not told, as None does for all rows.
             keys: (B, num_dropouts, 2) int32, which decide what is dropped while training: a row's masks depend on its own keys only.
+            conditions: (B, A) float32, what augmentation did to each row; None says nothing.
         """
         ...

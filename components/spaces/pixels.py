@@ -73,6 +73,7 @@ class PixelSpace(PixelSettings, Space):
     dtype: ClassVar[np.dtype] = np.dtype(np.uint8)
     noun: ClassVar[str] = "image"
     limit: ClassVar[float | None] = 1.0
+    bin_width: ClassVar[float | None] = 2 / 255
     rows_in_a_picture: ClassVar[int] = 60
     can_mirror: ClassVar[bool] = True
 

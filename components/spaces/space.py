@@ -23,12 +23,14 @@ class Space(BaseModel):
     """What one row is called in messages."""
     limit: ClassVar[float | None] = None
     """Largest absolute value of x_0; None where there is none, so that samplers clip nothing."""
+    bin_width: ClassVar[float | None] = None
+    """Distance of two values that x_0 can have; None where it has any value, so that a likelihood is a density."""
     rows_in_a_picture: ClassVar[int]
     """Rows that one picture of samples shows."""
     one_tile_per_row: ClassVar[bool] = True
     """Whether each row is a picture by itself."""
     can_mirror: ClassVar[bool] = False
-    """Whether a row mirrored left to right is as good an example."""
+    """Whether a row mirrored left to right is as good an example, and one that is turned, shifted or enlarged an image, too."""
 
     kind: str
     """Which space."""

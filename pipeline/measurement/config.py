@@ -17,16 +17,17 @@ class EvaluateConfig(BaseModel):
 
     num_samples: int = Field(10_000, ge=2)
     """Images that are drawn and measured."""
-    sampler: Literal["ddim", "ancestral", "dpmpp_2m", "unipc"] = "ddim"
-    """`ddim`, `ancestral` (DDPM), `dpmpp_2m` (DPM-Solver++ 2M) or `unipc`."""
+    sampler: Literal["ddim", "ancestral", "dpmpp_2m", "unipc", "heun"] = "ddim"
+    """`ddim` (for `flow` and `edm` it is Euler's method), `ancestral` (DDPM), `dpmpp_2m` (DPM-Solver++ 2M), `unipc`, or `heun` (EDM; second order, two
+    evaluations a step)."""
     steps: int = Field(50, ge=1)
     """Network evaluations per image."""
     spacing: Literal["uniform", "quadratic"] = "uniform"
     """Which time steps `ddim` visits: evenly spaced, or closer to each other where there is little noise."""
     eta: float = Field(0.0, ge=0.0, le=1.0)
     """Fresh noise of `ddim`, from 0 (none) to 1 (as much as `ancestral`)."""
-    variance: Literal["small", "large"] = "small"
-    """Variance of the fresh noise of `ancestral`: of the posterior, or beta."""
+    variance: Literal["small", "large", "learned"] = "small"
+    """Variance of the fresh noise of `ancestral`: of the posterior, beta, or what the network says (`diffusion.learned_variance`)."""
     guidance: float = Field(1.0, ge=0.0)
     """How far samples of a conditional model are pushed towards their class: 1 is not at all."""
     threshold: Literal["clip", "dynamic", "none"] = "clip"

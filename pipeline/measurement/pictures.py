@@ -92,13 +92,13 @@ def draw_pictures(evaluator: Evaluator, samples: SampleSet, numbers: Numbers, mo
 
 def _draw_forward(evaluator: Evaluator, samples: SampleSet, forward: Path, schedules: Path) -> None:
     """Draws what the noise of the model's process does to some rows to train on, and its schedule among the others."""
-    from components.diffusion.schedule import Schedule
+    from components.diffusion.process import make_process
 
     space, diffusion = evaluator.manifest.space, read_spec(Location.of(samples.checkpoint)).diffusion
     count = evaluator.manifest.num_train
     numbers = np.linspace(0, count - 1, min(count, FORWARD_IMAGES if space.one_tile_per_row else space.rows_in_a_picture)).round().astype(int)
     rows = RowReader(Location.of(evaluator.shards.path), evaluator.manifest).rows(numbers)
-    forward_picture(space, Schedule(diffusion), rows, f"{diffusion.betas} schedule, T = {diffusion.num_steps}").save(forward)
+    forward_picture(space, make_process(diffusion), rows, diffusion.describe()).save(forward)
     save_schedules(schedules, all_schedules(diffusion.num_steps))
 
 
@@ -127,24 +127,26 @@ def _draw_between(evaluator: Evaluator, samples: SampleSet, pairs: Sequence[tupl
 
 def _draw_timesteps(evaluator: Evaluator, samples: SampleSet, path: Path) -> None:
     """Draws the loss at single noise levels, on training and on held-out images: as many as samples are measured, up to `evaluate.loss_images`."""
+    from components.diffusion.process import make_process
+
     noun = f"{evaluator.manifest.space.noun}s"
     splits: dict[str, Split] = {f"training {noun}": "train", f"held-out {noun}": "holdout"}
-    num_steps = read_spec(Location.of(samples.checkpoint)).diffusion.num_steps
-    timesteps = sorted(set(np.linspace(0, num_steps - 1, LOSS_TIMESTEPS).round().astype(int).tolist()))
-    curves = {name: _losses(evaluator, samples, split, timesteps) for name, split in splits.items() if evaluator.manifest.splits.get(split, 0)}
-    save_timestep_losses(path, timesteps, curves)
+    process = make_process(read_spec(Location.of(samples.checkpoint)).diffusion)
+    times = process.times(LOSS_TIMESTEPS)
+    curves = {name: _losses(evaluator, samples, split, times) for name, split in splits.items() if evaluator.manifest.splits.get(split, 0)}
+    save_timestep_losses(path, times, curves, process.config.process)
 
 
-def _losses(evaluator: Evaluator, samples: SampleSet, split: Split, timesteps: Sequence[int]) -> list[float]:
+def _losses(evaluator: Evaluator, samples: SampleSet, split: Split, times: Sequence[float]) -> list[float]:
     """Returns the loss at some time steps; all actors work on it, and how many they are is no part of the result."""
     count = evaluator.manifest.splits[split]
     rows = np.linspace(0, count - 1, min(evaluator.config.loss_images, evaluator.config.num_samples, count)).round().astype(int).tolist()
     real = RealSet(evaluator.context.storage, evaluator.shards.path, split)
-    pieces = [(index, first) for index in range(len(timesteps)) for first in range(0, len(rows), ROWS_AT_ONCE)]
-    work = ((samples, real, rows[first : first + ROWS_AT_ONCE], first, timesteps[index]) for index, first in pieces)
-    sums = np.zeros(len(timesteps))
+    pieces = [(index, first) for index in range(len(times)) for first in range(0, len(rows), ROWS_AT_ONCE)]
+    work = ((samples, real, rows[first : first + ROWS_AT_ONCE], first, times[index]) for index, first in pieces)
+    sums = np.zeros(len(times))
     what = "the loss at each noise level" if split == "train" else "the same on held-out images"
-    with evaluator.context.reporter.progress(what, len(timesteps) * len(rows), f"{evaluator.manifest.space.noun}s") as advance:
+    with evaluator.context.reporter.progress(what, len(times) * len(rows), f"{evaluator.manifest.space.noun}s") as advance:
         for (index, first), loss in zip(pieces, evaluator.actor_pool.map("loss_at", work), strict=True):
             sums[index] += loss
             advance(len(rows[first : first + ROWS_AT_ONCE]))

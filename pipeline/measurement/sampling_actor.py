@@ -194,8 +194,8 @@ class Sampler:
         watch = Watch(self._model(samples)[0].spec.space, samples.recipe.steps, frames)
         return watch.ended(self._sample(samples, seeds, on_step=watch))
 
-    def loss_at(self, samples: SampleSet, real: RealSet, rows: Sequence[int], first: int, timestep: int) -> float:
-        """Returns the loss at a time step, summed over some rows of a dataset.
+    def loss_at(self, samples: SampleSet, real: RealSet, rows: Sequence[int], first: int, time: float) -> float:
+        """Returns the loss at a time of the process, summed over some rows of a dataset.
 
         Args:
             first: place of the first row among all that are measured, which decides their noise.
@@ -206,7 +206,7 @@ class Sampler:
 
         denoiser, _ = self._model(samples)
         x_0 = denoiser.spec.space.to_x_0(torch.from_numpy(self._reader(real).rows(np.asarray(rows))).to(self._device))
-        return loss_by_timestep(denoiser.network, denoiser.schedule, x_0, [timestep], first_row=first)[0] * len(rows)
+        return loss_by_timestep(denoiser.network, denoiser.process, x_0, [time], first_row=first)[0] * len(rows)
 
     def _sample(self, samples: SampleSet, seeds: Sequence[int], x_T: "torch.Tensor | None" = None, on_step: "OnStep | None" = None) -> np.ndarray:
         import torch
@@ -217,7 +217,7 @@ class Sampler:
         labels = samples.labels(seeds)
         x_0 = sample(
             network,
-            denoiser.schedule,
+            denoiser.process,
             seeds,
             denoiser.spec.shape,
             samples.recipe,

@@ -42,7 +42,7 @@ def log_model(name: str, model: TrainedModel, evaluation: Evaluation, run_id: st
                 code_paths=[str(package)],
                 pip_requirements=[f"{each}=={installed_version(each).partition('+')[0]}" for each in REQUIREMENTS],
                 signature=signature(spec),
-                input_example={"num_images": 2, "steps": min(4, spec.diffusion.num_steps), "seed": 0},
+                input_example={"num_images": 2, "steps": min(4, spec.diffusion.most_steps), "seed": 0},
                 step=evaluation.step,
                 model_type="image-generator",
             )
@@ -126,7 +126,7 @@ def signature(spec: "DenoiserSpec") -> "ModelSignature":
 
     from pipeline.registry.served_model import parameters
 
-    known = parameters(spec.diffusion.num_steps, spec.space.noun)
+    known = parameters(spec.diffusion.most_steps, spec.space.noun)
     columns: list[Any] = [ColSpec(AnyType(), name, required=False) for name, _, _ in known]
     outputs = Schema([ColSpec(DataType.binary, "png")] if spec.space.noun == "image" else [TensorSpec(spec.space.dtype, (-1, *spec.shape))])
     return ModelSignature(Schema(columns), outputs, ParamSchema([ParamSpec(name, kind, default) for name, kind, default in known]))

@@ -58,7 +58,7 @@ class Sampler(mlflow.pyfunc.PythonModel):
         self._denoiser = load_denoiser(Location.of(context.artifacts["checkpoint"]), device)
         self._precision = resolve_precision("auto", device)
         self._network = prepared(self._denoiser.network, self._precision, device)
-        self._defaults = {name: default for name, _, default in parameters(self._denoiser.schedule.num_steps, self._denoiser.spec.space.noun)}
+        self._defaults = {name: default for name, _, default in parameters(self._denoiser.spec.diffusion.most_steps, self._denoiser.spec.space.noun)}
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:  # pyrefly: ignore[bad-override]
         """Returns one entry per image, those of the first row first: PNG bytes, or an array (N, H, W, C) uint8 where format is `array`; of points (N, 2).

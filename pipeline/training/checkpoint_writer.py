@@ -12,8 +12,9 @@ from components.model.checkpoint import Resumable, TrainingState, write_checkpoi
 from components.model.retention import checkpoint_name, prune
 from components.model.spec import DenoiserSpec
 from components.storage import Location
+from pipeline.training.config import TrainConfig
 from pipeline.training.metrics_log import Attempt, MetricsLogWriter
-from pipeline.training.plan import LAST_WRITE_S, TrainConfig
+from pipeline.training.plan import LAST_WRITE_S
 
 RETRY_S = 2.0
 

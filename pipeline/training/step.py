@@ -12,12 +12,14 @@ from typing import Literal
 import torch
 from torch import nn
 
+from components.data.augment import augmented
 from components.data.batches import Batch
-from components.diffusion.objective import simple_loss
-from components.diffusion.schedule import Schedule
+from components.diffusion.objective import training_loss
+from components.diffusion.process import Process
 from components.model.ema import Ema
 from components.spaces.space import Space
 from pipeline.training.arithmetic import Arithmetic
+from pipeline.training.spikes import SpikeGuard
 
 WARM_UP, MOST_MEMORY = 3, 0.85
 BEHIND = 2
@@ -37,15 +39,26 @@ class Step:
     def __init__(
         self,
         network: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         averages: Sequence[Ema],
-        schedule: Schedule,
+        process: Process,
         arithmetic: Arithmetic,
         grad_clip: float,
         space: Space,
+        *,
+        guard: SpikeGuard | None = None,
+        tells: bool = False,
+        augments: bool = False,
     ) -> None:
-        self._module, self._optimizer, self._averages, self._schedule, self._grad_clip = network, optimizer, averages, schedule, grad_clip
-        self._arithmetic, self._space = arithmetic, space
+        """Prepares it.
+
+        Args:
+            guard: counts spikes, and says which are left out.
+            tells: whether the network is told what augmentation does.
+            augments: whether augmentation does more than mirror.
+        """
+        self._module, self._optimizer, self._averages, self._process, self._grad_clip = network, optimizer, averages, process, grad_clip
+        self._arithmetic, self._space, self._guard, self._tells, self._augments = arithmetic, space, guard, tells, augments
         self.network: nn.Module = network
         self.share, self.part = 1.0, 0
         self._device = next(network.parameters()).device
@@ -70,7 +83,15 @@ class Step:
         if self._device.type == "cuda" and self.network is self._module:
             return self._replay(batch)
         loss = self.gradient(batch)
-        return loss, self._apply()
+        return loss, self._apply(self._over_all(loss))
+
+    def _over_all(self, loss: torch.Tensor) -> torch.Tensor:
+        """Returns the loss of all workers, where somebody looks at it."""
+        if self._guard is None or self.network is self._module:
+            return loss
+        total = loss / torch.distributed.get_world_size()
+        torch.distributed.all_reduce(total)
+        return total
 
     def _set_rates(self, lr: float, decays: Sequence[float]) -> None:
         for group in self._optimizer.param_groups:
@@ -110,7 +131,7 @@ class Step:
         """Tells whether a pass leaves some memory of the GPU free; it is done eagerly, which takes more than it does compiled."""
         torch.cuda.reset_peak_memory_stats()
         try:
-            _loss(self._module, self._schedule, self._arithmetic, self._space, *part.tensors()).backward()
+            self._loss_with(self._module)(*part.tensors()).backward()
             return torch.cuda.max_memory_allocated() < MOST_MEMORY * torch.cuda.get_device_properties(self._device).total_memory
         except torch.OutOfMemoryError:
             return False
@@ -139,21 +160,25 @@ class Step:
         if self._loss is None:
             alone = self.network is self._module
             network = torch.compile(self.network) if self._arithmetic.compiled and not alone else self.network
-            loss = partial(_loss, network, self._schedule, self._arithmetic, self._space)
+            loss = self._loss_with(network)
             self._loss = torch.compile(loss, fullgraph=True, dynamic=False) if self._arithmetic.compiled and alone else loss
         return self._loss(*part.tensors())
 
-    def _apply(self) -> torch.Tensor:
-        """Clips the gradient and takes the step, unless the gradient is not finite; returns its norm."""
+    def _loss_with(self, network: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return partial(_loss, network, self._process, self._arithmetic, self._space, self._tells, self._augments)
+
+    def _apply(self, loss: torch.Tensor) -> torch.Tensor:
+        """Clips the gradient and takes the step, unless the gradient is not finite, or a spike that is to be left out; returns its norm."""
         norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._grad_clip)
-        skipped = torch.maximum((~torch.isfinite(norm)).float(), self._skip)
+        unusable = torch.maximum((~torch.isfinite(norm)).float(), self._skip)
+        skipped = unusable if self._guard is None else torch.maximum(unusable, self._guard.judge(loss, norm, self._skip))
         # What a gradient scaler says to the fused kernels: with 1 they leave parameters, moments and their number of steps alone.
         self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self._optimizer.grad_scale = None  # type: ignore[attr-defined]
         self._optimizer.step()
         for average, weight in zip(self._averages, self._weights, strict=True):
             average.update(self._module, weight * (1.0 - skipped))
-        self.nonfinite.add_(skipped.to(torch.int64))
+        self.nonfinite.add_(unusable.to(torch.int64))
         return norm
 
     def count_nonfinite(self, *, now: bool = False) -> int:
@@ -191,8 +216,7 @@ class Step:
         with torch.cuda.stream(side):
             self._skip.fill_(1.0)
             for _ in range(WARM_UP):
-                self.gradient(batch)
-                self._apply()
+                self._apply(self.gradient(batch))
             self._skip.fill_(0.0)
             self.nonfinite.sub_(WARM_UP)
         torch.cuda.current_stream().wait_stream(side)
@@ -201,24 +225,29 @@ class Step:
         with torch.cuda.graph(first):
             loss = self._accumulate(batch)
         with torch.cuda.graph(second, pool=first.pool()):
-            norm = self._apply()
+            norm = self._apply(loss)
         self._results = (loss, norm)
         return first, second
 
 
 def _loss(
     network: Callable[..., torch.Tensor],
-    schedule: Schedule,
+    process: Process,
     arithmetic: Arithmetic,
     space: Space,
+    tells: bool,
+    augments: bool,
     data: torch.Tensor,
     eps: torch.Tensor,
     t: torch.Tensor,
     labels: torch.Tensor | None,
     keys: torch.Tensor | None,
+    augmentation: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Returns L_simple of a batch, in float32 but for the network's own arithmetic."""
+    """Returns the loss of a batch, in float32 but for the network's own arithmetic."""
     x_0 = space.to_x_0(data)
+    x_0 = augmented(x_0, augmentation) if augments and augmentation is not None else x_0
     x_0 = x_0.contiguous(memory_format=arithmetic.memory_format) if x_0.ndim == 4 else x_0
     with torch.autocast(data.device.type, torch.bfloat16, enabled=arithmetic.precision == "bfloat16"):
-        return simple_loss(network if keys is None else partial(network, keys=keys), schedule, x_0, eps, t, labels)
+        more = ({} if keys is None else {"keys": keys}) | ({} if augmentation is None or not tells else {"conditions": augmentation})
+        return training_loss(process, space.bin_width)(partial(network, **more) if more else network, process, x_0, eps, t, labels)

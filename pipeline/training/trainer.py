@@ -2,28 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from components.data.augment import NUMBERS, Augmentation
 from components.data.batches import Batch, BatchPlan
 from components.data.order import plan_order
 from components.data.shards import Manifest
+from components.diffusion.process import Process, make_process
 from components.diffusion.recipe import MONITORING
 from components.diffusion.sampling import sample
-from components.diffusion.schedule import Schedule
 from components.errors import DataError
 from components.model.checkpoint import Resumable, TrainingRecord, TrainingState, load_training_state, read_weights, write_checkpoint
 from components.model.ema import Ema
-from components.model.manifest import average_name, verify
+from components.model.manifest import verify
 from components.model.spec import DenoiserSpec
 from components.storage import Location
 from components.streams import Purpose, stream
 from pipeline.retraining.attempts import Start
 from pipeline.training.arithmetic import Arithmetic, choose
-from pipeline.training.plan import TrainConfig, TrainPlan, differences
+from pipeline.training.config import TrainConfig
+from pipeline.training.optimizer import freeze, learning_rate, make_averages, make_optimizer, parameters_of
+from pipeline.training.plan import TrainPlan, differences
+from pipeline.training.spikes import SpikeGuard
 from pipeline.training.step import Step
 
 GRID_SEEDS = range(16)
@@ -40,6 +45,8 @@ class Trainer:
         step: optimiser steps done.
         settings: all that `inputs` is the digest of, for messages.
         resumed: where the checkpoint stood that this training goes on from.
+        guard: counts spikes; None where nobody asked for it.
+        validations: step and deciding number of every measurement on held-out rows so far.
     """
 
     config: TrainConfig
@@ -48,18 +55,20 @@ class Trainer:
     device: torch.device
     arithmetic: Arithmetic
     network: nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: Ema
     more_averages: dict[str, Ema]
-    schedule: Schedule
+    process: Process
     stepper: Step
     step: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
     resumed: TrainingRecord | None = None
+    guard: SpikeGuard | None = None
+    validations: list[tuple[int, float]] = field(default_factory=list)
 
     def learning_rate(self) -> float:
-        """Returns the learning rate of the next step: linear warm-up, then constant (DDPM appendix B)."""
-        return self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        """Returns the learning rate of the next step."""
+        return learning_rate(self.config, self.step)
 
     def update(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes one optimiser step and returns this worker's loss, whose mean over the workers is the batch's, and the gradient's norm before clipping.
@@ -116,7 +125,7 @@ class Trainer:
             open_norms: norms of the gradients of these steps.
         """
         moments = self.optimizer.state_dict()["state"]
-        flat = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items()}
+        flat = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items() if isinstance(value, torch.Tensor)}
         record = TrainingRecord(
             step=self.step,
             train_digest=self.inputs,
@@ -127,9 +136,17 @@ class Trainer:
             settings=self.settings,
             open_losses=tuple(open_losses),
             open_norms=tuple(open_norms),
+            validations=tuple(self.validations),
+            **self._spikes(),
         )
         more = {name: average.weights for name, average in self.more_averages.items()}
         return Resumable(self.ema.weights, TrainingState(self.network.state_dict(), flat, record), more)
+
+    def _spikes(self) -> dict[str, Any]:
+        if self.guard is None:
+            return {}
+        losses, norms = self.guard.recent.tolist()
+        return {"recent_losses": losses, "recent_norms": norms, "steps_seen": int(self.guard.seen), "spike_steps": int(self.guard.spikes)}
 
     def save(self, path: Location) -> None:
         """Writes everything as a checkpoint."""
@@ -143,7 +160,7 @@ class Trainer:
         self.ema.load(resumable.ema)
         for name, average in self.more_averages.items():
             average.load(resumable.more_averages[name])
-        parameters = list(self.network.parameters())
+        parameters = parameters_of(self.optimizer)
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for address, value in state.optimizer.items():
             index, _, name = address.partition(".")
@@ -154,6 +171,10 @@ class Trainer:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step, self.resumed = state.record.step, state.record
         self.stepper.nonfinite.fill_(state.record.nonfinite_steps)
+        self.validations = list(state.record.validations)
+        if self.guard is not None:
+            record = state.record
+            self.guard.load(record.recent_losses, record.recent_norms, record.steps_seen, record.spike_steps)
 
 
 def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resume_from: Location | None) -> Trainer:
@@ -167,6 +188,7 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
         diffusion=plan.diffusion,
         space=manifest.space,
         label_names=_label_names(plan, manifest),
+        num_conditions=NUMBERS if plan.train.augment_conditioning else 0,
     )
     torch.manual_seed(int(stream(Purpose.WEIGHTS, plan.train.seed).integers(2**32)))
     network = spec.build()
@@ -175,13 +197,15 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
         network.load_state_dict(_start_weights(plan.start))
     arithmetic = _choose(plan, network, device) if resumable is None else _kept(resumable.state.record)
     network = network.to(device).to(memory_format=arithmetic.memory_format).train()
-    on_gpu = device.type == "cuda"
-    lr = torch.tensor(plan.train.lr, device=device) if on_gpu else plan.train.lr
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=plan.train.weight_decay, fused=True, capturable=on_gpu)
-    ema, more = Ema(network, plan.train.ema_decay), {average_name(decay): Ema(network, decay) for decay in plan.train.more_ema_decays}
-    schedule = Schedule(plan.diffusion).to(device)
-    stepper = Step(network, optimizer, [ema, *more.values()], schedule, arithmetic, plan.train.grad_clip, manifest.space)
-    trainer = Trainer(plan.train, spec, plan.inputs, device, arithmetic, network, optimizer, ema, more, schedule, stepper, settings=plan.settings)
+    train = plan.train
+    freeze(network, train.freeze)
+    optimizer, (ema, more) = make_optimizer(network, train), make_averages(network, train)
+    process, guard = make_process(plan.diffusion).to(device), None
+    if train.spike_deviations:
+        guard = SpikeGuard(train.spike_deviations, skips=train.skip_spikes, device=device)
+    options: dict[str, Any] = {"guard": guard, "tells": train.augment_conditioning, "augments": train.augments}
+    stepper = Step(network, optimizer, [ema, *more.values()], process, arithmetic, train.grad_clip, manifest.space, **options)
+    trainer = Trainer(train, spec, plan.inputs, device, arithmetic, network, optimizer, ema, more, process, stepper, settings=plan.settings, guard=guard)
     if resumable is not None:
         trainer.load_state(resumable)
     return trainer
@@ -230,7 +254,24 @@ def make_batch_plan(plan: TrainPlan, manifest: Manifest) -> BatchPlan:
     )
     classes = len(_label_names(plan, manifest))
     mirrored = manifest.space.mirrored if plan.train.flip else None
-    return BatchPlan(order, plan.diffusion.num_steps, mirrored, classes, plan.train.label_dropout, plan.model.num_dropouts)
+    return BatchPlan(
+        order,
+        make_process(plan.diffusion).draw_times,
+        mirrored,
+        classes,
+        plan.train.label_dropout,
+        plan.model.num_dropouts,
+        augmentation=_augmentation(plan, manifest),
+        tells_mirrors=plan.train.augment_conditioning,
+    )
+
+
+def _augmentation(plan: TrainPlan, manifest: Manifest) -> Augmentation | None:
+    train = plan.train
+    if not train.augments:
+        return None
+    height, width = manifest.space.shape[-2:]
+    return Augmentation(train.augment_probability, train.rotation, train.translation, train.scaling, train.crop_jitter, (height, width))
 
 
 def _label_names(plan: TrainPlan, manifest: Manifest) -> tuple[str, ...]:
@@ -246,9 +287,9 @@ def sample_tiles(trainer: Trainer) -> np.ndarray:
     trainer.network.load_state_dict(trainer.ema.weights)
     trainer.network.eval()
     try:
-        recipe = replace(MONITORING, steps=min(MONITORING.steps, trainer.schedule.num_steps), precision=trainer.arithmetic.precision)
+        recipe = replace(MONITORING, steps=min(MONITORING.steps, trainer.spec.diffusion.most_steps), precision=trainer.arithmetic.precision)
         labels = trainer.spec.labels_by_turns(seeds)
-        x_0 = sample(trainer.network, trainer.schedule, seeds, space.shape, recipe, device=trainer.device, labels=labels, limit=space.limit)
+        x_0 = sample(trainer.network, trainer.process, seeds, space.shape, recipe, device=trainer.device, labels=labels, limit=space.limit)
     finally:
         trainer.network.load_state_dict(training)
         trainer.network.train()

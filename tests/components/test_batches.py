@@ -11,6 +11,8 @@ from components.data.batches import Batch, BatchPlan
 from components.data.order import RowOrder
 from components.data.reader import RowReader
 from components.data.shards import Manifest
+from components.diffusion.config import DiffusionConfig
+from components.diffusion.schedule import Schedule
 from components.spaces.pixels import PixelSpace
 from components.storage import Location
 
@@ -24,7 +26,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Location, Manifes
 
 
 def plan(flip: bool = True) -> BatchPlan:
-    return BatchPlan(RowOrder(107, 24, 4, seed=5), num_steps=1000, mirrored=PixelSpace().mirrored if flip else None)
+    return BatchPlan(RowOrder(107, 24, 4, seed=5), draw_times=Schedule(DiffusionConfig()).draw_times, mirrored=PixelSpace().mirrored if flip else None)
 
 
 def told(label_dropout: float) -> BatchPlan:

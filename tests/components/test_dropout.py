@@ -6,6 +6,8 @@ import torch
 
 from components.data.batches import BatchPlan
 from components.data.order import RowOrder
+from components.diffusion.config import DiffusionConfig
+from components.diffusion.schedule import Schedule
 from components.networks.unet.config import UNetConfig
 from components.networks.unet.dropout import MIX_1, MIX_2, STEP, dropped, keep_mask
 from components.networks.unet.layers import ResidualBlock
@@ -16,7 +18,7 @@ ROWS_PER_LANE = 2
 
 
 def keys_of(lanes: range, seed: int = 0, step: int = 0) -> torch.Tensor:
-    plan = BatchPlan(RowOrder(64, 8 * ROWS_PER_LANE, 8, seed), 1000, mirrored=None, num_dropouts=CONFIG.num_dropouts)
+    plan = BatchPlan(RowOrder(64, 8 * ROWS_PER_LANE, 8, seed), Schedule(DiffusionConfig()).draw_times, mirrored=None, num_dropouts=CONFIG.num_dropouts)
     keys = plan.keys(step, lanes)
     assert keys is not None
     return keys

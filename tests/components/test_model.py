@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from servers import S3Server
 from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.model.checkpoint import TrainingRecord, TrainingState, load_denoiser, load_training_state, read_weights, write_checkpoint
-from components.model.ema import Ema
+from components.model.ema import Ema, warmed_up
 from components.model.manifest import average_name, averages_in, sha256_of, verify
 from components.model.retention import checkpoint_name, checkpoint_step, checkpoints, damage_of, damaged_checkpoints, newest_whole_checkpoint, prune
 from components.model.spec import DenoiserSpec
@@ -194,7 +195,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes):
 
 def test_the_average_moves_by_one_minus_decay():
     module = torch.nn.Linear(2, 2)
-    ema = Ema(module, decay=0.9)
+    ema = Ema(module, partial(warmed_up, 0.9))
     before = {name: value.clone() for name, value in ema.weights.items()}
     with torch.no_grad():
         for parameter in module.parameters():
@@ -205,7 +206,7 @@ def test_the_average_moves_by_one_minus_decay():
 
 
 def test_the_average_warms_up():
-    ema = Ema(torch.nn.Linear(1, 1), decay=0.9999)
+    ema = Ema(torch.nn.Linear(1, 1), partial(warmed_up, 0.9999))
     assert ema.decay_at(0) == pytest.approx(0.1)
     assert ema.decay_at(90) == pytest.approx(0.91)
     assert ema.decay_at(10**7) == 0.9999

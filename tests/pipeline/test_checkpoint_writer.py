@@ -18,8 +18,8 @@ from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from pipeline.training import checkpoint_writer
 from pipeline.training.checkpoint_writer import CheckpointWriter, UnwritableError
+from pipeline.training.config import TrainConfig
 from pipeline.training.metrics_log import Attempt, MetricsLine, MetricsLogWriter, SupersededError, read_metrics
-from pipeline.training.plan import TrainConfig
 
 SPEC = DenoiserSpec(model=UNetConfig(), diffusion=DiffusionConfig(), space=PixelSpace(image_size=32, mode="RGB"))
 CONFIG = TrainConfig(keep_last=2)

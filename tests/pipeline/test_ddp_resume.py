@@ -23,7 +23,8 @@ SCRIPT = textwrap.dedent("""
     from components.networks.unet.config import UNetConfig
     from components.storage import Location
     from pipeline.training.loop import Worker
-    from pipeline.training.plan import TrainConfig, TrainPlan
+    from pipeline.training.config import TrainConfig
+    from pipeline.training.plan import TrainPlan
     from pipeline.training.heartbeat import Heartbeat
     from pipeline.training.trainer import make_batch_plan, make_trainer
 

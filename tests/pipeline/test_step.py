@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from components.data.batches import Batch, BatchPlan
 from components.data.order import RowOrder
 from components.diffusion.config import DiffusionConfig
+from components.diffusion.schedule import Schedule
 from components.networks.unet.config import UNetConfig
 from components.spaces.pixels import PixelSpace
 from pipeline.training.arithmetic import Arithmetic, choose, threads_that_pay
-from pipeline.training.plan import TrainConfig, TrainPlan
+from pipeline.training.config import TrainConfig
+from pipeline.training.plan import TrainPlan
 from pipeline.training.trainer import Trainer, make_trainer
 
 CPU = torch.device("cpu")
@@ -32,7 +34,9 @@ def plan(dropout: float = 0.2, **changes: object) -> TrainPlan:
 
 def batch(step: int) -> Batch:
     draw, count = np.random.default_rng(step), LANES * ROWS
-    keys = BatchPlan(RowOrder(64, count, LANES, 0), 1000, mirrored=None, num_dropouts=plan().model.num_dropouts).keys(step, range(LANES))
+    keys = BatchPlan(RowOrder(64, count, LANES, 0), Schedule(DiffusionConfig()).draw_times, mirrored=None, num_dropouts=plan().model.num_dropouts).keys(
+        step, range(LANES)
+    )
     pixels, eps = draw.integers(0, 256, (count, 1, 8, 8), dtype=np.uint8), draw.standard_normal((count, 1, 8, 8), dtype=np.float32)
     t = torch.from_numpy(draw.integers(0, 1000, count))
     return Batch(step, torch.arange(count), torch.from_numpy(pixels), t, torch.from_numpy(eps), keys=keys)

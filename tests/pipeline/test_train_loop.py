@@ -1,6 +1,7 @@
 """One worker's training, without Ray: what a checkpoint gives back is all that training needs."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,19 @@ from components.data.order import RowOrder
 from components.data.reader import RowReader
 from components.data.shards import Manifest
 from components.diffusion.config import DiffusionConfig
+from components.diffusion.schedule import Schedule
 from components.errors import DataError
 from components.model.checkpoint import TrainingRecord
-from components.model.ema import Ema
+from components.model.ema import Ema, warmed_up
 from components.networks.unet.config import UNetConfig
 from components.spaces.pixels import PixelSpace
 from components.storage import Location
 from pipeline.artifacts import ShardSet
 from pipeline.context import Reporter, StageContext
 from pipeline.train import check_labels, report_unfinished
+from pipeline.training.config import TrainConfig
 from pipeline.training.loop import MetricsWindow
-from pipeline.training.plan import TrainConfig, TrainPlan
+from pipeline.training.plan import TrainPlan
 from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer, sample_tiles
 
 MANIFEST = a_manifest(PixelSpace(image_size=8, mode="L"), 0, rows_file="", rows_sha256="", shards=())
@@ -59,7 +62,7 @@ def batch(step: int, num_classes: int = 0) -> Batch:
 
 def keys(lanes: range, seed: int, step: int) -> torch.Tensor:
     """Returns the keys of dropout of lanes of one image."""
-    found = BatchPlan(RowOrder(4, 4, 4, seed), 1000, mirrored=None, num_dropouts=plan().model.num_dropouts).keys(step, lanes)
+    found = BatchPlan(RowOrder(4, 4, 4, seed), Schedule(DiffusionConfig()).draw_times, mirrored=None, num_dropouts=plan().model.num_dropouts).keys(step, lanes)
     assert found is not None
     return found
 
@@ -202,7 +205,7 @@ def gradient(lanes: range, share: float = 1.0, *, step: int = 0, seed: int = 0) 
 
 def test_each_average_is_the_one_that_its_decay_alone_would_give():
     trainer, alone = make_trainer(plan(more_ema_decays=[0.15, 0.3]), MANIFEST, CPU, None), make_trainer(plan(), MANIFEST, CPU, None)
-    emas = [Ema(alone.network, decay) for decay in (0.9999, 0.15, 0.3)]
+    emas = [Ema(alone.network, partial(warmed_up, decay)) for decay in (0.9999, 0.15, 0.3)]
     for step in range(6):
         trainer.update(batch(step))
         alone.update(batch(step))
@@ -211,7 +214,7 @@ def test_each_average_is_the_one_that_its_decay_alone_would_give():
     averages = [trainer.ema, trainer.more_averages["ema-0.15"], trainer.more_averages["ema-0.3"]]
     for ours, expected in zip(averages, emas, strict=True):
         for name, value in expected.weights.items():
-            assert torch.equal(ours.weights[name], value), (expected.decay, name)
+            assert torch.equal(ours.weights[name], value), (expected.decay_at(1000), name)
     assert len({float(average.weights["conv_in.weight"].sum()) for average in averages}) == 3
 
 

@@ -24,8 +24,8 @@ class PointMLPConfig(NetworkConfig):
         if len(shape) != 1:
             raise ValueError(f"model.kind=point_mlp takes points, and a row has shape {list(shape)}; use data.source=points:NAME, or model.kind=unet")
 
-    def build(self, shape: tuple[int, ...], num_classes: int = 0) -> "nn.Module":
+    def build(self, shape: tuple[int, ...], num_classes: int = 0, *, outputs: int = 1, conditions: int = 0) -> "nn.Module":
         from .network import PointMLP
 
         self.check_shape(shape)
-        return PointMLP(dimensions=shape[0], width=self.width, depth=self.depth, num_classes=num_classes)
+        return PointMLP(dimensions=shape[0], width=self.width, depth=self.depth, num_classes=num_classes, outputs=outputs, conditions=conditions)

@@ -32,38 +32,50 @@ class PointMLP(nn.Module):
         width: features of every hidden layer.
         depth: residual blocks.
         num_classes: K; 0 for a network that is told no class.
+        outputs: how many times the coordinates of x_t it returns.
+        conditions: A, numbers that it is told of each row beside; they are mapped without a bias, so that 0 says nothing.
 
     Raises:
         ValueError: if labels are given to a network without classes.
     """
 
-    def __init__(self, *, dimensions: int, width: int, depth: int, num_classes: int = 0) -> None:
+    def __init__(self, *, dimensions: int, width: int, depth: int, num_classes: int = 0, outputs: int = 1, conditions: int = 0) -> None:
         super().__init__()
         self.width = width
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.biases = nn.Linear(width, depth * width)
-        self.project_in, self.project_out = nn.Linear(dimensions, width), nn.Linear(width, dimensions)
+        self.project_in, self.project_out = nn.Linear(dimensions, width), nn.Linear(width, outputs * dimensions)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width)
         nn.init.zeros_(self.project_out.weight)
         nn.init.zeros_(self.project_out.bias)
         self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.condition_embedding = nn.Linear(conditions, width, bias=False) if conditions else None
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the estimate (B, D); there is no dropout, for which there would be keys.
+    def forward(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns the estimate (B, outputs * D); there is no dropout, for which there would be keys.
 
         While it samples on a CPU it works on ROWS rows at a time, however many there are: the last bits of a matrix product depend on its size,
         and a sample depends on its own seed only.
         """
         if self.training or x_t.is_cuda:
-            return self._estimate(x_t, t, labels)
+            return self._estimate(x_t, t, labels, conditions)
         missing = -len(x_t) % ROWS
-        given = [None if each is None else F.pad(each, (0, 0) * (each.ndim - 1) + (0, missing)).split(ROWS) for each in (x_t, t, labels)]
+        given = [None if each is None else F.pad(each, (0, 0) * (each.ndim - 1) + (0, missing)).split(ROWS) for each in (x_t, t, labels, conditions)]
         parts = zip(*(each or [None] * len(given[0] or ()) for each in given), strict=True)
         return torch.cat([self._estimate(*part) for part in parts])[: len(x_t)]
 
-    def _estimate(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def _estimate(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, conditions: torch.Tensor | None) -> torch.Tensor:
         embedding = self.time(timestep_embedding(t, self.width))
+        if self.condition_embedding is not None and conditions is not None:
+            embedding = embedding + self.condition_embedding(conditions)
         if self.label_embedding is not None:
             labels_shown = labels if labels is not None else torch.full((len(x_t),), self.label_embedding.num_embeddings - 1, device=x_t.device)
             embedding = embedding + self.label_embedding(labels_shown)

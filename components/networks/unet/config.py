@@ -58,10 +58,10 @@ class UNetConfig(NetworkConfig):
                 f"data.image_size={sizes[0]} cannot be halved {halvings} times; use a multiple of {factor} such as {sizes[1]}, or fewer model.channel_mults"
             )
 
-    def build(self, shape: tuple[int, ...], num_classes: int = 0) -> "nn.Module":
+    def build(self, shape: tuple[int, ...], num_classes: int = 0, *, outputs: int = 1, conditions: int = 0) -> "nn.Module":
         from .network import UNet
 
-        return UNet(self, shape=shape, num_classes=num_classes)
+        return UNet(self, shape=shape, num_classes=num_classes, outputs=outputs, conditions=conditions)
 
     def to_diffusers(self, network: "nn.Module", shape: tuple[int, ...]) -> DiffusersNetwork | str:
         from .diffusers import diffusers_config, to_diffusers

@@ -16,7 +16,7 @@ def diffusers_config(unet: UNet, shape: tuple[int, ...]) -> dict[str, object]:
     return {
         "sample_size": height if height == width else [height, width],
         "in_channels": channels,
-        "out_channels": channels,
+        "out_channels": unet.conv_out.out_channels,
         "layers_per_block": config.num_res_blocks,
         "block_out_channels": widths,
         "down_block_types": ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
@@ -80,6 +80,8 @@ def to_diffusers(unet: UNet) -> Weights:
     renamed, order = _prefixes(unet)
     theirs: Weights = {}
     for name, value in unet.state_dict().items():
+        if name.startswith("condition_embedding."):
+            continue  # it says what augmentation did, and a sample is told nothing of that
         kind = name.rpartition(".")[2]
         if name.startswith("time.projections."):
             pieces = value.split(unet.time.block_channels)

@@ -35,12 +35,14 @@ class UNet(nn.Module):
     Args:
         shape: (C, H, W).
         num_classes: K; 0 for a network that is told no class.
+        outputs: how many times the channels of x_t it returns.
+        conditions: A, numbers that it is told of each row beside; they are mapped without a bias, so that 0 says nothing.
 
     Raises:
         ValueError: if the image size cannot be halved as often as the config has levels, or labels are given to a network without classes.
     """
 
-    def __init__(self, config: UNetConfig, *, shape: tuple[int, ...], num_classes: int = 0) -> None:
+    def __init__(self, config: UNetConfig, *, shape: tuple[int, ...], num_classes: int = 0, outputs: int = 1, conditions: int = 0) -> None:
         super().__init__()
         config.check_shape(shape)
         channels, height, _ = shape
@@ -54,11 +56,14 @@ class UNet(nn.Module):
         self.mid_1, self.mid_2 = self._block(widths[-1], widths[-1]), self._block(widths[-1], widths[-1])
         self.mid_attention = self._attention(widths[-1])
         self.norm_out = Norm(config.num_groups, widths[0])
-        self.conv_out = conv3x3(widths[0], channels, scale=0.0)
+        self.conv_out = conv3x3(widths[0], channels * outputs, scale=0.0)
         running = [*(b for level in down for b in level.blocks), self.mid_1, self.mid_2, *(b for level in up for b in level.blocks)]
         self.time = TimeMLP(config.base_channels, [block.out_channels for block in running if isinstance(block, ResidualBlock)])
         # Made last, so that all other weights are those that the same seed gives a network without classes.
         self.label_embedding = nn.Embedding(num_classes + 1, self.time.embedding_channels) if num_classes else None
+        self.condition_embedding = nn.Linear(conditions, self.time.embedding_channels, bias=False) if conditions else None
+        if self.condition_embedding is not None:
+            nn.init.zeros_(self.condition_embedding.weight)
 
     def _block(self, in_channels: int, out_channels: int) -> ResidualBlock:
         return ResidualBlock(in_channels, out_channels, dropout=self.config.dropout, num_groups=self.config.num_groups)
@@ -91,7 +96,14 @@ class UNet(nn.Module):
             levels.append(Level(blocks, attentions, Upsample(width) if number else nn.Identity()))
         return levels
 
-    def _condition(self, x_t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
+    def _condition(self, x_t: torch.Tensor, labels: torch.Tensor | None, conditions: torch.Tensor | None) -> torch.Tensor | None:
+        label = self._label(x_t, labels)
+        if self.condition_embedding is None or conditions is None:
+            return label
+        more = self.condition_embedding(conditions)
+        return more if label is None else label + more
+
+    def _label(self, x_t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
         if self.label_embedding is None:
             if labels is not None:
                 raise ValueError("labels are given to a network without classes; give none, or train with model.conditional=true")
@@ -100,14 +112,22 @@ class UNet(nn.Module):
             labels = torch.full((len(x_t),), self.label_embedding.num_embeddings - 1, device=x_t.device)
         return self.label_embedding(labels)
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the estimate (B, C, H, W).
+    def forward(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns the estimate (B, outputs * C, H, W).
 
         Args:
             keys: (B, config.num_dropouts, 2) int32, uniformly random, which decide what is dropped while training: an image's masks depend on its own keys
                 only. Without them torch's global generator decides.
+            conditions: (B, A) float32, what augmentation did to each image; None says nothing.
         """
-        biases = iter(self.time(t, self._condition(x_t, labels)))
+        biases = iter(self.time(t, self._condition(x_t, labels, conditions)))
         of_layers = iter(keys.unbind(1)) if keys is not None else repeat(None)
 
         def run(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
