@@ -112,6 +112,8 @@ class TrainedModel(Receipt):
     mlflow_run_id: str
     start: str | None = None
     """The weights that training started from, in words; None for fresh ones."""
+    stopped_at: int | None = None
+    """Step at which held-out rows ended the training, whose best checkpoint this is; None where it went on to its end."""
 
 
 class MetricUnit(_Record):

@@ -55,6 +55,8 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
         self.model.check_shape(self.data.space.shape)
+        if (self.train.augments or self.train.augment_conditioning) and not self.data.space.can_mirror:
+            raise ValueError(f"train: augmentation means nothing to {self.data.space.noun}s; leave rotation, translation, scaling and crop_jitter out")
         if self.train.flip and not self.data.space.can_mirror:
             raise ValueError(f"train.flip=true means nothing to {self.data.space.noun}s; use train.flip=false")
         train, workers = self.train, self.cluster.max_workers
@@ -262,7 +264,12 @@ def flatten(config: RunConfig) -> dict[str, str]:
 
 def flat_result_fields(**sections: BaseModel) -> dict[str, str]:
     """Returns the settings of some sections that can change a result, as `section.key` -> text."""
-    return {f"{name}.{key}": _as_text(value) for name, section in sections.items() for key, value in result_fields(section).items()}
+    return {key: value for name, section in sections.items() for key, value in flat(name, result_fields(section)).items()}
+
+
+def flat(section: str, fields: Mapping[str, Any]) -> dict[str, str]:
+    """Returns fields of a section as `section.key` -> text."""
+    return {f"{section}.{key}": _as_text(value) for key, value in fields.items()}
 
 
 def _as_text(value: object) -> str:

@@ -100,7 +100,8 @@ def _sha256(file: Location) -> str:
 
 def _standing(model: TrainedModel) -> list[tuple[Location, str]]:
     """Returns every average of every whole checkpoint that was kept, the newest first."""
-    folders = [folder for folder in checkpoints(Location.of(model.folder)) if is_complete(folder)]
+    last = model.stopped_at or model.steps
+    folders = [folder for folder in checkpoints(Location.of(model.folder)) if checkpoint_step(folder) <= last and is_complete(folder)]
     return [(folder, weights) for folder in folders for weights in averages_in(folder)]
 
 

@@ -1,8 +1,9 @@
 """The four stages in a row. A stage whose receipt already matches its inputs is not run again."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.markup import escape
@@ -14,7 +15,7 @@ from pipeline import preprocess as preprocess_stage
 from pipeline import register as register_stage
 from pipeline import train as train_stage
 from pipeline.artifacts import STAGES, AnyReceipt, ChampionTest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
-from pipeline.config import RunConfig, config_digest, digest_of, flat_result_fields, model_name_of
+from pipeline.config import RunConfig, config_digest, digest_of, flat, flat_result_fields, model_name_of, result_fields
 from pipeline.context import Reporter, StageContext
 from pipeline.measurement.extractors import check_extractor
 from pipeline.measurement.paired_test import Rival, compare_with_champion
@@ -25,6 +26,8 @@ from pipeline.registry.versions import is_intact as registered_intact
 from pipeline.retraining.attempts import Start
 from pipeline.tracked_run import TrackedRun
 from pipeline.tracking import Tracking, public_uri, translated
+from pipeline.training.config import TrainConfig
+from pipeline.training.start import find_init
 
 
 class StageReport(BaseModel):
@@ -72,6 +75,7 @@ class Pipeline:
     reports: dict[StageName, StageReport]
     listed: preprocess_stage.ListedSource | None = None
     given: FixedInputs | None = None
+    start: Start | None = None
 
     def context(self, stage: StageName, inputs: str) -> StageContext:
         """Returns where a stage with these inputs writes and runs."""
@@ -86,11 +90,16 @@ class Pipeline:
         intact: Callable[[AnyReceipt], bool],
         call: Callable[[StageContext], AnyReceipt],
         forget: Callable[[StageContext], None],
+        why_not: Callable[[AnyReceipt], str] = lambda receipt: "",
     ) -> AnyReceipt:
-        """Returns the stage's stored receipt where it matches, else runs the stage and stores its receipt."""
+        """Returns the stage's stored receipt where it matches, else runs the stage and stores its receipt.
+
+        Args:
+            why_not: says what else keeps a receipt from matching, nothing where nothing does.
+        """
         started, context = time.perf_counter(), self.context(stage, inputs)
         with self.reporter.part(f"checking what there is of {stage}"):
-            stored, reason = self._stored(context, stage, kind, intact)
+            stored, reason = self._stored(context, stage, kind, intact, why_not)
         receipt = stored
         if receipt is None:
             self.reporter.line(f"[bold]{stage}[/] {reason}")
@@ -109,7 +118,9 @@ class Pipeline:
         """Tells whether --from asks for the stage."""
         return self.start_from is not None and STAGES.index(stage) >= STAGES.index(self.start_from)
 
-    def _stored(self, context: StageContext, stage: StageName, kind: type[AnyReceipt], intact: Callable[[AnyReceipt], bool]) -> tuple[AnyReceipt | None, str]:
+    def _stored(
+        self, context: StageContext, stage: StageName, kind: type[AnyReceipt], intact: Callable[[AnyReceipt], bool], why_not: Callable[[AnyReceipt], str]
+    ) -> tuple[AnyReceipt | None, str]:
         if self.forced(stage):
             return None, f"asked for by --from {self.start_from}"
         path = context.folder / "receipt.json"
@@ -120,6 +131,8 @@ class Pipeline:
             receipt = kind.model_validate_json(path.read_text())
         except (OSError, ValidationError):
             return None, "its receipt cannot be read"
+        if other := why_not(receipt):
+            return None, other
         if not intact(receipt):
             return None, "what its receipt describes is no longer whole"
         return receipt, f"the same inputs ({context.inputs}), and the result is whole"
@@ -160,6 +173,7 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
         check_extractor(pipeline.config.evaluate, shards, pipeline.storage)
     if until == "register":
         _warn_about_other_images(pipeline, tracking, shards)
+    pipeline.start = _start(pipeline, tracking)
     inputs = _train_inputs(pipeline, shards)
     with TrackedRun(pipeline.config, pipeline.context("train", inputs), tracking, shards) as tracked:
         model = _train(pipeline, shards, tracked, inputs)
@@ -183,16 +197,48 @@ def _warn_about_other_images(pipeline: Pipeline, tracking: Tracking, shards: Sha
         )
 
 
+def _start(pipeline: Pipeline, tracking: Tracking) -> Start | None:
+    """Returns the weights to start from: those of an attempt at retraining, or those that the settings name."""
+    if pipeline.given is not None and pipeline.given.start is not None:
+        return pipeline.given.start
+    with pipeline.reporter.part("looking for the weights to start from"):
+        return find_init(pipeline.config.train, folder=pipeline.storage / "runs" / pipeline.name, tracking=tracking, storage=pipeline.storage)
+
+
 def _train_inputs(pipeline: Pipeline, shards: ShardSet) -> str:
-    """Returns the digest of all that decides the weights."""
-    config, start = pipeline.config, pipeline.given.start if pipeline.given else None
-    return digest_of(shards.digest, config.model, config.diffusion, config.train, *([start.sha256] if start else []))
+    """Returns the digest of all that decides what a step does; the folder of the training is called by it.
+
+    At which step it ends is no part of it, so that a longer run goes on where a shorter one ended.
+    """
+    config, start = pipeline.config, pipeline.start
+    inputs = digest_of(shards.digest, config.model, config.diffusion, _of_steps(config.train), *([start.sha256] if start else []))
+    trainings = pipeline.storage / "runs" / pipeline.name / "train"
+    return inputs if inputs in trainings.folders() else _of_older_version(trainings, _train_settings(pipeline, shards)) or inputs
+
+
+def _of_steps(train: TrainConfig) -> dict[str, Any]:
+    """Returns the settings of training that decide what a step does."""
+    fields = result_fields(train)
+    if train.early_stop:
+        fields |= train.model_dump(mode="json", include={"validate_every", "validate_images", "validate_samples"})
+    # Weights of `train.init_from` are known by their checksum.
+    left_out = {"init_from", "init_weights"} | (set() if train.depends_on_steps else {"steps"})
+    return {name: value for name, value in fields.items() if name not in left_out}
+
+
+def _of_older_version(trainings: Location, settings: Mapping[str, str]) -> str | None:
+    """Returns the folder of a training of these settings that an older version made, whose digest held its number of steps, too."""
+    for name in trainings.folders():
+        found = train_stage.settings_of(trainings / name)
+        if "train.steps" in found and "train.steps" not in settings and {key: value for key, value in found.items() if key != "train.steps"} == settings:
+            return name
+    return None
 
 
 def _train_settings(pipeline: Pipeline, shards: ShardSet) -> dict[str, str]:
     """Returns what `_train_inputs` is the digest of, for messages."""
-    config, start = pipeline.config, pipeline.given.start if pipeline.given else None
-    settings = flat_result_fields(model=config.model, diffusion=config.diffusion, train=config.train)
+    config, start = pipeline.config, pipeline.start
+    settings = flat_result_fields(model=config.model, diffusion=config.diffusion) | flat("train", _of_steps(config.train))
     return settings | {"dataset": shards.digest} | ({"start": start.sha256} if start else {})
 
 
@@ -228,10 +274,15 @@ def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: st
             run_id=tracked.open(),
             config_digest=config_digest(config),
             settings=_train_settings(pipeline, shards),
-            start=pipeline.given.start if pipeline.given else None,
+            start=pipeline.start,
         )
 
-    return pipeline.stage("train", TrainedModel, inputs, train_stage.is_intact, call, _set_finished_aside)
+    return pipeline.stage("train", TrainedModel, inputs, train_stage.is_intact, call, _set_finished_aside, _why_other_steps(config.train.steps))
+
+
+def _why_other_steps(steps: int) -> Callable[[TrainedModel], str]:
+    """Returns what says why a training is not what a number of steps means, nothing where it is."""
+    return lambda receipt: "" if train_stage.is_as_long(receipt, steps) else f"it has {receipt.steps} steps, and {steps} are asked for"
 
 
 def _set_finished_aside(context: StageContext) -> None:

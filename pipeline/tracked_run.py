@@ -116,6 +116,7 @@ class TrackedRun:
     def _describe(self, run_id: str) -> None:
         config, shards = self._config, self._shards
         tags = {"config.digest": config_digest(config), "dataset.digest": shards.digest, "git.commit": git_commit(), "ddpm.folder": str(self._context.folder)}
+        tags["train.steps"] = str(config.train.steps)  # a setting is written once, and a run may be made longer
         self.tracking.describe_run(run_id, flatten(config), tags)
         dataset = Location.of(shards.path)
         manifest = read_manifest(dataset)

@@ -6,6 +6,7 @@ damaged_step_000000500-0001/    one that does not match its manifest: set aside 
 
 import itertools
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
 
 from ..errors import DataError
@@ -77,17 +78,23 @@ def damage_of(path: Location) -> str:
         return "it does not match its checksums"
 
 
-def prune(folder: Location, keep_last: int, written: Location, keep_every: int | None = None) -> None:
+def snapshots_folder(folder: Location) -> Location:
+    """Returns where a training run keeps averages from which others are made afterwards."""
+    return folder / "snapshots"
+
+
+def prune(folder: Location, keep_last: int, written: Location, keep_every: int | None = None, keep_steps: Collection[int] = ()) -> None:
     """Removes checkpoints before the one that was just written, but those to be kept; torn ones do not count among these.
 
     Args:
         keep_last: the last whole ones that are kept.
         keep_every: steps, of whose multiples the last whole checkpoint is kept for good.
+        keep_steps: steps whose last whole checkpoint is kept, such as that of the best measurement.
     """
     whole = [path for path in checkpoints(folder) if path == written or is_complete(path)]
     # The newest comes first, so that of several attempts' checkpoints of a step the latest is set down last.
     of_step = {checkpoint_step(path): path for path in reversed(whole)}
-    kept = {written, *whole[:keep_last], *(path for step, path in of_step.items() if keep_every and step % keep_every == 0)}
+    kept = {written, *whole[:keep_last], *(path for step, path in of_step.items() if (keep_every and step % keep_every == 0) or step in keep_steps)}
     for path in checkpoints(folder):
         if path not in kept and path.name < written.name:
             path.remove_tree()

@@ -9,7 +9,8 @@ from types import TracebackType
 import torch
 
 from components.model.checkpoint import Resumable, TrainingState, write_checkpoint
-from components.model.retention import checkpoint_name, prune
+from components.model.manifest import power_average_name
+from components.model.retention import checkpoint_name, prune, snapshots_folder
 from components.model.spec import DenoiserSpec
 from components.storage import Location
 from pipeline.training.config import TrainConfig
@@ -152,8 +153,16 @@ class CheckpointWriter:
         path = folder / checkpoint_name(record.step, self._attempt.number)
         write_checkpoint(path, self._spec, everything.ema, everything.state, more_averages=everything.more_averages)
         self.newest = path
+        self._keep_averages(everything)
         with suppress(OSError):  # the next one makes up for it
-            prune(folder, self._config.keep_last, path, self._config.keep_every)
+            prune(folder, self._config.keep_last, path, self._config.keep_every, () if record.best_step is None else (record.best_step,))
+
+    def _keep_averages(self, everything: Resumable) -> None:
+        """Writes the averages of `train.ema_widths` once more where they are kept for good."""
+        step, every = everything.state.record.step, self._config.ema_snapshot_every
+        if every is not None and step % every == 0:
+            powers = {name: everything.more_averages[name] for name in map(power_average_name, self._config.ema_widths)}
+            write_checkpoint(snapshots_folder(self._attempt.folder) / f"step_{step:09d}", self._spec, everything.ema, more_averages=powers)
 
     def __enter__(self) -> "CheckpointWriter":
         self._thread.start()

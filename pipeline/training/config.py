@@ -4,6 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from components.data.augment import NUMBERS
+
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
 _CAME_LATER: dict[str, JsonValue] = {"result": "unless default"}
 _Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -159,6 +161,11 @@ class TrainConfig(BaseModel):
     def depends_on_steps(self) -> bool:
         """Whether what a step does depends on the step at which training ends."""
         return self.lr_schedule == "cosine" and self.decay_steps is None
+
+    @property
+    def num_conditions(self) -> int:
+        """Numbers that the network is told of what augmentation did."""
+        return NUMBERS if self.augment_conditioning else 0
 
     @property
     def augments(self) -> bool:

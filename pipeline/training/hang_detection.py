@@ -10,7 +10,7 @@ from pipeline.training.plan import LAST_WRITE_S
 SILENT_S, SLOWEST_TIMES, LONG_TIMES = 10.0, 5.0, 10.0
 LONG_AT_LEAST_S = 2 * LAST_WRITE_S  # the last checkpoint may be tried for a minute
 _ORDER = {phase: number for number, phase in enumerate(get_args(Phase))}
-_MAY_TAKE_LONG = ("drawing samples", "saving", "ending")
+_MAY_TAKE_LONG = ("drawing samples", "validating", "saving", "ending")
 
 
 @dataclass

@@ -16,7 +16,7 @@ BEATS, SAVE, SAVED, TROUBLE, GIVEN_UP, DRAINED, REASON, LINES = "beat/", "save",
 """Keys of the key-value store. Below TOLD are lines for a person. REASON says why the workers have to start again; it is there from then until they do."""
 
 
-Phase = Literal["starting", "compiling", "waiting for data", "computing", "drawing samples", "saving", "ending", "ended"]
+Phase = Literal["starting", "compiling", "waiting for data", "computing", "drawing samples", "validating", "saving", "ending", "ended"]
 
 
 class Beat(BaseModel):

@@ -21,11 +21,12 @@ from components.data.shards import Manifest, read_manifest
 from components.errors import DataError
 from components.figures import grid
 from components.model.checkpoint import TrainingRecord
-from components.model.manifest import manifest_of
-from components.model.retention import newest_whole_checkpoint
+from components.model.manifest import is_complete, manifest_of
+from components.model.retention import checkpoint_step, checkpoints, newest_whole_checkpoint
 from components.storage import Location
 from pipeline.training.arithmetic import compilations, prepare, threads_that_pay
 from pipeline.training.checkpoint_writer import CheckpointWriter, UnwritableError
+from pipeline.training.desync import DesyncError, compare_ranks
 from pipeline.training.heartbeat import SAVED, TROUBLE, Heartbeat
 from pipeline.training.metrics_log import Attempt, MetricsLine, MetricsLogWriter, SupersededError, Ticket
 from pipeline.training.metrics_relay import samples_folder
@@ -33,6 +34,7 @@ from pipeline.training.plan import TrainFailure, TrainOutcome, TrainPlan
 from pipeline.training.restarts import record_restart
 from pipeline.training.system_watch import SystemMetricsMonitor
 from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer, sample_tiles
+from pipeline.training.validation import Validation, deciding
 
 GRID_COLUMNS = 8
 
@@ -101,6 +103,8 @@ class MetricsWindow:
             "perf/data_wait_fraction": self._waited / seconds,
             "perf/checkpoint_wait_fraction": self._stood_still / seconds,
         }
+        if trainer.spike_steps is not None:
+            metrics["train/spike_steps"] = float(trainer.spike_steps)
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
         return MetricsLine(step=trainer.step, timestamp_ms=time.time_ns() // 1_000_000, metrics=finite)
 
@@ -133,12 +137,24 @@ def train_loop(config: dict[str, Any]) -> str:
     try:
         with Heartbeat(store, attempt.number, rank, world, **node, first=trainer.step) as heartbeat, _watch(attempt, context) as watch:
             worker = Worker(trainer, batch_plan, reader, heartbeat, watch, rank, world, plan.threads_asked_for)
+            if plan.train.validate_every:
+                held_out = RowReader(dataset, manifest, "holdout", copies=ShardCache.of(plan.cache, plan.cache_bytes))
+                worker.validation = Validation(trainer, held_out, manifest, rank, world)
             newest = (worker.lead(attempt) if rank == 0 else worker.follow()) or resumed
     except torch.OutOfMemoryError as error:
         return TrainFailure(failure=_no_room(plan, manifest, device, error)).model_dump_json()
-    except (FloatingPointError, SupersededError) as error:
+    except (DesyncError, FloatingPointError, SupersededError) as error:
         return TrainFailure(failure=str(error)).model_dump_json()
-    return "" if newest is None or rank else _outcome(trainer, newest, world, device).model_dump_json()
+    return "" if newest is None or rank else _outcome(trainer, _to_hand_on(trainer, newest), world, device).model_dump_json()
+
+
+def _to_hand_on(trainer: Trainer, newest: Location) -> Location:
+    """Returns the last checkpoint, or where held-out rows ended the training, the best of those that are there by what they said."""
+    if not trainer.has_stopped:
+        return newest
+    values = dict(trainer.validations)
+    kept = [path for path in checkpoints(newest.parent) if checkpoint_step(path) in values and is_complete(path)]
+    return min(kept, key=lambda path: values[checkpoint_step(path)], default=newest)
 
 
 def _no_room(plan: TrainPlan, manifest: Manifest, device: torch.device, error: Exception) -> str:
@@ -157,7 +173,8 @@ def _outcome(trainer: Trainer, checkpoint: Location, world: int, device: torch.d
         checkpoint=str(checkpoint),
         weights_sha256=manifest_of(checkpoint)["ema.safetensors"][1],
         parameters=sum(parameter.numel() for parameter in trainer.network.parameters()),
-        steps=trainer.step,
+        steps=checkpoint_step(checkpoint),
+        stopped_at=trainer.step if trainer.has_stopped else None,
         precision=trainer.arithmetic.precision,
         layout=trainer.arithmetic.layout,
         compiled=trainer.arithmetic.compiled,
@@ -191,6 +208,8 @@ class Worker:
     Attributes:
         threads_asked_for: whether somebody said how many threads a worker has.
         pictures: sample grids that are still to be written, by step.
+        validation: measures held-out rows; None where nobody asked for it.
+        validated: what the last step's measurement said; nothing where there was none.
     """
 
     trainer: Trainer
@@ -202,6 +221,8 @@ class Worker:
     world: int
     threads_asked_for: bool = False
     pictures: dict[int, np.ndarray] = field(default_factory=dict)
+    validation: Validation | None = None
+    validated: dict[str, float] = field(default_factory=dict)
 
     def follow(self) -> None:
         """Trains to the end; only the first worker writes."""
@@ -233,7 +254,8 @@ class Worker:
         trainer, saved = self.trainer, ""
         for window in self._steps():
             if self._is_point():
-                metrics_log.append(window.line(trainer))
+                line = window.line(trainer)
+                metrics_log.append(line.model_copy(update={"metrics": line.metrics | self.validated}))
                 window.reset()
             if trainer.step % trainer.config.sample_every == 0:
                 window.exclude(self._draw(attempt))
@@ -257,19 +279,41 @@ class Worker:
         if trainer.resumed is not None:
             window.resume(trainer.resumed, trainer.device)
         self.heartbeat.phase = "waiting for data"
-        if trainer.step < trainer.config.steps:
-            self._begin(lanes)
+        if trainer.step >= trainer.config.steps or trainer.has_stopped:
+            return
+        self._begin(lanes)
         batches = self.plan.batches(self.reader, range(trainer.step, trainer.config.steps), lanes)
         for batch, waited in _timed(on_device(batches, trainer.device)):
             self.heartbeat.phase = "computing"
             loss, norm = trainer.update(batch)
             window.add(loss, norm, waited)
             self.heartbeat.step = trainer.step
+            if self.world > 1 and trainer.config.compare_ranks_every and trainer.step % trainer.config.compare_ranks_every == 0:
+                compare_ranks(trainer.network, trainer.step)
+            window.exclude(self._validate())
             if self.watch and self._is_point():
                 self.watch.look(trainer.step)
             yield window
+            if trainer.has_stopped:
+                break
             self.heartbeat.phase = "waiting for data"
         self.heartbeat.phase = "ending"
+
+    def _validate(self) -> float:
+        """Measures held-out rows where it is time to, and returns how long that took."""
+        self.validated, every = {}, self.trainer.config.validate_every
+        if self.validation is None or self.trainer.step % every:
+            return 0.0
+        started, self.heartbeat.phase = time.perf_counter(), "validating"
+        metrics = self.validation.measure()
+        self.trainer.validations.append((self.trainer.step, deciding(self.trainer.config, metrics)))
+        self.validated = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        if self.trainer.has_stopped and self.rank == 0:
+            best, value = min(self.trainer.validations, key=lambda validation: validation[1])
+            on = f"held-out {self.trainer.config.early_stop_on}"
+            counts = counted(self.trainer.config.early_stop, "measurement")
+            self.heartbeat.report(f"stopped early at step {self.trainer.step}: {counts} without a gain; {on} was lowest, {value:.4g}, at step {best}")
+        return time.perf_counter() - started
 
     def _begin(self, lanes: range) -> None:
         """Decides on micro-batches, warms up what has to be, and says how it is computed."""
@@ -283,6 +327,9 @@ class Worker:
             passes = f"{images} of a worker in passes of {part}" if part else f"{images} of a worker in one pass"
             threads = f", {counted(torch.get_num_threads(), 'thread')}" if trainer.device.type == "cpu" else ""
             self.heartbeat.report(f"{_name_of(trainer.device)}{threads}: {trainer.arithmetic}, {passes}")
+            if trainer.config.freeze:
+                counts = [sum(each.numel() for each in trainer.network.parameters() if each.requires_grad is trained) for trained in (True, False)]
+                self.heartbeat.report(f"{counts[0]:,} parameters are trained, {counts[1]:,} are frozen (train.freeze)")
         with self._compiling() if trainer.arithmetic.compiled else contextlib.nullcontext():
             if self.world > 1 or trainer.arithmetic.compiled:
                 trainer.warm_up(first)
@@ -299,11 +346,18 @@ class Worker:
             self.heartbeat.report(f"compiled the step in {time.perf_counter() - started:.0f} s; kept in {compilations()} for the next start")
 
     def _is_checkpoint(self) -> bool:
-        return self.trainer.step % self.trainer.config.checkpoint_every == 0 or self.trainer.step == self.trainer.config.steps
+        step, config = self.trainer.step, self.trainer.config
+        ends = step == config.steps or (bool(self.validated) and (self._is_best() or self.trainer.has_stopped))
+        return ends or step % config.checkpoint_every == 0 or (config.ema_snapshot_every is not None and step % config.ema_snapshot_every == 0)
+
+    def _is_best(self) -> bool:
+        """Tells whether the last measurement is lower than all before."""
+        *before, (_, last) = self.trainer.validations
+        return all(last < value for _, value in before)
 
     def _is_point(self) -> bool:
         """Tells whether the curve has a point at this step."""
-        return self.trainer.step % self.trainer.config.log_every == 0 or self._is_checkpoint()
+        return self.trainer.step % self.trainer.config.log_every == 0 or bool(self.validated) or self._is_checkpoint()
 
     def _draw(self, attempt: Attempt) -> float:
         """Draws the sample grid and returns how long that took; one that cannot be written now is written with the next."""

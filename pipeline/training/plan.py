@@ -43,6 +43,7 @@ class TrainOutcome(BaseModel):
     weights_sha256: str
     parameters: int
     steps: int
+    stopped_at: int | None = None
     precision: Literal["float32", "bfloat16"]
     layout: Literal["channels_last", "contiguous"]
     compiled: bool

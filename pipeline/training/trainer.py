@@ -1,6 +1,7 @@
 """One worker's network, optimiser and averages: a step, and the way into a checkpoint and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from components.data.augment import NUMBERS, Augmentation
+from components.data.augment import Augmentation
 from components.data.batches import Batch, BatchPlan
 from components.data.order import plan_order
 from components.data.shards import Manifest
@@ -19,6 +20,7 @@ from components.diffusion.sampling import sample
 from components.errors import DataError
 from components.model.checkpoint import Resumable, TrainingRecord, TrainingState, load_training_state, read_weights, write_checkpoint
 from components.model.ema import Ema
+from components.model.initialise import initialise
 from components.model.manifest import verify
 from components.model.spec import DenoiserSpec
 from components.storage import Location
@@ -30,6 +32,7 @@ from pipeline.training.optimizer import freeze, learning_rate, make_averages, ma
 from pipeline.training.plan import TrainPlan, differences
 from pipeline.training.spikes import SpikeGuard
 from pipeline.training.step import Step
+from pipeline.training.validation import has_stopped
 
 GRID_SEEDS = range(16)
 
@@ -117,6 +120,35 @@ class Trainer:
             self.network(torch.zeros(1, *self.spec.shape, device=self.device), torch.zeros(1, dtype=torch.int64, device=self.device))
         return 3.0 * counter.get_total_flops() * images
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Puts the averaged weights into the network, ready to sample, during a block."""
+        training = {name: value.clone() for name, value in self.network.state_dict().items()}
+        self.network.load_state_dict(self.ema.weights)
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.load_state_dict(training)
+            self.network.train()
+
+    def draw(self, seeds: Sequence[int]) -> np.ndarray:
+        """Returns rows (len(seeds), *shape) drawn in few steps, of the classes by turns where there are any."""
+        space, labels = self.spec.space, self.spec.labels_by_turns(seeds)
+        recipe = replace(MONITORING, steps=min(MONITORING.steps, self.spec.diffusion.most_steps), precision=self.arithmetic.precision)
+        x_0 = sample(self.network, self.process, seeds, space.shape, recipe, device=self.device, labels=labels, limit=space.limit)
+        return space.to_rows(x_0).cpu().numpy()
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether held-out rows say that more training is of no use."""
+        return has_stopped(self.config, self.validations)
+
+    @property
+    def spike_steps(self) -> int | None:
+        """Steps that were spikes; None where nobody looks for them."""
+        return None if self.guard is None else int(self.guard.spikes)
+
     def everything(self, open_losses: Sequence[float] = (), open_norms: Sequence[float] = ()) -> Resumable:
         """Returns all that a checkpoint holds: the living tensors, which the next step changes.
 
@@ -188,13 +220,13 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
         diffusion=plan.diffusion,
         space=manifest.space,
         label_names=_label_names(plan, manifest),
-        num_conditions=NUMBERS if plan.train.augment_conditioning else 0,
+        num_conditions=plan.train.num_conditions,
     )
     torch.manual_seed(int(stream(Purpose.WEIGHTS, plan.train.seed).integers(2**32)))
     network = spec.build()
     resumable = None if resume_from is None else _read(plan, resume_from)
     if plan.start is not None and resumable is None:
-        network.load_state_dict(_start_weights(plan.start))
+        initialise(network, _start_weights(plan.start), strict=plan.train.init_strict, where=plan.start.model)
     arithmetic = _choose(plan, network, device) if resumable is None else _kept(resumable.state.record)
     network = network.to(device).to(memory_format=arithmetic.memory_format).train()
     train = plan.train
@@ -283,14 +315,5 @@ def sample_tiles(trainer: Trainer) -> np.ndarray:
     """Returns pictures (N, C, H, W) uint8 of samples of the averaged weights: the same seeds each time, of the classes by turns where there are any."""
     space = trainer.spec.space
     seeds = GRID_SEEDS if space.one_tile_per_row else range(space.rows_in_a_picture)
-    training = {name: value.clone() for name, value in trainer.network.state_dict().items()}
-    trainer.network.load_state_dict(trainer.ema.weights)
-    trainer.network.eval()
-    try:
-        recipe = replace(MONITORING, steps=min(MONITORING.steps, trainer.spec.diffusion.most_steps), precision=trainer.arithmetic.precision)
-        labels = trainer.spec.labels_by_turns(seeds)
-        x_0 = sample(trainer.network, trainer.process, seeds, space.shape, recipe, device=trainer.device, labels=labels, limit=space.limit)
-    finally:
-        trainer.network.load_state_dict(training)
-        trainer.network.train()
-    return space.tiles(space.to_rows(x_0).cpu().numpy())
+    with trainer.averaged():
+        return space.tiles(trainer.draw(seeds))

@@ -172,7 +172,8 @@ def test_sigmas_of_edm_are_log_normal():
 
 def test_learned_variance_is_that_of_diffusers():
     config = DiffusionConfig(learned_variance=True)
-    process, theirs = Schedule(config), DDPMScheduler(trained_betas=Schedule(config).betas.numpy(), variance_type="learned_range", clip_sample=False)
+    process = Schedule(config)
+    theirs: Any = DDPMScheduler(trained_betas=Schedule(config).betas.numpy(), variance_type="learned_range", clip_sample=False)
     x_0, _ = rows(1)
     fraction = torch.linspace(-1, 1, 48).view(1, 3, 4, 4)
     for step in (1, 2, 500, 999):

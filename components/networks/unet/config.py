@@ -2,12 +2,15 @@
 
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from ..config import DiffusersNetwork, NetworkConfig
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+_CAME_LATER: dict[str, JsonValue] = {"result": "unless default"}
 
 
 class UNetConfig(NetworkConfig):
@@ -25,8 +28,16 @@ class UNetConfig(NetworkConfig):
     """Heights (pixels) at which every residual block is followed by self-attention; the lowest level always has one."""
     num_heads: int = Field(1, ge=1)
     """Attention heads."""
+    head_channels: int | None = Field(None, ge=1, json_schema_extra=_CAME_LATER)
+    """Channels of one attention head, in place of `num_heads`: wider levels have more heads, as in ADM and diffusers."""
     num_groups: int = Field(32, ge=1)
     """Groups of the group normalisation; divides the channels of every level."""
+    norm_eps: float = Field(1e-6, gt=0.0, json_schema_extra=_CAME_LATER)
+    """What is added to the variance there; 1e-5 in diffusers' defaults."""
+    time_features: Literal["sin_cos", "cos_sin"] = Field("sin_cos", json_schema_extra=_CAME_LATER)
+    """Features of the time step: `sin_cos` as in DDPM's code, `cos_sin` as in diffusers' defaults."""
+    downsample_padding: Literal[0, 1] = Field(0, json_schema_extra=_CAME_LATER)
+    """Where images are padded before they are halved: 0 on the right and bottom alone as in DDPM's code, 1 on all sides as in diffusers' defaults."""
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     """Probability of a dropped activation in residual blocks, while training."""
     checkpointing: bool = Field(False, json_schema_extra={"result": False})
@@ -38,7 +49,9 @@ class UNetConfig(NetworkConfig):
             raise ValueError("channel_mults holds a multiplier below 1; every level needs channels")
         for mult in self.channel_mults:
             channels = self.base_channels * mult
-            if channels % self.num_groups or channels % self.num_heads:
+            if self.head_channels is not None and channels % self.head_channels:
+                raise ValueError(f"head_channels={self.head_channels} does not divide base_channels={self.base_channels} times {mult}; choose a divisor")
+            if channels % self.num_groups or (self.head_channels is None and channels % self.num_heads):
                 raise ValueError(
                     f"base_channels={self.base_channels} times {mult} is {channels}, which num_groups={self.num_groups} or "
                     f"num_heads={self.num_heads} does not divide; choose divisors of {channels}"
@@ -76,9 +89,13 @@ class UNetConfig(NetworkConfig):
         """Returns why diffusers has no such network, nothing where it has one: there heads have one width, here a number."""
         levels = [level for level in range(len(self.channel_mults)) if height >> level in self.attention_resolutions]
         unlike = [level for level in levels if self.channel_mults[level] != self.channel_mults[-1]]
-        if self.num_heads == 1 or not unlike:
+        if self.head_channels is not None or self.num_heads == 1 or not unlike:
             return ""
         return f"a UNet2DModel cannot have num_heads={self.num_heads} at levels of different width (channel_mults={list(self.channel_mults)})"
+
+    def heads(self, channels: int) -> int:
+        """Returns the attention heads of a level of so many channels."""
+        return self.num_heads if self.head_channels is None else channels // self.head_channels
 
     @property
     def num_dropouts(self) -> int:

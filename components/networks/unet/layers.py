@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .dropout import dropped
-from .norm import Norm
+from .norm import EPS, Norm
 
 
 def init_layer(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> None:
@@ -24,20 +24,25 @@ def conv3x3(in_channels: int, out_channels: int, *, scale: float = 1.0, stride: 
     return layer
 
 
-def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """Returns sine and cosine features (B, dim), float32, of time steps t (B,) (Transformer section 3.5, as DDPM's code has it)."""
+def timestep_embedding(t: torch.Tensor, dim: int, *, cosine_first: bool = False) -> torch.Tensor:
+    """Returns sine and cosine features (B, dim), float32, of time steps t (B,) (Transformer section 3.5, as DDPM's code has it).
+
+    Args:
+        cosine_first: cosines first, of frequencies that end before 1e-4, as in diffusers' defaults (flip_sin_to_cos, freq_shift 0).
+    """
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000.0) / (half - 1)))
+    last = half if cosine_first else half - 1
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000.0) / last))
     angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([angles.cos(), angles.sin()] if cosine_first else [angles.sin(), angles.cos()], dim=1)
 
 
 class TimeMLP(nn.Module):
     """Time steps to one bias per channel of every residual block: all blocks' projections are a single product."""
 
-    def __init__(self, base_channels: int, block_channels: list[int]) -> None:
+    def __init__(self, base_channels: int, block_channels: list[int], *, cosine_first: bool = False) -> None:
         super().__init__()
-        self.base_channels, self.block_channels = base_channels, block_channels
+        self.base_channels, self.block_channels, self.cosine_first = base_channels, block_channels, cosine_first
         self.hidden = nn.Linear(base_channels, 4 * base_channels)
         self.embedding = nn.Linear(4 * base_channels, 4 * base_channels)
         self.projections = nn.Linear(4 * base_channels, sum(block_channels))
@@ -55,7 +60,7 @@ class TimeMLP(nn.Module):
         Args:
             condition: what else the blocks are told, (B, embedding_channels); it is added to the time embedding.
         """
-        embedding = self.embedding(F.silu(self.hidden(timestep_embedding(t, self.base_channels))))
+        embedding = self.embedding(F.silu(self.hidden(timestep_embedding(t, self.base_channels, cosine_first=self.cosine_first))))
         embedding = embedding if condition is None else embedding + condition
         return list(self.projections(F.silu(embedding))[:, :, None, None].split(self.block_channels, dim=1))
 
@@ -63,12 +68,12 @@ class TimeMLP(nn.Module):
 class ResidualBlock(nn.Module):
     """Two convolutions around a time bias, and a shortcut (DDPM appendix B)."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, dropout: float, num_groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, dropout: float, num_groups: int, eps: float = EPS) -> None:
         super().__init__()
         self.out_channels = out_channels
-        self.norm_1 = Norm(num_groups, in_channels)
+        self.norm_1 = Norm(num_groups, in_channels, eps)
         self.conv_1 = conv3x3(in_channels, out_channels)
-        self.norm_2 = Norm(num_groups, out_channels)
+        self.norm_2 = Norm(num_groups, out_channels, eps)
         self.dropout = dropout
         self.conv_2 = conv3x3(out_channels, out_channels, scale=0.0)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -91,10 +96,10 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Attention over all pixels, with a shortcut (DDPM appendix B)."""
 
-    def __init__(self, channels: int, *, num_heads: int, num_groups: int) -> None:
+    def __init__(self, channels: int, *, num_heads: int, num_groups: int, eps: float = EPS) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = Norm(num_groups, channels)
+        self.norm = Norm(num_groups, channels, eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
         init_layer(self.qkv)
@@ -110,14 +115,15 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a strided convolution, padded on the right and bottom as in DDPM's code."""
+    """Halves height and width by a strided convolution, padded on the right and bottom as in DDPM's code, or on all sides."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, padding: int = 0) -> None:
         super().__init__()
-        self.conv = conv3x3(channels, channels, stride=2, padding=0)
+        self.conv = conv3x3(channels, channels, stride=2, padding=padding)
+        self.padding = padding
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):

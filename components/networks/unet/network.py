@@ -55,10 +55,12 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
         self.mid_1, self.mid_2 = self._block(widths[-1], widths[-1]), self._block(widths[-1], widths[-1])
         self.mid_attention = self._attention(widths[-1])
-        self.norm_out = Norm(config.num_groups, widths[0])
+        self.norm_out = Norm(config.num_groups, widths[0], config.norm_eps)
         self.conv_out = conv3x3(widths[0], channels * outputs, scale=0.0)
         running = [*(b for level in down for b in level.blocks), self.mid_1, self.mid_2, *(b for level in up for b in level.blocks)]
-        self.time = TimeMLP(config.base_channels, [block.out_channels for block in running if isinstance(block, ResidualBlock)])
+        self.time = TimeMLP(
+            config.base_channels, [block.out_channels for block in running if isinstance(block, ResidualBlock)], cosine_first=config.time_features == "cos_sin"
+        )
         # Made last, so that all other weights are those that the same seed gives a network without classes.
         self.label_embedding = nn.Embedding(num_classes + 1, self.time.embedding_channels) if num_classes else None
         self.condition_embedding = nn.Linear(conditions, self.time.embedding_channels, bias=False) if conditions else None
@@ -66,10 +68,10 @@ class UNet(nn.Module):
             nn.init.zeros_(self.condition_embedding.weight)
 
     def _block(self, in_channels: int, out_channels: int) -> ResidualBlock:
-        return ResidualBlock(in_channels, out_channels, dropout=self.config.dropout, num_groups=self.config.num_groups)
+        return ResidualBlock(in_channels, out_channels, dropout=self.config.dropout, num_groups=self.config.num_groups, eps=self.config.norm_eps)
 
     def _attention(self, channels: int) -> SelfAttention:
-        return SelfAttention(channels, num_heads=self.config.num_heads, num_groups=self.config.num_groups)
+        return SelfAttention(channels, num_heads=self.config.heads(channels), num_groups=self.config.num_groups, eps=self.config.norm_eps)
 
     def _attention_at(self, size: int, channels: int) -> nn.Module:
         return self._attention(channels) if size in self.config.attention_resolutions else nn.Identity()
@@ -81,7 +83,7 @@ class UNet(nn.Module):
             blocks = [self._block(width if index == 0 else out_width, out_width) for index in range(self.config.num_res_blocks)]
             attentions = [self._attention_at(size, out_width) for _ in blocks]
             width, last = out_width, number == len(widths) - 1
-            levels.append(Level(blocks, attentions, nn.Identity() if last else Downsample(width)))
+            levels.append(Level(blocks, attentions, nn.Identity() if last else Downsample(width, self.config.downsample_padding)))
             skips += [width] * (len(blocks) + (not last))
         return levels, skips
 

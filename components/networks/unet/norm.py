@@ -15,16 +15,16 @@ EPS = 1e-6
 class Norm(nn.GroupNorm):
     """GroupNorm (Wu and He 2018) of (B, C, H, W) in the type of its input."""
 
-    def __init__(self, num_groups: int, channels: int) -> None:
-        super().__init__(num_groups, channels, eps=EPS)
+    def __init__(self, num_groups: int, channels: int, eps: float = EPS) -> None:
+        super().__init__(num_groups, channels, eps=eps)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.is_cuda and torch.compiler.is_compiling():
-            return norm_by_channel(input, self.weight, self.bias, self.num_groups)
+            return norm_by_channel(input, self.weight, self.bias, self.num_groups, self.eps)
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def norm_by_channel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_groups: int) -> torch.Tensor:
+def norm_by_channel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_groups: int, eps: float = EPS) -> torch.Tensor:
     """Returns GroupNorm(x) by mean and variance of each image and channel, joined to those of groups (Chan et al. 1983), and one affine map for each.
 
     Args:
@@ -36,6 +36,6 @@ def norm_by_channel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, n
     means, variances = means.view(batch, num_groups, -1), variances.view(batch, num_groups, -1)
     mean = means.mean(dim=2, keepdim=True)
     variance = (variances + (means - mean).square()).mean(dim=2, keepdim=True)
-    scale = weight.view(1, num_groups, -1) * torch.rsqrt(variance + EPS)
+    scale = weight.view(1, num_groups, -1) * torch.rsqrt(variance + eps)
     shift = bias.view(1, num_groups, -1) - mean * scale
     return (wide * scale.reshape(batch, channels, 1, 1) + shift.reshape(batch, channels, 1, 1)).to(x.dtype)

@@ -1,0 +1,82 @@
+"""Where a training starts that is told to by `train.init_from`: found, checked and pinned before anything is trained."""
+
+from contextlib import suppress
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from components.errors import DataError
+from components.model.manifest import averages_in, manifest_of
+from components.storage import Location
+from pipeline.errors import ConfigError
+from pipeline.registry.versions import fetch_checkpoint, find_model
+from pipeline.retraining.attempts import Start
+from pipeline.tracking import Tracking, translated
+from pipeline.training.config import TrainConfig
+
+PIN_FILE = "init_from.json"
+
+
+class _Pin(BaseModel):
+    """What a run's `train.init_from` meant when it was called first: an alias may move, and must not make the run another one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    init_from: str
+    weights: str
+    start: Start
+
+
+def find_init(config: TrainConfig, *, folder: Location, tracking: Tracking, storage: Location) -> Start | None:
+    """Returns the weights that `train.init_from` means, None where it says nothing; the same at every call of a run.
+
+    Args:
+        folder: of the run, where they are noted.
+
+    Raises:
+        ConfigError, DataError: if there are none, or not those that are named.
+        RegistryError: if the registry does not know the model.
+    """
+    if config.init_from is None:
+        return None
+    with suppress(OSError, ValidationError):
+        pin = _Pin.model_validate_json((folder / PIN_FILE).read_text())
+        if (pin.init_from, pin.weights) == (config.init_from, config.init_weights) and _is_there(pin.start):
+            return pin.start
+    start = _find(config.init_from, config.init_weights, tracking, storage)
+    (folder / PIN_FILE).write_text(_Pin(init_from=config.init_from, weights=config.init_weights, start=start).model_dump_json(indent=2) + "\n")
+    return start
+
+
+def _is_there(start: Start) -> bool:
+    with suppress(DataError, OSError):
+        return manifest_of(Location.of(start.checkpoint)).get(f"{start.weights}.safetensors", (0, ""))[1] == start.sha256
+    return False
+
+
+def _find(address: str, weights: str, tracking: Tracking, storage: Location) -> Start:
+    if address.startswith("models:/"):
+        with translated(tracking.uri):
+            version = find_model(tracking, address)
+        checkpoint, model = fetch_checkpoint(tracking, address, storage), f"models:/{version.name}/{version.version}"
+    else:
+        checkpoint, model = _folder(address, storage), address
+    files = manifest_of(checkpoint)
+    if f"{weights}.safetensors" not in files:
+        known = [*averages_in(checkpoint), *(["weights"] if "weights.safetensors" in files else [])]
+        raise ConfigError(f"train.init_weights={weights} is not in {address}; use {' or '.join(known)}")
+    return Start(model=model, checkpoint=str(checkpoint), weights=weights, sha256=files[f"{weights}.safetensors"][1])
+
+
+def _folder(address: str, storage: Location) -> Location:
+    """Returns the checkpoint folder that a path names, made from a diffusers folder where it is one."""
+    folder = Location.of(address)
+    if (folder / "manifest.json").is_file():
+        return folder
+    if (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
+        from components.model.diffusers_import import import_diffusers
+
+        return import_diffusers(folder, storage / "cache" / "imported")
+    raise ConfigError(
+        f"train.init_from={address} is neither a checkpoint folder (manifest.json) nor one of diffusers (model_index.json or config.json); "
+        "name one, or models:/NAME@champion"
+    )
