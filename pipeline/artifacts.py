@@ -95,8 +95,8 @@ class TrainedModel(Receipt):
     """Checksum of the averaged weights."""
     steps: int
     parameters: int
-    loss: float
-    """Mean training loss over the last logged steps."""
+    loss: float | None
+    """Mean training loss over the last logged steps; None where the weights were trained elsewhere."""
     images_per_second: float
     """Median over the run, all workers together."""
     seconds: float = 0.0
@@ -260,6 +260,8 @@ class Evaluation(Receipt):
     """Frechet distances over other features, for people."""
     scores: tuple[Metric, ...]
     """Further numbers, for people; some against the held-out split."""
+    bits_per_dimension: float | None = None
+    """Bound of the negative log-likelihood of held-out images (`evaluate.nll_images`); of points that of their density. None where it was not asked for."""
     floor: Floor | None
     memorisation: Memorisation | None
     warnings: tuple[str, ...]

@@ -73,24 +73,32 @@ class RunConfig(BaseModel):
             self.evaluate.recipe.check_process(self.diffusion)
         except ValueError as error:
             raise ValueError(f"evaluate.{error}") from error
+        if self.evaluate.nll_images and self.diffusion.process != "ddpm":
+            raise ValueError(f"evaluate.nll_images={self.evaluate.nll_images} means nothing to diffusion.process={self.diffusion.process}; use 0")
         if self.evaluate.guidance != 1 and not self.model.conditional:
             raise ValueError(f"evaluate.guidance={self.evaluate.guidance} needs a conditional model; use 1, or model.conditional=true")
         if self.evaluate.guidance != 1 and self.train.label_dropout == 0:
             raise ValueError(f"evaluate.guidance={self.evaluate.guidance} needs labels that are left out at times; use 1, or train.label_dropout=0.1")
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | None, overrides: Sequence[str] = (), fixed: Mapping[str, Mapping[str, Any]] | None = None) -> RunConfig:
     """Reads a preset, lays `section.key=value` overrides on it, and validates once.
+
+    Args:
+        path: None for the defaults.
+        fixed: settings by section that nothing overrides; a section `model` takes the preset's place.
 
     Raises:
         ConfigError: naming the key or file that is wrong.
     """
-    tree = _read_tree(path)
+    tree: dict[str, Any] = {} if path is None else _read_tree(path)
     own = _source(tree)
     for override in overrides:
         _lay(tree, override)
+    for section, values in (fixed or {}).items():
+        tree[section] = {**(tree.get(section, {}) if section != "model" else {}), **values}
     given = _source(tree)
-    name = f"ddpm-{path.stem}" if _address(given) == _address(own) else model_name_of(given)
+    name = f"ddpm-{path.stem}" if path is not None and _address(given) == _address(own) else model_name_of(given)
     tree.setdefault("registry", {}).setdefault("model_name", name)
     try:
         return RunConfig.model_validate(tree)

@@ -15,8 +15,10 @@ from pipeline.errors import RegistryError
 from pipeline.leaderboard import VIEW_TAG, view, view_key
 from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.evaluator import Evaluator, as_metric, open_evaluator
+from pipeline.measurement.likelihood import bits_per_dimension
 from pipeline.measurement.measure import SampleFeatures, measure_distance
 from pipeline.measurement.pictures import draw_pictures, write_page
+from pipeline.measurement.post_hoc import rebuilt
 from pipeline.measurement.sample_dataset import keep_samples
 from pipeline.measurement.sample_store import SampleSet, checksum_of
 from pipeline.tracking import Tracking
@@ -38,6 +40,7 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
         pixels = context.folder / "pixels"
         drawn = evaluator.draw(samples, config.seeds, pixels, need=config.keep_samples)
         numbers = evaluator.measure(samples)
+        bits = bits_per_dimension(evaluator, samples) if config.nll_images else None
         pictures = draw_pictures(evaluator, samples, numbers, model, pixels)
     for warning in numbers.warnings:
         context.reporter.line(f"  [yellow]warning[/] {warning}")
@@ -60,6 +63,7 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
         floor=numbers.floor,
         memorisation=None if numbers.copies is None else numbers.copies[0],
         warnings=numbers.warnings,
+        bits_per_dimension=bits,
         samples=str(samples.folder),
         samples_sha256=drawn.sha256,
         images_per_second=drawn.images_per_second,
@@ -86,7 +90,7 @@ def decided_by(config: EvaluateConfig, model: TrainedModel) -> list[str]:
 
         files += [Location.of(config.dinov2_weights) / name for name in (CONFIG, WEIGHTS)]
     contents = [_sha256(file) for file in files]
-    standing = _standing(model) if config.election_samples else []
+    standing = _standing(config, model) if config.election_samples else []
     return contents + [checksum_of(checkpoint, weights) for checkpoint, weights in standing]
 
 
@@ -98,11 +102,12 @@ def _sha256(file: Location) -> str:
         return state.hexdigest()
 
 
-def _standing(model: TrainedModel) -> list[tuple[Location, str]]:
-    """Returns every average of every whole checkpoint that was kept, the newest first."""
+def _standing(config: EvaluateConfig, model: TrainedModel) -> list[tuple[Location, str]]:
+    """Returns every average of every whole checkpoint that was kept, the newest first, and behind them those that are made of snapshots."""
     last = model.stopped_at or model.steps
     folders = [folder for folder in checkpoints(Location.of(model.folder)) if checkpoint_step(folder) <= last and is_complete(folder)]
-    return [(folder, weights) for folder in folders for weights in averages_in(folder)]
+    kept = [(folder, weights) for folder in folders for weights in averages_in(folder)]
+    return [*kept, *((rebuilt(model, width), "ema") for width in config.ema_widths)]
 
 
 def forget(folder: Location) -> None:
@@ -118,7 +123,7 @@ def _elect(evaluator: Evaluator, model: TrainedModel) -> tuple[SampleSet, tuple[
     Candidates are compared on seeds of their own, so that the winner's number is not the luckiest of several.
     """
     last, count = Location.of(model.path), evaluator.config.election_samples
-    standing = _standing(model) if count else []
+    standing = _standing(evaluator.config, model) if count else []
     if len(standing) < 2:
         return evaluator.samples_of(last, "ema"), ()
     reference, unit = evaluator.reference()
@@ -148,6 +153,8 @@ def publish(evaluation: Evaluation, model: TrainedModel, tracking: Tracking, run
         values[f"eval/{evaluation.metric.name}_standard_error"] = evaluation.metric.standard_error
     if evaluation.floor is not None:
         values["eval/floor"] = evaluation.floor.value
+    if evaluation.bits_per_dimension is not None:
+        values["eval/bits_per_dimension"] = evaluation.bits_per_dimension
     if evaluation.memorisation is not None:
         values["eval/copy_rate"] = evaluation.memorisation.copy_rate
     measured_ms = int(Location.of(evaluation.report).modified() * 1000)  # not now: a call after one that failed halfway repeats the same points

@@ -52,15 +52,17 @@ class StageReport(BaseModel):
 
 @dataclass(frozen=True)
 class FixedInputs:
-    """What an attempt at retraining fixes before its run.
+    """What is fixed before a run, such as by an attempt at retraining.
 
     Attributes:
         shards: the dataset, whatever the source holds by now.
         start: weights to start from; fresh ones where it is None.
+        model: what is measured and registered, where nothing is to be trained.
     """
 
     shards: ShardSet
     start: Start | None
+    model: TrainedModel | None = None
 
 
 @dataclass
@@ -173,8 +175,10 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
         check_extractor(pipeline.config.evaluate, shards, pipeline.storage)
     if until == "register":
         _warn_about_other_images(pipeline, tracking, shards)
-    pipeline.start = _start(pipeline, tracking)
-    inputs = _train_inputs(pipeline, shards)
+    done = pipeline.given.model if pipeline.given else None
+    if done is None:
+        pipeline.start = _start(pipeline, tracking)
+    inputs = _train_inputs(pipeline, shards) if done is None else done.inputs
     with TrackedRun(pipeline.config, pipeline.context("train", inputs), tracking, shards) as tracked:
         model = _train(pipeline, shards, tracked, inputs)
         if until == "train":
@@ -262,6 +266,9 @@ def _preprocess(pipeline: Pipeline) -> ShardSet:
 
 def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: str) -> TrainedModel:
     config = pipeline.config
+    if pipeline.given is not None and pipeline.given.model is not None:
+        pipeline.reports["train"] = StageReport(receipt=pipeline.given.model, skipped=True, reason="what was trained before", seconds=0.0)
+        return pipeline.given.model
 
     def call(context: StageContext) -> TrainedModel:
         return train_stage.train(

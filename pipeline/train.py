@@ -23,6 +23,7 @@ from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.model.manifest import is_complete, manifest_of, verify
 from components.model.retention import checkpoint_step, checkpoints, prune
+from components.model.spec import DenoiserSpec, read_spec
 from components.networks.config import NetworkConfig
 from components.scratch import scratch
 from components.storage import TEMPORARY, Location
@@ -185,13 +186,14 @@ def _check_start(start: Start, model: NetworkConfig, diffusion: DiffusionConfig,
     """
     from components.model.checkpoint import read_weights
     from components.model.initialise import initialise
-    from components.model.spec import DenoiserSpec
 
     manifest, name = read_manifest(Location.of(shards.path)), f"{start.weights}.safetensors"
     labels = tuple(manifest.label_names) if model.conditional else ()
     spec = DenoiserSpec(model=model, diffusion=diffusion, space=manifest.space, label_names=labels, num_conditions=config.num_conditions)
     with Location.of(start.checkpoint).local_copy([name]) as folder:
         fit = initialise(spec.build(), read_weights(folder / name), strict=config.init_strict, where=start.model)
+    if unlike := _unlike(spec, read_spec(Location.of(start.checkpoint))):
+        context.reporter.line(f"  [yellow]note[/] {escape(start.model)} was trained with {escape(', '.join(unlike))}")
     if not fit.is_whole:
         context.reporter.line(f"  [yellow]note[/] {len(fit.fitting)} tensors of {escape(start.model)} are taken; {escape(str(fit))}")
 
@@ -291,6 +293,18 @@ def _interruptible() -> Iterator[None]:
         raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def _unlike(here: DenoiserSpec, there: DenoiserSpec) -> list[str]:
+    """Returns the settings of network and process in which two denoisers differ, with the value there and the one here."""
+    pairs = (("model", here.model, there.model), ("diffusion", here.diffusion, there.diffusion))
+    dumps = [(name, ours.model_dump(mode="json"), theirs.model_dump(mode="json")) for name, ours, theirs in pairs]
+    return [
+        f"{name}.{key}={theirs[key]} (here {ours.get(key, 'not set')})"
+        for name, ours, theirs in dumps
+        for key in theirs
+        if key not in ("dropout", "checkpointing") and theirs[key] != ours.get(key)
+    ]
 
 
 def _receipt(

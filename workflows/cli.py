@@ -200,13 +200,67 @@ def config(preset: Preset, overrides: Overrides = None) -> None:
     print_config(load_config(find_preset(preset), overrides or []))
 
 
+@app.command("import", rich_help_panel="Use")
+def import_(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that diffusers wrote: a UNet2DModel, or a DDPMPipeline.")],
+    name: Annotated[str, typer.Option("--name", help="Name in the registry, and of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings, such as data.source=FOLDER.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset on which the settings are laid: its images, and how samples are drawn.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register a diffusers model as a version, measured against images: it may become champion like any other."""
+    from workflows.import_model import import_model
+    from workflows.options import run_name_of
+    from workflows.tables import print_summary
+
+    run_name = run_name_of(name, Path(name))
+    with stdout_to_stderr() as stdout:
+        with _resumable(stdout, "interrupted; run the same command again"):
+            settings, reports = import_model(folder, run_name, overrides or [], preset)
+        with unread_is_fine(stdout):
+            if as_json:
+                stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
+            else:
+                print_summary(stdout, reports, run_name, settings)
+
+
+@app.command(rich_help_panel="Use")
+def ema(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="models:/NAME@champion, models:/NAME/VERSION, or the name of a run.")],
+    widths: Annotated[str, typer.Option(help="Widths of averages, as shares of the training, such as 0.03,0.06,0.1.")],
+    samples: Annotated[int, typer.Option(min=2, help="Samples of each average, from the same seeds.")] = 1000,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings of evaluation that override the run's.")] = None,
+    storage: Storage = "./storage",
+    as_json: AsJson = False,
+) -> None:
+    """Make averages of other widths of a finished training, and register the best of all, as an election does."""
+    from pipeline.errors import ConfigError
+    from workflows.ema import search_widths
+    from workflows.options import storage_of
+    from workflows.tables import print_summary
+
+    try:
+        wanted = [float(width) for width in widths.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--widths {widths} is no list of numbers; write them as 0.03,0.06,0.1") from error
+    root = storage_of(storage)
+    with stdout_to_stderr() as stdout:
+        with _resumable(stdout, "interrupted; run the same command again"):
+            run_name, settings, reports = search_widths(model, wanted, samples, overrides or [], root)
+        with unread_is_fine(stdout):
+            if as_json:
+                stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
+            else:
+                print_summary(stdout, reports, run_name, settings)
+
+
 @app.command(rich_help_panel="Use")
 def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="models:/NAME@champion, models:/NAME/VERSION, or a checkpoint folder.")],
     num: Annotated[int, typer.Option(min=1, max=10_000, help="Images to draw.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Network evaluations per image.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; image i has seed + i.")] = 0,
-    sampler: Annotated[str, typer.Option(help="ddim, ancestral, dpmpp_2m or unipc.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help="ddim, ancestral, dpmpp_2m, unipc or heun.")] = "ddim",
     label: Annotated[str | None, typer.Option(help="Class to draw, by name or number, of a conditional model; all by turns by default.")] = None,
     guidance: Annotated[float, typer.Option(help="Weight of the class in classifier-free guidance; 1 is none.")] = 1.0,
     out: Annotated[str, typer.Option(metavar="FILE", help="Picture to write: PNG. Its folder must be there.")] = "grid.png",

@@ -47,6 +47,8 @@ def _result(report: StageReport, noun: str) -> str:
         return _dataset(receipt)
     if isinstance(receipt, TrainedModel):
         how = f"{count(receipt.num_workers, 'worker')}, {receipt.precision}"
+        if receipt.loss is None:
+            return f"trained elsewhere: {receipt.start}"
         return f"{counted(receipt.steps, 'step')}, loss {receipt.loss:.4g}, {receipt.images_per_second:.0f} {noun}s/s, {how}"
     if isinstance(receipt, Evaluation):
         return ", ".join(f"{metric.name} = {metric.value:.4g}{_error(metric)}" for metric in (receipt.metric, *receipt.guards))

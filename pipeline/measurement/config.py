@@ -1,11 +1,13 @@
 """Settings of the evaluate stage; reading them loads no torch."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from components.diffusion.recipe import Recipe
 
+WIDEST = 0.28
+"""Width that averages stay below; one to which all steps count alike has 1 / sqrt(12)."""
 _NO_RESULT: dict[str, JsonValue] = {"result": False}
 _CAME_LATER: dict[str, JsonValue] = {"result": "unless default"}
 
@@ -52,6 +54,19 @@ class EvaluateConfig(BaseModel):
     """Keep all samples as a dataset of parquet shards."""
     election_samples: int = Field(0, ge=0)
     """Samples of each kept checkpoint and average, the best of which is measured and registered; 0 takes the last checkpoint's main average."""
+
+    ema_widths: tuple[float, ...] = Field((), json_schema_extra=_CAME_LATER)
+    """Widths of power-function averages that are made of the snapshots of `train.ema_snapshot_every` and stand for election, too; `ddpm ema` sets them."""
+    nll_images: int = Field(0, ge=0, json_schema_extra=_CAME_LATER)
+    """Held-out images whose negative log-likelihood is bounded, in bits per dimension: T evaluations of the network for each; 0 bounds none."""
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> Self:
+        if self.ema_widths and not self.election_samples:
+            raise ValueError(f"ema_widths={list(self.ema_widths)} stand for election, and there is none; set election_samples, such as election_samples=1000")
+        if wrong := [width for width in self.ema_widths if not 0 < width < WIDEST]:
+            raise ValueError(f"ema_widths: {wrong[0]:g} is out of range; use more than 0 and less than {WIDEST}")
+        return self
 
     @field_validator("election_samples")
     @classmethod

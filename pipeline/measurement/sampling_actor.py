@@ -208,6 +208,25 @@ class Sampler:
         x_0 = denoiser.spec.space.to_x_0(torch.from_numpy(self._reader(real).rows(np.asarray(rows))).to(self._device))
         return loss_by_timestep(denoiser.network, denoiser.process, x_0, [time], first_row=first)[0] * len(rows)
 
+    def bits_of(self, samples: SampleSet, real: RealSet, rows: Sequence[int], first: int) -> float:
+        """Returns the bound of the negative log-likelihood, bits per dimension, summed over some rows of a dataset.
+
+        Args:
+            first: place of the first row among all that are measured, which decides their noise.
+        """
+        import torch
+
+        from components.diffusion.bound import bits_per_dimension
+        from components.diffusion.schedule import Schedule
+
+        denoiser, _ = self._model(samples)
+        assert isinstance(denoiser.process, Schedule)
+        space = denoiser.spec.space
+        x_0 = space.to_x_0(torch.from_numpy(self._reader(real).rows(np.asarray(rows))).to(self._device))
+        variance = "learned" if denoiser.spec.diffusion.learned_variance else samples.recipe.variance
+        places = range(first, first + len(rows))
+        return float(bits_per_dimension(denoiser.network, denoiser.process, x_0, bin_width=space.bin_width, variance=variance, rows=places).sum())
+
     def _sample(self, samples: SampleSet, seeds: Sequence[int], x_T: "torch.Tensor | None" = None, on_step: "OnStep | None" = None) -> np.ndarray:
         import torch
 

@@ -115,13 +115,25 @@ def _origins(made: Made, address: Address) -> list[tuple[str, str]]:
         ),
         (
             "recipe",
-            f"{counted(evaluation.step, 'step')} from {model.start or 'fresh weights'}, loss {model.loss:.4g}, {model.parameters / 1e6:.2f} M parameters, "
-            f"{model.precision}, "
-            f"average `{evaluation.weights}`; config {model.config_digest}",
+            f"{_training(made)}, {model.parameters / 1e6:.2f} M parameters, {model.precision}, average `{evaluation.weights}`; config {model.config_digest}",
         ),
-        ("hardware", f"{model.num_workers} x {model.device}, {model.images_per_second:.0f} {made.shards.space.noun}s/s, {duration(model.seconds)} of training"),
+        ("hardware", _hardware(made)),
         ("run", f"[{made.run_name}]({run}): every setting, curves, [artifacts]({artifacts}) with report.html"),
     ]
+
+
+def _training(made: Made) -> str:
+    model = made.model
+    if model.loss is None:
+        return f"trained elsewhere: {model.start}"
+    return f"{counted(made.evaluation.step, 'step')} from {model.start or 'fresh weights'}, loss {model.loss:.4g}"
+
+
+def _hardware(made: Made) -> str:
+    model = made.model
+    if model.loss is None:
+        return "not known"
+    return f"{model.num_workers} x {model.device}, {model.images_per_second:.0f} {made.shards.space.noun}s/s, {duration(model.seconds)} of training"
 
 
 def _quarantined(shards: ShardSet) -> str:
