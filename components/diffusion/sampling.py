@@ -76,7 +76,7 @@ def sample(
     if recipe.sampler == "ancestral":
         return ancestral(estimate, x_t, levels, fresh_noise, recipe.variance, lambda: said[0])
     if recipe.sampler == "heun":
-        return heun(estimate, x_t, levels, straight=process.config.process == "flow" or levels[0].alpha_bar == 0)
+        return heun(estimate, x_t, levels, straight=process.config.process != "edm")
     return {"dpmpp_2m": dpmpp_2m, "unipc": unipc}[recipe.sampler](estimate, x_t, levels)
 
 
