@@ -89,17 +89,24 @@ def _scale_y(axes: "Axes", values: Sequence[float]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def save_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
-    """Writes the training loss over steps, with its running mean over a twentieth of the run."""
+def save_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float], held_out: Sequence[tuple[int, float]] = ()) -> None:
+    """Writes the training loss over steps, with its running mean over a twentieth of the run, and the held-out loss where it was measured.
+
+    Args:
+        held_out: step and loss of every measurement.
+    """
     window = max(1, len(losses) // 20)
     with _axes(path, "Training loss") as axes:
         axes.plot(steps, losses, linewidth=0.8 if window > 1 else 1.6, alpha=0.4 if window > 1 else 1, color=COLOURS[0], label="loss")
         if window > 1:
             smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
             axes.plot(steps[window - 1 :], smooth, linewidth=1.8, color=COLOURS[0], label=f"mean of {window} points")
-        _scale_y(axes, losses)
+        if held_out:
+            places, values = zip(*held_out, strict=True)
+            axes.plot(places, values, linewidth=1.6, color=COLOURS[1], marker=MARKERS[1], markersize=3.5, label="held-out images, averaged weights")
+        _scale_y(axes, [*losses, *(value for _, value in held_out)])
         axes.xaxis.set_major_formatter(_count)
-        _label(axes, "step", "L_simple")
+        _label(axes, "step", "loss")
         _legend(axes)
 
 

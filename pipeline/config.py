@@ -73,6 +73,9 @@ class RunConfig(BaseModel):
             self.evaluate.recipe.check_process(self.diffusion)
         except ValueError as error:
             raise ValueError(f"evaluate.{error}") from error
+        if (self.evaluate.nll_images or self.diffusion.learned_variance) and self.data.normalisation != "fixed":
+            setting = "diffusion.learned_variance=true" if self.diffusion.learned_variance else f"evaluate.nll_images={self.evaluate.nll_images}"
+            raise ValueError(f"{setting} needs data.normalisation=fixed, for the likelihood is that of bytes scaled to -1..1; leave one of them out")
         if self.evaluate.nll_images and self.diffusion.process != "ddpm":
             raise ValueError(f"evaluate.nll_images={self.evaluate.nll_images} means nothing to diffusion.process={self.diffusion.process}; use 0")
         if self.evaluate.guidance != 1 and not self.model.conditional:

@@ -17,11 +17,13 @@ from pipeline.measurement.config import EvaluateConfig
 from pipeline.measurement.evaluator import Evaluator, as_metric, open_evaluator
 from pipeline.measurement.likelihood import bits_per_dimension
 from pipeline.measurement.measure import SampleFeatures, measure_distance
+from pipeline.measurement.overfitting import overfitting
 from pipeline.measurement.pictures import draw_pictures, write_page
 from pipeline.measurement.post_hoc import rebuilt
 from pipeline.measurement.sample_dataset import keep_samples
 from pipeline.measurement.sample_store import SampleSet, checksum_of
 from pipeline.tracking import Tracking
+from pipeline.training.metrics_log import read_metrics
 
 ELECTION_SEEDS = 2**62
 PUBLISHED = ".published-"
@@ -42,7 +44,9 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
         numbers = evaluator.measure(samples)
         bits = bits_per_dimension(evaluator, samples) if config.nll_images else None
         pictures = draw_pictures(evaluator, samples, numbers, model, pixels)
-    for warning in numbers.warnings:
+    lines = [line for line in read_metrics(Location.of(model.folder)) if line.step <= (model.stopped_at or model.steps)]
+    warnings = (*numbers.warnings, *filter(None, [overfitting(lines)]))
+    for warning in warnings:
         context.reporter.line(f"  [yellow]warning[/] {warning}")
     with context.reporter.part("keeping the samples"):
         kept = _keep(evaluator, samples, pixels) if config.keep_samples else None
@@ -62,7 +66,7 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
         scores=numbers.scores,
         floor=numbers.floor,
         memorisation=None if numbers.copies is None else numbers.copies[0],
-        warnings=numbers.warnings,
+        warnings=warnings,
         bits_per_dimension=bits,
         samples=str(samples.folder),
         samples_sha256=drawn.sha256,
@@ -70,7 +74,7 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
         kept_samples=kept,
         grid=pictures.address("grid"),
         animation=pictures.address("animation"),
-        loss_curve=pictures.address("loss_curve"),
+        loss_curve=pictures.address("loss_curve") if "loss_curve" in pictures.contents else "",
         report=str(context.folder / "report.html"),
     )
     write_page(evaluation, model, shards, pictures)
@@ -173,5 +177,5 @@ def is_intact(receipt: Evaluation) -> bool:
     except (DataError, OSError):
         return False
     return checksum == receipt.weights_sha256 and all(
-        Location.of(address).is_file() for address in (receipt.grid, receipt.animation, receipt.loss_curve, receipt.report)
+        Location.of(address).is_file() for address in (receipt.grid, receipt.animation, receipt.loss_curve, receipt.report) if address
     )

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..spaces.pixels import scaled, unscaled
+from ..spaces.space import Limit, ScaledLimit
 from .bound import split_output
 from .levels import Level
 from .noise import initial_noise
@@ -30,7 +32,7 @@ def sample(
     null_label: int | None = None,
     x_T: torch.Tensor | None = None,
     on_step: OnStep | None = None,
-    limit: float | None = 1.0,
+    limit: Limit = 1.0,
 ) -> torch.Tensor:
     """Draws one row per seed and returns x_0 (len(seeds), *shape), float32, within the limit unless the recipe does not clip.
 
@@ -80,7 +82,7 @@ def sample(
     return {"dpmpp_2m": dpmpp_2m, "unipc": unipc}[recipe.sampler](estimate, x_t, levels)
 
 
-def thresholded(x_0: torch.Tensor, threshold: Threshold, limit: float | None = 1.0) -> torch.Tensor:
+def thresholded(x_0: torch.Tensor, threshold: Threshold, limit: Limit = 1.0) -> torch.Tensor:
     """Returns an estimate of x_0 (B, ...) kept in range, always in memory of its own.
 
     `clip` clamps to the limit; `dynamic` clamps to the 99.5 % quantile of each row's absolute values, at least the limit, and scales that to it
@@ -89,6 +91,8 @@ def thresholded(x_0: torch.Tensor, threshold: Threshold, limit: float | None = 1
     if threshold == "none" or limit is None:
         # Of an x_0 model this is the network's own output, which its next call may overwrite.
         return x_0.clone()
+    if isinstance(limit, ScaledLimit):
+        return scaled(thresholded(unscaled(x_0, *limit), threshold), *limit)
     if threshold == "clip":
         return x_0.clamp(-limit, limit)
     limits = x_0.abs().flatten(1).quantile(DYNAMIC_QUANTILE, dim=1).clamp(min=limit).view(-1, *[1] * (x_0.ndim - 1))

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..diffusion.schedule import Schedule
+from ..spaces.space import ScaledLimit
 from .checkpoint import write_weights
 from .spec import DenoiserSpec
 
@@ -32,28 +33,37 @@ def write_diffusers(folder: Path, spec: DenoiserSpec, weights: Mapping[str, torc
         return
     (folder / "unet").mkdir()
     (folder / "scheduler").mkdir()
-    parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", theirs.class_name]}
+    scheduler = "FlowMatchEulerDiscreteScheduler" if spec.diffusion.process == "flow" else "DDPMScheduler"
+    parts = {"scheduler": ["diffusers", scheduler], "unet": ["diffusers", theirs.class_name]}
     _write_json(folder / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
     _write_json(folder / "unet" / "config.json", {"_class_name": theirs.class_name, **theirs.config})
-    _write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDPMScheduler", **scheduler_config(spec)})
+    _write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": scheduler, **scheduler_config(spec)})
     write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", theirs.weights, {"format": "pt"})
     (folder / "README.md").write_text(_readme(spec), encoding="utf-8")
 
 
 def _why_none(spec: DenoiserSpec) -> str:
     """Returns why diffusers cannot draw from the denoiser whatever its network is; nothing where it can."""
-    return "" if spec.diffusion.prediction in _PREDICTIONS else f"diffusers' schedulers know no prediction {spec.diffusion.prediction}"
+    if isinstance(spec.space.limit, ScaledLimit):
+        return "its images are scaled by statistics of every channel (data.normalisation=per_channel), and pipelines take -1..1"
+    if spec.diffusion.process == "edm":
+        return "DDPMPipeline does not precondition a network as EDM does (diffusion.process=edm)"
+    if spec.diffusion.process == "ddpm" and spec.diffusion.prediction not in _PREDICTIONS:
+        return f"diffusers' schedulers know no prediction {spec.diffusion.prediction}"
+    return ""
 
 
 def scheduler_config(spec: DenoiserSpec) -> dict[str, object]:
-    """Returns the keyword arguments of the `diffusers.DDPMScheduler` that goes through the denoiser's noise levels."""
+    """Returns the keyword arguments of the diffusers scheduler that goes through the denoiser's noise levels."""
+    if spec.diffusion.process == "flow":
+        return {"num_train_timesteps": 1000, "shift": 1.0}
     schedule = Schedule(spec.diffusion)
     return {
         "num_train_timesteps": schedule.num_steps,
         # The numbers themselves, because diffusers' own linear betas know nothing of T.
         "trained_betas": schedule.betas.tolist(),
         "prediction_type": _PREDICTIONS[schedule.prediction],
-        "variance_type": "fixed_small",
+        "variance_type": "learned_range" if spec.diffusion.learned_variance else "fixed_small",
         "clip_sample": True,
         "clip_sample_range": 1.0,
         "timestep_spacing": "linspace",

@@ -1,11 +1,13 @@
 """Images of bytes. `docs/pixels.md` defines in words what becomes of a file."""
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from .space import Space
+from ..errors import DataError
+from .space import Limit, ScaledLimit, Space
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,10 @@ class PixelSettings(BaseModel):
     max_pixels: int = Field(100_000_000, ge=1, le=10_000_000_000)
     """Images of more pixels, width times height, are quarantined as `too_large` before memory is taken for them."""
 
+    normalisation: Literal["fixed", "per_channel"] = Field("fixed", exclude_if=lambda value: value == "fixed", json_schema_extra={"result": "unless default"})
+    """What becomes of bytes before they are trained on: `fixed` scales 0..255 to -1..1 (DDPM), `per_channel` then takes the mean of every channel, over all
+    images to train on, to 0 and its standard deviation to 1; samples are scaled back."""
+
     @field_validator("image_size", mode="before")
     @classmethod
     def _check_size(cls, value: Any) -> Any:
@@ -72,13 +78,16 @@ class PixelSpace(PixelSettings, Space):
     column: ClassVar[str] = "pixels"
     dtype: ClassVar[np.dtype] = np.dtype(np.uint8)
     noun: ClassVar[str] = "image"
-    limit: ClassVar[float | None] = 1.0
     bin_width: ClassVar[float | None] = 2 / 255
     rows_in_a_picture: ClassVar[int] = 60
     can_mirror: ClassVar[bool] = True
 
     kind: Literal["pixels"] = "pixels"
     """Which space."""
+    mean: tuple[float, ...] = Field((), exclude_if=lambda value: not value)
+    """Of every channel of the rows to train on, scaled to -1..1; empty with `normalisation=fixed`."""
+    deviation: tuple[float, ...] = Field((), exclude_if=lambda value: not value)
+    """Standard deviation of every channel, likewise."""
 
     @classmethod
     def of(cls, settings: PixelSettings) -> "PixelSpace":
@@ -101,6 +110,26 @@ class PixelSpace(PixelSettings, Space):
     def definition(self) -> list[object]:
         return [PIXELS_VERSION, self.settings()]
 
+    def settings(self) -> dict[str, object]:
+        return self.model_dump(mode="json", exclude={"kind", "mean", "deviation"})
+
+    @property
+    def limit(self) -> Limit:
+        return ScaledLimit(self.mean, self.deviation) if self.mean else 1.0
+
+    def fitted(self, batches: Callable[[], Iterator[np.ndarray]]) -> Self:
+        if self.normalisation == "fixed":
+            return self
+        count, first, second = 0, np.zeros(self.channels), np.zeros(self.channels)
+        for rows in batches():
+            scaled = rows.astype(np.float64) / 127.5 - 1.0
+            count, first, second = count + scaled.size // self.channels, first + scaled.sum((0, 2, 3)), second + (scaled**2).sum((0, 2, 3))
+        mean = first / count
+        deviation = np.sqrt(np.maximum(second / count - mean**2, 0.0))
+        if not deviation.all():
+            raise DataError("data.normalisation=per_channel needs channels that vary, and one has a single value in all images; use data.normalisation=fixed")
+        return self.model_copy(update={"mean": tuple(mean.tolist()), "deviation": tuple(deviation.tolist())})
+
     def prepare_process(self) -> None:
         from ..data.images import prepare_process
 
@@ -112,10 +141,10 @@ class PixelSpace(PixelSettings, Space):
         return decode(source, self)
 
     def to_x_0(self, rows: "torch.Tensor") -> "torch.Tensor":
-        return to_model_range(rows)
+        return scaled(to_model_range(rows), self.mean, self.deviation)
 
     def to_rows(self, x_0: "torch.Tensor") -> "torch.Tensor":
-        return to_pixels(x_0)
+        return to_pixels(unscaled(x_0, self.mean, self.deviation))
 
     def mirrored(self, rows: np.ndarray) -> np.ndarray:
         return rows[:, :, :, ::-1]
@@ -145,6 +174,21 @@ def to_pixels(x_0: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     return ((x_0.to(torch.float32).clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def scaled(x: "torch.Tensor", mean: Sequence[float], deviation: Sequence[float]) -> "torch.Tensor":
+    """Returns (x - mean) / deviation of every channel of x (B, C, H, W); x itself where there is no mean."""
+    import torch
+
+    # Numbers, and no tensor of them: within a CUDA graph nothing may be copied from the host.
+    return torch.stack([(x[:, c] - mean[c]) / deviation[c] for c in range(len(mean))], dim=1) if mean else x
+
+
+def unscaled(x: "torch.Tensor", mean: Sequence[float], deviation: Sequence[float]) -> "torch.Tensor":
+    """Returns the inverse of `scaled`."""
+    import torch
+
+    return torch.stack([x[:, c] * deviation[c] + mean[c] for c in range(len(mean))], dim=1) if mean else x
 
 
 def composited(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:

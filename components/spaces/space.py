@@ -1,13 +1,23 @@
 """What every space says: what a row is, how it becomes x_0, and how x_0 becomes what a person looks at. Reading it loads no torch."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import torch
+
+
+class ScaledLimit(NamedTuple):
+    """Bounds of x_0 whose channels were scaled: deviation * x_0 + mean is within -1..1, channel by channel."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+Limit = float | ScaledLimit | None
 
 
 class Space(BaseModel):
@@ -21,8 +31,6 @@ class Space(BaseModel):
     """Of the values of a row."""
     noun: ClassVar[str]
     """What one row is called in messages."""
-    limit: ClassVar[float | None] = None
-    """Largest absolute value of x_0; None where there is none, so that samplers clip nothing."""
     bin_width: ClassVar[float | None] = None
     """Distance of two values that x_0 can have; None where it has any value, so that a likelihood is a density."""
     rows_in_a_picture: ClassVar[int]
@@ -34,6 +42,11 @@ class Space(BaseModel):
 
     kind: str
     """Which space."""
+
+    @property
+    def limit(self) -> Limit:
+        """Largest absolute value of x_0; None where there is none, so that samplers clip nothing."""
+        return None
 
     @property
     def shape(self) -> tuple[int, ...]:

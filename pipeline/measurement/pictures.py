@@ -83,7 +83,9 @@ def draw_pictures(evaluator: Evaluator, samples: SampleSet, numbers: Numbers, mo
             tiles = space.tiles(between.reshape(-1, *space.shape))
             sheet = interpolation_sheet(tiles.reshape(*between.shape[:2], *tiles.shape[1:]), pairs, BETWEEN)
             sheet.save(paths["interpolation"])
-        save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines])
+        if lines:
+            held_out = [(line.step, line.metrics["validation/loss"]) for line in lines if "validation/loss" in line.metrics]
+            save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines], held_out)
         _draw_timesteps(evaluator, samples, paths["timesteps"])
         _draw_copies(evaluator, samples, numbers, paths["copies"], pixels)
         folder.upload(staging)
@@ -222,6 +224,8 @@ def _verdict(evaluation: Evaluation, noun: str) -> Verdict:
     if floor is not None:
         spread = "" if floor.spread is None else f" ± {1.96 * floor.spread:.2g}"
         text += f"; {floor.count:,} real {noun}s score {floor.value:.4g}{spread} ({floor.measured})"
+    if evaluation.bits_per_dimension is not None:
+        text += f"; held-out {noun}s take at most {evaluation.bits_per_dimension:.4g} bits per dimension"
     copies = evaluation.memorisation
     if copies is not None:
         text += f"; {copies.verdict}"

@@ -15,11 +15,12 @@ from support import write_dataset
 
 from components.data.shards import column_rows, read_manifest, shard_table
 from components.diffusion.config import DiffusionConfig
+from components.diffusion.sampling import thresholded
 from components.errors import DataError
 from components.model.spec import DenoiserSpec
 from components.networks.unet.config import UNetConfig
 from components.spaces.kinds import AnySpace
-from components.spaces.pixels import PixelSpace, composited
+from components.spaces.pixels import PixelSpace, composited, unscaled
 from components.spaces.points import PointSpace
 from components.spaces.space import Space
 from components.storage import Location
@@ -165,3 +166,28 @@ def test_manifests_and_denoisers_from_before_there_were_spaces_are_read(tmp_path
     assert read_manifest(Location.of(tmp_path)).space == manifest.space
     old = {"model": UNetConfig().model_dump(exclude={"kind"}), "diffusion": DiffusionConfig().model_dump(), "image_size": 32, "channels": 1}
     assert DenoiserSpec.model_validate(old) == DenoiserSpec(model=UNetConfig(), diffusion=DiffusionConfig(), space=PixelSpace(mode="L"))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_images_scaled_by_their_channels_have_mean_0_and_variance_1_and_come_back_exactly(mode: str):
+    space = PixelSpace.model_validate({"image_size": 16, "mode": mode, "normalisation": "per_channel"})
+    rows = np.stack([np.arange(256, dtype=np.uint8).reshape(16, 16)] * space.channels)[None] // np.arange(1, space.channels + 1, dtype=np.uint8)[:, None, None]
+    fitted = space.fitted(lambda: iter([rows, rows]))
+    x_0 = fitted.to_x_0(torch.from_numpy(rows))
+    torch.testing.assert_close(x_0.mean((0, 2, 3)), torch.zeros(space.channels), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x_0.std((0, 2, 3), correction=0), torch.ones(space.channels), rtol=1e-4, atol=0)
+    every = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(space.channels, axis=1)
+    assert np.array_equal(fitted.to_rows(fitted.to_x_0(torch.from_numpy(every))).numpy(), every)
+    assert SPACES.validate_json(fitted.model_dump_json()) == fitted
+    assert fitted.definition() != PixelSpace.model_validate({"image_size": 16, "mode": mode}).definition()
+    far = torch.full((1, *fitted.shape), 50.0)
+    for threshold in ("clip", "dynamic"):
+        kept = unscaled(thresholded(far, threshold, fitted.limit), fitted.mean, fitted.deviation)
+        assert kept.abs().max() <= 1 + 1e-4
+        assert threshold == "dynamic" or kept.min() >= 1 - 1e-4
+
+
+def test_what_is_not_scaled_by_channel_is_written_as_before():
+    assert set(PixelSpace().model_dump(mode="json")) == {"image_size", "mode", "resize", "background", "min_side", "max_pixels", "kind"}
+    with pytest.raises(DataError, match="needs channels that vary"):
+        PixelSpace(normalisation="per_channel", mode="L", image_size=8).fitted(lambda: iter([np.zeros((2, 1, 8, 8), np.uint8)]))
