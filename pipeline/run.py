@@ -27,6 +27,7 @@ from pipeline.retraining.attempts import Start
 from pipeline.tracked_run import TrackedRun
 from pipeline.tracking import Tracking, public_uri, translated
 from pipeline.training.config import TrainConfig
+from pipeline.training.progress import is_as_long, settings_of
 from pipeline.training.start import find_init
 
 
@@ -233,7 +234,7 @@ def _of_steps(train: TrainConfig) -> dict[str, Any]:
 def _of_older_version(trainings: Location, settings: Mapping[str, str]) -> str | None:
     """Returns the folder of a training of these settings that an older version made, whose digest held its number of steps, too."""
     for name in trainings.folders():
-        found = train_stage.settings_of(trainings / name)
+        found = settings_of(trainings / name)
         if "train.steps" in found and "train.steps" not in settings and {key: value for key, value in found.items() if key != "train.steps"} == settings:
             return name
     return None
@@ -289,7 +290,7 @@ def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: st
 
 def _why_other_steps(steps: int) -> Callable[[TrainedModel], str]:
     """Returns what says why a training is not what a number of steps means, nothing where it is."""
-    return lambda receipt: "" if train_stage.is_as_long(receipt, steps) else f"it has {receipt.steps} steps, and {steps} are asked for"
+    return lambda receipt: "" if is_as_long(receipt, steps) else f"it has {receipt.steps} steps, and {steps} are asked for"
 
 
 def _set_finished_aside(context: StageContext) -> None:

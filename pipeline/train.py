@@ -22,8 +22,7 @@ from components.data.shards import read_manifest
 from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.model.manifest import is_complete, manifest_of, verify
-from components.model.retention import checkpoint_step, checkpoints, prune
-from components.model.spec import DenoiserSpec, read_spec
+from components.model.retention import checkpoints, prune
 from components.networks.config import NetworkConfig
 from components.scratch import scratch
 from components.storage import TEMPORARY, Location
@@ -37,11 +36,13 @@ from pipeline.training.heartbeat import REASON
 from pipeline.training.metrics_log import attempts_so_far, read_metrics
 from pipeline.training.metrics_relay import MetricsRelay
 from pipeline.training.plan import TrainFailure, TrainOutcome, TrainPlan, differences
+from pipeline.training.progress import already_at, is_as_long, receipt_in, record_of, steps_to_keep
 from pipeline.training.restarts import pop_end, record_end
+from pipeline.training.start import check_start
 from pipeline.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from components.model.checkpoint import TrainingRecord
+    pass
 
 MIN_LABELS = 2
 IMPORTED = ("ray.train.torch", "torch._dynamo")
@@ -88,7 +89,7 @@ def train(
     manifest = read_manifest(Location.of(shards.path))
     if config.validate_every and not manifest.splits.get("holdout", 0):
         raise ConfigError(f"train.validate_every={config.validate_every} needs held-out images, and {shards.source} has none; set data.holdout_fraction=0.1")
-    if (done := _already_at(config.steps, context.folder)) is not None:
+    if (done := already_at(config.steps, context.folder)) is not None:
         return _receipt(done, config, shards, context, tracking.uri, run_id, config_digest, start)
     with context.reporter.part("starting Ray"):
         connect(context.cluster)
@@ -112,90 +113,18 @@ def train(
     )
     before = attempts_so_far(context.folder)
     if start is not None and not before:
-        _check_start(start, model, diffusion, config, shards, context)
+        check_start(start, model, diffusion, config, shards, context)
     context.reporter.line(_derived(config, placement, None if before else start, shards.space.noun))
     report_unfinished(context, settings)
-    if (ended := _receipt_in(context.folder)) is not None and not is_as_long(ended, config.steps):
+    if (ended := receipt_in(context.folder)) is not None and not is_as_long(ended, config.steps):
         record_end(context.folder, f"the run was made longer, from {ended.steps} to {config.steps} steps")
     _sweep(context.folder)
     with MetricsRelay(context, tracking, run_id, config.steps):
         outcome = _fit(plan, placement, context, before)
     _sweep(context.folder)
     with suppress(OSError):  # the last worker to write may have been killed before it did this
-        prune(context.folder, config.keep_last, Location.of(outcome.checkpoint), config.keep_every, _steps_to_keep(Location.of(outcome.checkpoint)))
+        prune(context.folder, config.keep_last, Location.of(outcome.checkpoint), config.keep_every, steps_to_keep(Location.of(outcome.checkpoint)))
     return _receipt(outcome, config, shards, context, tracking.uri, run_id, config_digest, start)
-
-
-def _steps_to_keep(checkpoint: Location) -> tuple[int, ...]:
-    """Returns the steps of the best measurement so far, and of the checkpoint that is handed on."""
-    best = _record_of(checkpoint).best_step
-    return (checkpoint_step(checkpoint), *(() if best is None else (best,)))
-
-
-def _record_of(checkpoint: Location) -> "TrainingRecord":
-    from components.model.checkpoint import TrainingRecord
-
-    return TrainingRecord.model_validate_json((checkpoint / "state.json").read_text())
-
-
-def _already_at(steps: int, folder: Location) -> TrainOutcome | None:
-    """Returns what was trained up to a step, where more was trained already: the checkpoint of that step.
-
-    Raises:
-        ConfigError: if more was trained, and no checkpoint of that step is kept.
-    """
-    whole = [path for path in checkpoints(folder) if is_complete(path)]
-    if not whole or checkpoint_step(whole[0]) <= steps:
-        return None
-    kept = next((path for path in whole if checkpoint_step(path) == steps), None)
-    if kept is None:
-        known = ", ".join(str(step) for step in sorted({checkpoint_step(path) for path in whole}))
-        raise ConfigError(
-            f"train.steps={steps}: the run has done {checkpoint_step(whole[0])} steps, and of those before it keeps checkpoints of {known} alone; "
-            "use one of these, keep more by train.keep_every, or give the shorter run another --name"
-        )
-    from components.model.checkpoint import read_weights
-
-    record, before = _record_of(kept), _receipt_in(folder)
-    with kept.local_copy(["ema.safetensors"]) as copy:
-        parameters = sum(value.numel() for value in read_weights(copy / "ema.safetensors").values())
-    return TrainOutcome(
-        checkpoint=str(kept),
-        weights_sha256=manifest_of(kept)["ema.safetensors"][1],
-        parameters=parameters,
-        steps=steps,
-        precision=record.precision,
-        layout=record.layout,
-        compiled=record.compiled,
-        num_workers=before.num_workers if before else 1,
-        device=before.device if before else "unknown",
-    )
-
-
-def _receipt_in(folder: Location) -> TrainedModel | None:
-    with suppress(OSError, ValidationError):
-        return TrainedModel.model_validate_json((folder / "receipt.json").read_text())
-    return None
-
-
-def _check_start(start: Start, model: NetworkConfig, diffusion: DiffusionConfig, config: TrainConfig, shards: ShardSet, context: StageContext) -> None:
-    """Checks that given weights fit the network, before any worker starts, and says what of them does not where they need not all.
-
-    Raises:
-        DataError: naming the tensors.
-    """
-    from components.model.checkpoint import read_weights
-    from components.model.initialise import initialise
-
-    manifest, name = read_manifest(Location.of(shards.path)), f"{start.weights}.safetensors"
-    labels = tuple(manifest.label_names) if model.conditional else ()
-    spec = DenoiserSpec(model=model, diffusion=diffusion, space=manifest.space, label_names=labels, num_conditions=config.num_conditions)
-    with Location.of(start.checkpoint).local_copy([name]) as folder:
-        fit = initialise(spec.build(), read_weights(folder / name), strict=config.init_strict, where=start.model)
-    if unlike := _unlike(spec, read_spec(Location.of(start.checkpoint))):
-        context.reporter.line(f"  [yellow]note[/] {escape(start.model)} was trained with {escape(', '.join(unlike))}")
-    if not fit.is_whole:
-        context.reporter.line(f"  [yellow]note[/] {len(fit.fitting)} tensors of {escape(start.model)} are taken; {escape(str(fit))}")
 
 
 def _derived(config: TrainConfig, placement: Placement, start: Start | None, noun: str) -> str:
@@ -213,15 +142,6 @@ def _sweep(folder: Location) -> None:
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def settings_of(folder: Location) -> Mapping[str, str]:
-    """Returns the settings that a training's newest whole checkpoint was made with, nothing where there is none that says them."""
-    newest = next(filter(is_complete, checkpoints(folder)), None)
-    if newest is not None:
-        with suppress(OSError, ValidationError):
-            return _record_of(newest).settings
-    return {}
-
-
 def report_unfinished(context: StageContext, settings: Mapping[str, str]) -> None:
     """Says at a first start which trainings of the run, of other settings, were left unfinished, and what differs."""
     if checkpoints(context.folder):
@@ -232,7 +152,7 @@ def report_unfinished(context: StageContext, settings: Mapping[str, str]) -> Non
         if newest is None or ".old-" in name or (other / "receipt.json").is_file():
             continue
         with suppress(OSError, ValidationError):
-            record = _record_of(newest)
+            record = record_of(newest)
             detail = differences(record.settings, settings) or "other settings"
             context.reporter.line(
                 f"  [yellow]note[/] starting over: a training of the run that stopped at step {record.step} stays in {other} ({escape(detail)})"
@@ -295,18 +215,6 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _unlike(here: DenoiserSpec, there: DenoiserSpec) -> list[str]:
-    """Returns the settings of network and process in which two denoisers differ, with the value there and the one here."""
-    pairs = (("model", here.model, there.model), ("diffusion", here.diffusion, there.diffusion))
-    dumps = [(name, ours.model_dump(mode="json"), theirs.model_dump(mode="json")) for name, ours, theirs in pairs]
-    return [
-        f"{name}.{key}={theirs[key]} (here {ours.get(key, 'not set')})"
-        for name, ours, theirs in dumps
-        for key in theirs
-        if key not in ("dropout", "checkpointing") and theirs[key] != ours.get(key)
-    ]
-
-
 def _receipt(
     outcome: TrainOutcome,
     config: TrainConfig,
@@ -344,11 +252,6 @@ def _receipt(
         start=None if start is None else f"{start.weights} of {start.model}",
         stopped_at=outcome.stopped_at,
     )
-
-
-def is_as_long(receipt: TrainedModel, steps: int) -> bool:
-    """Tells whether a training is what a number of steps means: it has that many, or ended early before."""
-    return receipt.steps == steps if receipt.stopped_at is None else receipt.stopped_at <= steps
 
 
 def is_intact(receipt: TrainedModel) -> bool:

@@ -3,10 +3,17 @@
 from contextlib import suppress
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.markup import escape
 
+from components.data.shards import read_manifest
+from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.model.manifest import averages_in, manifest_of
+from components.model.spec import DenoiserSpec, read_spec
+from components.networks.config import NetworkConfig
 from components.storage import Location
+from pipeline.artifacts import ShardSet
+from pipeline.context import StageContext
 from pipeline.errors import ConfigError
 from pipeline.registry.versions import fetch_checkpoint, find_model
 from pipeline.retraining.attempts import Start
@@ -80,3 +87,35 @@ def _folder(address: str, storage: Location) -> Location:
         f"train.init_from={address} is neither a checkpoint folder (manifest.json) nor one of diffusers (model_index.json or config.json); "
         "name one, or models:/NAME@champion"
     )
+
+
+def check_start(start: Start, model: NetworkConfig, diffusion: DiffusionConfig, config: TrainConfig, shards: ShardSet, context: StageContext) -> None:
+    """Checks that given weights fit the network, before any worker starts, and says what of them does not where they need not all.
+
+    Raises:
+        DataError: naming the tensors.
+    """
+    from components.model.checkpoint import read_weights
+    from components.model.initialise import initialise
+
+    manifest, name = read_manifest(Location.of(shards.path)), f"{start.weights}.safetensors"
+    labels = tuple(manifest.label_names) if model.conditional else ()
+    spec = DenoiserSpec(model=model, diffusion=diffusion, space=manifest.space, label_names=labels, num_conditions=config.num_conditions)
+    with Location.of(start.checkpoint).local_copy([name]) as folder:
+        fit = initialise(spec.build(), read_weights(folder / name), strict=config.init_strict, where=start.model)
+    if unlike := _unlike(spec, read_spec(Location.of(start.checkpoint))):
+        context.reporter.line(f"  [yellow]note[/] {escape(start.model)} was trained with {escape(', '.join(unlike))}")
+    if not fit.is_whole:
+        context.reporter.line(f"  [yellow]note[/] {len(fit.fitting)} tensors of {escape(start.model)} are taken; {escape(str(fit))}")
+
+
+def _unlike(here: DenoiserSpec, there: DenoiserSpec) -> list[str]:
+    """Returns the settings of network and process in which two denoisers differ, with the value there and the one here."""
+    pairs = (("model", here.model, there.model), ("diffusion", here.diffusion, there.diffusion))
+    dumps = [(name, ours.model_dump(mode="json"), theirs.model_dump(mode="json")) for name, ours, theirs in pairs]
+    return [
+        f"{name}.{key}={theirs[key]} (here {ours.get(key, 'not set')})"
+        for name, ours, theirs in dumps
+        for key in theirs
+        if key not in ("dropout", "checkpointing") and theirs[key] != ours.get(key)
+    ]
