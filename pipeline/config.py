@@ -28,6 +28,8 @@ from pipeline.training.config import TrainConfig
 
 DIGEST_LENGTH = 16
 LONGEST_SOURCE_NAME = 60
+MOST_SUGGESTED = 20
+"""Settings of a section that a message names one by one."""
 
 
 class RunConfig(BaseModel):
@@ -231,7 +233,11 @@ def _suggest(location: list[str]) -> str:
     known = list(RunConfig.model_fields) if len(location) == 1 else list(section_fields(location[0]))
     prefix = "" if len(location) == 1 else f"{location[0]}."
     close = difflib.get_close_matches(location[-1], known, n=1)
-    return f"did you mean {prefix}{close[0]}?" if close else f"use one of {', '.join(prefix + name for name in known)}"
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    if len(known) > MOST_SUGGESTED:
+        return f"`ddpm config PRESET` prints the {len(known)} settings of {location[0]} with their meaning"
+    return f"use one of {', '.join(prefix + name for name in known)}"
 
 
 def digest_of(*parts: object) -> str:

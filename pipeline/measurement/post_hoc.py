@@ -2,9 +2,7 @@
 
 import re
 
-from components.model.checkpoint import read_weights, write_checkpoint
 from components.model.manifest import averages_in, is_complete, power_average_name
-from components.model.post_hoc import coefficients, combined
 from components.model.retention import snapshots_folder
 from components.model.spec import read_spec
 from components.storage import Location
@@ -20,6 +18,9 @@ def rebuilt(model: TrainedModel, width: float) -> Location:
     Raises:
         ConfigError: if the training kept no averages that it could be made of.
     """
+    from components.model.checkpoint import read_weights, write_checkpoint
+    from components.model.post_hoc import coefficients, combined
+
     target = Location.of(model.folder) / "post_hoc" / f"step_{model.steps:09d}-width-{width:g}"
     if is_complete(target):
         return target

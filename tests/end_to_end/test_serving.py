@@ -234,7 +234,7 @@ def test_the_server_draws_a_class_with_guidance(served: str, version: Path):
         ({"steps": 0}, "steps=0 is out of range; use 1 to 1000, the model's number of noise levels"),
         ({"num_images": 2.5}, "num_images=2.5 is no exact whole number"),
         ({"num_images": 20_000}, "num_images=20000 is out of range; use 1 to 10000"),
-        ({"sampler": "euler"}, "sampler=euler is unknown; use ddim, ancestral, dpmpp_2m or unipc"),
+        ({"sampler": "euler"}, "sampler=euler is unknown; use ddim, ancestral, dpmpp_2m, unipc or heun"),
         ({"label": "cat"}, "label=cat is unknown; use a class's name (0, 1, 2, 3, 4, 5, 6, 7, 8, 9) or a number from 0 to 9"),
     ],
 )

@@ -35,7 +35,7 @@ def test_config_prints_every_setting_and_the_digest(run: Run):
     code, out, _ = run("config", "digits", "train.lr=1e-4")
     assert code == 0
     assert "  lr: 0.0001\n" in out
-    assert "  # Optimiser steps.\n" in out
+    assert "  # Optimiser steps at which training ends; a run that has done fewer goes on from its last checkpoint.\n" in out
     assert "# digest " in out
 
 

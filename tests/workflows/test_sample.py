@@ -90,7 +90,7 @@ def test_each_sampler_draws_its_own_picture(checkpoint: str, tmp_path: Path):
 
 
 def test_an_unknown_sampler_and_too_many_steps_are_refused_by_option(checkpoint: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match="--sampler euler is unknown; use ddim, ancestral, dpmpp_2m or unipc"):
+    with pytest.raises(ConfigError, match="--sampler euler is unknown; use ddim, ancestral, dpmpp_2m, unipc or heun"):
         draw(checkpoint, tmp_path / "grid.png", "euler")
     with pytest.raises(ConfigError, match="--steps=21 is out of range; use 1 to 20"):
         draw(checkpoint, tmp_path / "grid.png", "unipc", steps=21)
@@ -187,7 +187,7 @@ def test_a_class_is_asked_for_by_name_or_number(served_classes: Served):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"sampler": "euler"}, "sampler=euler is unknown; use ddim, ancestral, dpmpp_2m or unipc"),
+        ({"sampler": "euler"}, "sampler=euler is unknown; use ddim, ancestral, dpmpp_2m, unipc or heun"),
         ({"format": "jpeg"}, "format=jpeg is unknown; use png or array"),
         ({"steps": 21}, "steps=21 is out of range; use 1 to 20, the model's number of noise levels"),
         ({"steps": 4.5}, "steps=4.5 is no exact whole number; use one such as steps=1"),
