@@ -93,7 +93,7 @@ def print_config(config: RunConfig) -> None:
     for section, values in config.model_dump(mode="json").items():
         lines += [f"# {type(config).model_fields[section].description}", f"{section}:"]
         for key, value in values.items():
-            lines += [f"  # {section_fields(section)[key].description}", f"  {key}: {json.dumps(value)}"]
+            lines += [f"  # {' '.join(str(section_fields(section)[key].description).split())}", f"  {key}: {json.dumps(value)}"]
         lines.append("")
     sys.stdout.write("\n".join([*lines, f"# digest {config_digest(config)} (of all but the sections retrain and cluster)", ""]))
 

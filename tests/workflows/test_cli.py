@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 from support import ROOT
 
+from pipeline.config import load_config
+from workflows.preset_files import find_preset
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -37,6 +40,12 @@ def test_config_prints_every_setting_and_the_digest(run: Run):
     assert "  lr: 0.0001\n" in out
     assert "  # Optimiser steps at which training ends; a run that has done fewer goes on from its last checkpoint.\n" in out
     assert "# digest " in out
+
+
+def test_what_config_prints_is_a_preset_of_the_same_settings(run: Run, tmp_path: Path):
+    _, out, _ = run("config", "digits", "train.lr=1e-4")
+    (tmp_path / "copy.yaml").write_text(out)
+    assert load_config(tmp_path / "copy.yaml") == load_config(find_preset("digits"), ["train.lr=1e-4"])
 
 
 @pytest.mark.parametrize(
