@@ -24,6 +24,7 @@ from pipeline.measurement.extractors import check_files
 from pipeline.names import check_cache, check_namesake
 from pipeline.ray_session import ray_session
 from pipeline.tracking import Tracking, connect
+from pipeline.training.start import check_init
 
 LISTING = "listing the source"
 PROBE_BYTES = 16 << 10  # more than a full disk takes
@@ -62,6 +63,7 @@ def preflight(config: RunConfig, name: str, until: StageName, reporter: Reporter
     with one_process(storage / "runs" / name, name, reporter if until == "preprocess" else None):
         listed = _list(config, storage, reporter) if lists else None
         check_files(config.evaluate)
+        check_init(config.train, storage / "runs" / name)
         if config.cluster.address == "local":
             check_cache(config.cluster.cache, is_used=not storage.is_local)
         with ray_session(config.cluster, storage, name, reporter.line):

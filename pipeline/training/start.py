@@ -7,7 +7,6 @@ from rich.markup import escape
 
 from components.data.shards import read_manifest
 from components.diffusion.config import DiffusionConfig
-from components.errors import DataError
 from components.model.manifest import averages_in, manifest_of
 from components.model.spec import DenoiserSpec, read_spec
 from components.networks.config import NetworkConfig
@@ -45,19 +44,32 @@ def find_init(config: TrainConfig, *, folder: Location, tracking: Tracking, stor
     """
     if config.init_from is None:
         return None
-    with suppress(OSError, ValidationError):
-        pin = _Pin.model_validate_json((folder / PIN_FILE).read_text())
-        if (pin.init_from, pin.weights) == (config.init_from, config.init_weights) and _is_there(pin.start):
-            return pin.start
+    if (pinned := _pinned(config, folder)) is not None:
+        return pinned
     start = _find(config.init_from, config.init_weights, tracking, storage)
     (folder / PIN_FILE).write_text(_Pin(init_from=config.init_from, weights=config.init_weights, start=start).model_dump_json(indent=2) + "\n")
     return start
 
 
-def _is_there(start: Start) -> bool:
-    with suppress(DataError, OSError):
-        return manifest_of(Location.of(start.checkpoint)).get(f"{start.weights}.safetensors", (0, ""))[1] == start.sha256
-    return False
+def _pinned(config: TrainConfig, folder: Location) -> Start | None:
+    with suppress(OSError, ValidationError):
+        pin = _Pin.model_validate_json((folder / PIN_FILE).read_text())
+        if (pin.init_from, pin.weights) == (config.init_from, config.init_weights):
+            return pin.start
+    return None
+
+
+def check_init(config: TrainConfig, folder: Location) -> None:
+    """Checks that a path in `train.init_from` is one of a model, before anything else is done.
+
+    Args:
+        folder: of the run, which may know already what it means.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    if config.init_from is not None and not config.init_from.startswith("models:/") and _pinned(config, folder) is None:
+        _kind_of(config.init_from)
 
 
 def _find(address: str, weights: str, tracking: Tracking, storage: Location) -> Start:
@@ -76,13 +88,20 @@ def _find(address: str, weights: str, tracking: Tracking, storage: Location) -> 
 
 def _folder(address: str, storage: Location) -> Location:
     """Returns the checkpoint folder that a path names, made from a diffusers folder where it is one."""
-    folder = Location.of(address)
-    if (folder / "manifest.json").is_file():
+    folder, is_ours = _kind_of(address)
+    if is_ours:
         return folder
-    if (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
-        from components.model.diffusers_import import import_diffusers
+    from components.model.diffusers_import import import_diffusers
 
-        return import_diffusers(folder, storage / "cache" / "imported")
+    return import_diffusers(folder, storage / "cache" / "imported")
+
+
+def _kind_of(address: str) -> tuple[Location, bool]:
+    """Returns the folder, and whether it is a checkpoint of ours; else it is one of diffusers."""
+    folder = Location.of(address)
+    found = [(folder / name).is_file() for name in ("manifest.json", "config.json", "model_index.json")]
+    if any(found):
+        return folder, found[0]
     raise ConfigError(
         f"train.init_from={address} is neither a checkpoint folder (manifest.json) nor one of diffusers (model_index.json or config.json); "
         "name one, or models:/NAME@champion"
@@ -101,8 +120,11 @@ def check_start(start: Start, model: NetworkConfig, diffusion: DiffusionConfig, 
     manifest, name = read_manifest(Location.of(shards.path)), f"{start.weights}.safetensors"
     labels = tuple(manifest.label_names) if model.conditional else ()
     spec = DenoiserSpec(model=model, diffusion=diffusion, space=manifest.space, label_names=labels, num_conditions=config.num_conditions)
-    with Location.of(start.checkpoint).local_copy([name]) as folder:
-        fit = initialise(spec.build(), read_weights(folder / name), strict=config.init_strict, where=start.model)
+    try:
+        with Location.of(start.checkpoint).local_copy([name]) as folder:
+            fit = initialise(spec.build(), read_weights(folder / name), strict=config.init_strict, where=start.model)
+    except FileNotFoundError as error:
+        raise ConfigError(f"train.init_from={start.model} is gone from {start.checkpoint}; bring it back, or give the run another --name") from error
     if unlike := _unlike(spec, read_spec(Location.of(start.checkpoint))):
         context.reporter.line(f"  [yellow]note[/] {escape(start.model)} was trained with {escape(', '.join(unlike))}")
     if not fit.is_whole:
