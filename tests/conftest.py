@@ -18,6 +18,17 @@ def no_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Keeps torch to one thread: small networks are slower by more."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def command() -> Callable[..., Finished]:
     return ddpm

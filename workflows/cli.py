@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, NoReturn
 
@@ -23,6 +23,7 @@ from workflows.termination import Terminated, handling_termination
 if TYPE_CHECKING:
     from pipeline.artifacts import StageName
     from pipeline.config import RunConfig
+    from pipeline.run import StageReport
     from workflows.submit import Packages
 
 PACKAGES = ("components", "cluster", "pipeline", "workflows")
@@ -128,7 +129,6 @@ def _run(preset: str, overrides: list[str] | None, name: str | None, until: "Sta
     from pipeline.artifacts import STAGES
     from pipeline.errors import ConfigError
     from pipeline.run import run as run_pipeline
-    from workflows.tables import print_summary
 
     stages = {stage: stage for stage in STAGES}
     if start_from is not None and start_from not in stages:
@@ -136,11 +136,20 @@ def _run(preset: str, overrides: list[str] | None, name: str | None, until: "Sta
     with stdout_to_stderr() as stdout:
         with _resumable(stdout, "interrupted; run the same command again to resume from the last checkpoint"):
             reports = run_pipeline(config, run_name, until=until, start_from=stages[start_from] if start_from else None)
-        with unread_is_fine(stdout):
-            if as_json:
-                stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
-            else:
-                print_summary(stdout, reports, run_name, config, all_parts=verbose)
+        _print_reports(stdout, reports, run_name, config, as_json=as_json, all_parts=verbose)
+
+
+def _print_reports(
+    stdout: IO[str], reports: "Mapping[StageName, StageReport]", run_name: str, config: "RunConfig", *, as_json: bool, all_parts: bool = False
+) -> None:
+    """Prints what became of the stages, as a table or as one JSON object."""
+    from workflows.tables import print_summary
+
+    with unread_is_fine(stdout):
+        if as_json:
+            stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
+        else:
+            print_summary(stdout, reports, run_name, config, all_parts=all_parts)
 
 
 @contextlib.contextmanager
@@ -211,17 +220,12 @@ def import_(
     """Register a diffusers model as a version, measured against images: it may become champion like any other."""
     from workflows.import_model import import_model
     from workflows.options import run_name_of
-    from workflows.tables import print_summary
 
     run_name = run_name_of(name, Path(name))
     with stdout_to_stderr() as stdout:
         with _resumable(stdout, "interrupted; run the same command again"):
             settings, reports = import_model(folder, run_name, overrides or [], preset)
-        with unread_is_fine(stdout):
-            if as_json:
-                stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
-            else:
-                print_summary(stdout, reports, run_name, settings)
+        _print_reports(stdout, reports, run_name, settings, as_json=as_json)
 
 
 @app.command(rich_help_panel="Use")
@@ -237,7 +241,6 @@ def ema(
     from pipeline.errors import ConfigError
     from workflows.ema import search_widths
     from workflows.options import storage_of
-    from workflows.tables import print_summary
 
     try:
         wanted = [float(width) for width in widths.split(",")]
@@ -247,11 +250,7 @@ def ema(
     with stdout_to_stderr() as stdout:
         with _resumable(stdout, "interrupted; run the same command again"):
             run_name, settings, reports = search_widths(model, wanted, samples, overrides or [], root)
-        with unread_is_fine(stdout):
-            if as_json:
-                stdout.write(json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=2) + "\n")
-            else:
-                print_summary(stdout, reports, run_name, settings)
+        _print_reports(stdout, reports, run_name, settings, as_json=as_json)
 
 
 @app.command(rich_help_panel="Use")

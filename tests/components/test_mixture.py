@@ -1,6 +1,5 @@
 """Every objective on data whose answer is known: a mixture of Gaussians in the plane."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from components.diffusion.sampling import sample
 from components.diffusion.schedule import Schedule
 from components.model.ema import Ema, warmed_up
 from components.networks.point_mlp.network import PointMLP
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MEANS = torch.tensor([[-1.2, -0.4], [0.9, 1.0], [0.6, -0.9]], dtype=torch.float64)
 SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -94,15 +95,6 @@ def check(drawn: np.ndarray, tolerance: float = 1.0) -> None:
     nearest = ((drawn[:, None, :] - MEANS.numpy()) ** 2).sum(2).argmin(1)
     shares = np.bincount(nearest, minlength=3) / COUNT
     assert (np.abs(shares - SHARES.numpy()) < 4.5 * tolerance * np.sqrt(0.25 / COUNT) + 0.01).all(), shares
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks as small as these are slower by more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=IDS)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from pipeline.training.spikes import WINDOW, SpikeGuard
 from pipeline.training.trainer import Trainer, make_batch_plan, make_trainer
 from pipeline.training.validation import has_stopped
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 AUGMENTED = {"rotation": 20.0, "translation": 0.2, "scaling": 0.3, "crop_jitter": 1, "augment_probability": 0.5, "augment_conditioning": True}
 SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -45,15 +47,6 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"process": "edm"}),
 ]
 IDS = [",".join([*train, *(f"{key}={value}" for key, value in diffusion.items())]) or "defaults" for train, diffusion in SETTINGS]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks as small as these are slower by more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
