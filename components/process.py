@@ -166,7 +166,7 @@ def forward_figure(tiles: Sequence[np.ndarray], timesteps: Sequence[float], alph
         x, y = MARGIN + index % columns * pitch[0], top + index // columns * pitch[1]
         draw.rectangle((x - 1, y - 1, x + wide, y + tall), outline=OUTLINE)
         sheet.paste(picture, (x, y))
-        write(draw, (x, y + tall + CELL_GAP // 2), "data" if t < 0 else f"t = {t}", TEXT_SIZE, INK, wide)
+        write(draw, (x, y + tall + CELL_GAP // 2), "data" if t < 0 else f"t = {t:.4g}", TEXT_SIZE, INK, wide)
         write(draw, (x, y + tall + TEXT_SIZE + CELL_GAP), "no noise" if t < 0 else f"SNR {ratio_in_words(level)}", TEXT_SIZE - 2, PALE_INK, wide)
     return sheet
 
