@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
 from support import TINY, Finished
@@ -25,19 +26,23 @@ def trained(command: Command, home: Path, name: str, *settings: str) -> dict[str
 
 
 def test_a_run_that_is_made_longer_ends_like_one_in_one_go_and_is_one_run(home: Path, command: Command, first: dict[str, Any]):
-    longer = train(command, home, "digits", "train.steps=16")
+    short = trained(command, home, "long")
+    assert short["weights_sha256"] == first["train"]["weights_sha256"]
+    longer = train(command, home, "long", "train.steps=16")
     assert longer.code == 0, longer.stderr
     receipt = longer.json["train"]
     assert "train it has 12 steps, and 16 are asked for" in longer.stderr
     assert re.search("start 2: from step 12 with 2 workers", longer.stderr)
     straight = trained(command, home, "straight", "train.steps=16")
     assert receipt["weights_sha256"] == straight["weights_sha256"]
-    assert (receipt["steps"], receipt["mlflow_run_id"], receipt["inputs"]) == (16, first["train"]["mlflow_run_id"], first["train"]["inputs"])
+    assert (receipt["steps"], receipt["mlflow_run_id"], receipt["inputs"]) == (16, short["mlflow_run_id"], short["inputs"])
     assert "made longer, from 12 to 16 steps" in (next(Path(receipt["folder"]).glob("restarts/*.json"))).read_text()
-    shorter = trained(command, home, "digits")
+    shorter = trained(command, home, "long")
     assert (shorter["steps"], shorter["weights_sha256"]) == (12, first["train"]["weights_sha256"])
-    none = train(command, home, "digits", "train.steps=10")
+    none = train(command, home, "long", "train.steps=10")
     assert none.code == 2
+    run = mlflow.MlflowClient(f"sqlite:///{home / 'storage' / 'mlflow' / 'mlflow.db'}").get_run(short["mlflow_run_id"])
+    assert (run.info.status, run.data.tags["train.steps"]) == ("FINISHED", "12")
     assert "train.steps=10: the run has done 16 steps, and of those before it keeps checkpoints of 12, 16 alone" in none.stderr
 
 
