@@ -27,7 +27,7 @@ from pipeline.retraining.attempts import Start
 from pipeline.tracked_run import TrackedRun
 from pipeline.tracking import Tracking, public_uri, translated
 from pipeline.training.config import TrainConfig
-from pipeline.training.progress import already_at, is_as_long, settings_of
+from pipeline.training.progress import is_as_long, kept_at, settings_of
 from pipeline.training.start import find_init
 
 
@@ -272,7 +272,7 @@ def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: st
         return pipeline.given.model
 
     def call(context: StageContext) -> TrainedModel:
-        already_at(config.train.steps, context.folder)  # whose error must not leave its mark on a run that has ended well
+        kept_at(config.train.steps, context.folder)  # whose error must not leave its mark on a run that has ended well
         return train_stage.train(
             config.train,
             config.model,

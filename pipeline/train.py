@@ -6,7 +6,7 @@ import signal
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
@@ -40,9 +40,6 @@ from pipeline.training.progress import already_at, is_as_long, receipt_in, recor
 from pipeline.training.restarts import pop_end, record_end
 from pipeline.training.start import check_start
 from pipeline.training.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    pass
 
 MIN_LABELS = 2
 IMPORTED = ("ray.train.torch", "torch._dynamo")

@@ -25,9 +25,17 @@ def average_name(decay: float) -> str:
     return f"{MAIN_AVERAGE}-{decay}"
 
 
+_POWER = f"{MAIN_AVERAGE}-width-"
+
+
 def power_average_name(width: float) -> str:
     """Returns what a checkpoint calls the power-function average of a width, such as ema-width-0.05."""
-    return f"{MAIN_AVERAGE}-width-{width}"
+    return f"{_POWER}{width}"
+
+
+def power_average_width(name: str) -> float | None:
+    """Returns the width of a power-function average by its name, None of any other."""
+    return float(name.removeprefix(_POWER)) if name.startswith(_POWER) else None
 
 
 def manifest_of(path: Location) -> dict[str, tuple[int, str]]:

@@ -1,15 +1,11 @@
 """Averages of a training that are made after it, as checkpoints that are measured like any."""
 
-import re
-
-from components.model.manifest import averages_in, is_complete, power_average_name
+from components.model.manifest import averages_in, is_complete, power_average_width
 from components.model.retention import snapshots_folder
 from components.model.spec import read_spec
 from components.storage import Location
 from pipeline.artifacts import TrainedModel
 from pipeline.errors import ConfigError
-
-_POWER = re.compile(rf"^{re.escape(power_average_name(0)).removesuffix('0')}(\d.*)$")
 
 
 def rebuilt(model: TrainedModel, width: float) -> Location:
@@ -45,5 +41,5 @@ def _kept(model: TrainedModel) -> list[tuple[float, float, Location, str]]:
     places = [(int(name.removeprefix("step_")), snapshots / name) for name in snapshots.folders() if name.startswith("step_") and is_complete(snapshots / name)]
     last = (model.steps, Location.of(model.path))
     chosen = [place for place in sorted(places, key=lambda place: place[0]) if place[0] < model.steps] + [last]
-    found = [(float(step), _POWER.match(name), folder, name) for step, folder in chosen for name in averages_in(folder)]
-    return [(step, float(match[1]), folder, name) for step, match, folder, name in found if match]
+    found = [(float(step), power_average_width(name), folder, name) for step, folder in chosen for name in averages_in(folder)]
+    return [(step, width, folder, name) for step, width, folder, name in found if width is not None]

@@ -30,8 +30,8 @@ def _decay(config: TrainConfig, step: int) -> float:
     return 1.0
 
 
-def freeze(network: nn.Module, patterns: Sequence[str]) -> int:
-    """Keeps parameters whose names match a pattern from being trained, and returns how many numbers that are.
+def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Keeps parameters whose names match a pattern from being trained.
 
     Raises:
         DataError: if a pattern matches nothing, or nothing is left to train.
@@ -41,14 +41,11 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> int:
         if not fnmatch.filter(names, pattern):
             parts = sorted({name.partition(".")[0] for name in names})
             raise DataError(f"train.freeze: {pattern!r} matches no parameter; they begin with {', '.join(parts)}, such as {names[0]}")
-    frozen = 0
     for name, parameter in network.named_parameters():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
-            frozen += parameter.numel()
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise DataError(f"train.freeze={list(patterns)} leaves nothing to train; name fewer parameters")
-    return frozen
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

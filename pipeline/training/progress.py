@@ -22,8 +22,8 @@ def is_as_long(receipt: TrainedModel, steps: int) -> bool:
     return receipt.steps == steps if receipt.stopped_at is None else receipt.stopped_at <= steps
 
 
-def already_at(steps: int, folder: Location) -> TrainOutcome | None:
-    """Returns what was trained up to a step, where more was trained already: the checkpoint of that step.
+def kept_at(steps: int, folder: Location) -> Location | None:
+    """Returns the checkpoint of a step, where more was trained already; None where it was not.
 
     Raises:
         ConfigError: if more was trained, and no checkpoint of that step is kept.
@@ -38,8 +38,16 @@ def already_at(steps: int, folder: Location) -> TrainOutcome | None:
             f"train.steps={steps}: the run has done {checkpoint_step(whole[0])} steps, and of those before it keeps checkpoints of {known} alone; "
             "use one of these, keep more by train.keep_every, or give the shorter run another --name"
         )
+    return kept
+
+
+def already_at(steps: int, folder: Location) -> TrainOutcome | None:
+    """Returns what was trained up to a step, where more was trained already; raises like `kept_at`."""
     from components.model.checkpoint import read_weights
 
+    kept = kept_at(steps, folder)
+    if kept is None:
+        return None
     record, before = record_of(kept), receipt_in(folder)
     with kept.local_copy(["ema.safetensors"]) as copy:
         parameters = sum(value.numel() for value in read_weights(copy / "ema.safetensors").values())
