@@ -32,7 +32,10 @@ def import_diffusers(folder: Location, target: Location) -> Location:
     if not (network / WEIGHTS).is_file():
         unsafe = ", which is pickled and not read," if (network / "diffusion_pytorch_model.bin").is_file() else ""
         raise DataError(f"{network} has no {WEIGHTS}{unsafe}; save it with safe_serialization=True")
-    spec = spec_of(config, scheduler, str(network))
+    try:
+        spec = spec_of(config, scheduler, str(network))
+    except KeyError as error:
+        raise DataError(f"{network / 'config.json'} lacks {error.args[0]}; name a folder that diffusers' save_pretrained wrote") from error
     with network.local_copy([WEIGHTS]) as copy:
         raw = (copy / WEIGHTS).read_bytes()
         named = hashlib.sha256(raw + spec.model_dump_json().encode()).hexdigest()[:16]

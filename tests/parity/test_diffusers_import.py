@@ -133,6 +133,15 @@ def test_what_has_no_counterpart_is_named(changes: dict[str, Any], message: str,
         import_diffusers(saved(tmp_path / "theirs", **changes), Location.of(tmp_path / "made"))
 
 
+def test_a_config_that_lacks_a_setting_is_named(tmp_path: Path):
+    folder = saved(tmp_path / "theirs")
+    config = json.loads((folder / "config.json").read_text())
+    del config["in_channels"]
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="lacks in_channels; name a folder"):
+        import_diffusers(folder, Location.of(tmp_path / "made"))
+
+
 def test_pickled_weights_are_not_read(tmp_path: Path):
     folder = saved(tmp_path / "theirs")
     (tmp_path / "theirs" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "theirs" / "diffusion_pytorch_model.bin")
