@@ -1,10 +1,17 @@
 """What training can be told to do, each killed at random moments: it ends like an undisturbed one."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keeper
 import pytest
+import servers
+from support import ddpm_command
+
+from components.storage import Location
+from pipeline.training.metrics_log import read_metrics
 
 SMALL = ["train.global_batch_size=32", "train.warmup_steps=2", "model.base_channels=8", "model.num_groups=4"]
 
@@ -36,3 +43,32 @@ def test_a_training_that_is_killed_ends_like_an_undisturbed_one(name: str, comma
     assert done.code == 0, done.stdout + done.stderr
     assert [one["what"] for one in done.json["compared"] if not one["equal"]] == []
     assert len(done.json["disturbed"]["struck"]) == 2
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_while_it_is_made_longer_ends_like_one_in_one_go(command: Callable[..., Any], tmp_path: Path):
+    settings = [*SMALL, "train.log_every=5", "train.checkpoint_every=30", "cluster.num_workers=1"]
+    done = command("train", "digits", *settings, "train.steps=40", "--json", cwd=tmp_path, timeout=200)
+    assert done.code == 0, done.stderr
+    folder = Location.of(done.json["train"]["folder"])
+    longer = [*settings, "train.steps=240"]
+    for number, step in enumerate((60, 135)):
+        kept = keeper.start(
+            ddpm_command("train", "digits", *longer, f"cluster.storage={tmp_path / 'storage'}"), log=tmp_path / f"{number}.log", env=servers.environment({})
+        )
+        try:
+            deadline = time.monotonic() + 200
+            while read_metrics(folder)[-1].step < step:
+                assert kept.is_running(), kept.tail()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            kept.end()
+    again = command("train", "digits", *longer, "--json", cwd=tmp_path, timeout=200)
+    straight = command("train", "digits", *longer, "--name", "straight", "--json", cwd=tmp_path, timeout=200)
+    assert (again.code, straight.code) == (0, 0), again.stderr + straight.stderr
+    assert again.json["train"]["steps"] == 240
+    assert again.json["train"]["weights_sha256"] == straight.json["train"]["weights_sha256"]
+    assert [(line.step, line.metrics["train/loss"]) for line in read_metrics(folder)] == [
+        (line.step, line.metrics["train/loss"]) for line in read_metrics(Location.of(straight.json["train"]["folder"]))
+    ]
