@@ -1,4 +1,4 @@
-"""A diffusers folder as a checkpoint of ours: UNet2DModel, alone or in a DDPMPipeline; read without diffusers, and without pickle."""
+"""A diffusers folder as a checkpoint of ours: a network, alone or in a DDPMPipeline; read without diffusers, and without pickle."""
 
 import hashlib
 import json
@@ -7,7 +7,8 @@ from typing import Any
 
 from ..diffusion.config import DiffusionConfig
 from ..errors import DataError
-from ..networks.unet.config import UNetConfig
+from ..networks.config import NetworkConfig
+from ..networks.kinds import KINDS
 from ..spaces.pixels import PixelSpace
 from ..storage import Location
 from .checkpoint import read_weights, write_checkpoint
@@ -27,8 +28,10 @@ def import_diffusers(folder: Location, target: Location) -> Location:
     pipeline = (folder / "model_index.json").is_file()
     network = folder / "unet" if pipeline else folder
     config, scheduler = _json(network / "config.json"), _json(folder / "scheduler" / "scheduler_config.json") if pipeline else {}
-    if config.get("_class_name") != "UNet2DModel":
-        raise DataError(f"{network / 'config.json'} is of a {config.get('_class_name')}; name a folder of a UNet2DModel, or of a DDPMPipeline with one")
+    if config.get("_class_name") not in _kinds():
+        raise DataError(
+            f"{network / 'config.json'} is of a {config.get('_class_name')}; name a folder of a {' or '.join(_kinds())}, or of a DDPMPipeline with one"
+        )
     if not (network / WEIGHTS).is_file():
         unsafe = ", which is pickled and not read," if (network / "diffusion_pytorch_model.bin").is_file() else ""
         raise DataError(f"{network} has no {WEIGHTS}{unsafe}; save it with safe_serialization=True")
@@ -46,22 +49,20 @@ def import_diffusers(folder: Location, target: Location) -> Location:
 
 
 def _converted(spec: DenoiserSpec, theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
-    from ..networks.unet.diffusers import from_diffusers
-    from ..networks.unet.network import UNet
-
     network = spec.build()
-    assert isinstance(network, UNet)
     try:
-        weights = from_diffusers(network, dict(theirs))
+        weights = spec.model.from_diffusers(network, dict(theirs))
     except KeyError as error:
         raise DataError(f"{where}/{WEIGHTS} lacks {error.args[0]}, which its config.json promises; save the model again") from error
+    except ValueError as error:
+        raise DataError(f"{where}/{WEIGHTS}: {error}") from error
     if unlike := [name for name, value in network.state_dict().items() if value.shape != weights[name].shape]:
         raise DataError(f"{where}/{WEIGHTS} has {unlike[0]} of another shape than its config.json says; save the model again")
     return weights
 
 
 def spec_of(config: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) -> DenoiserSpec:
-    """Returns what a UNet2DModel and a scheduler are here. The last of its embeddings of classes is taken for that which says no class.
+    """Returns what a network and a scheduler are here. The last of its embeddings of classes is taken for that which says no class.
 
     Raises:
         DataError: naming the first setting that has no counterpart.
@@ -70,71 +71,29 @@ def spec_of(config: Mapping[str, Any], scheduler: Mapping[str, Any], where: str)
     if size is None:
         raise DataError(f"{where}: sample_size is not set in config.json; write the height of the images into it")
     height, width = (size, size) if isinstance(size, int) else size
-    channels, classes = int(config["in_channels"]), config.get("num_class_embeds")
+    channels = int(config["in_channels"])
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
     if channels not in modes:
         raise DataError(f"{where}: in_channels={channels}; images have 1, 3 or 4")
-    outputs = config["out_channels"] // channels
-    network = _network(config, height, where)
+    outputs = (config["out_channels"] or channels) // channels
+    network, classes = _network(config, height, where)
     diffusion = _diffusion(scheduler, outputs, where)
-    names = tuple(f"class {number}" for number in range(int(classes) - 1)) if classes else ()
+    names = tuple(f"class {number}" for number in range(classes))
     space = PixelSpace.model_validate({"image_size": height if height == width else [height, width], "mode": modes[channels]})
     return DenoiserSpec(model=network, diffusion=diffusion, space=space, label_names=names)
 
 
-def _network(config: Mapping[str, Any], height: int, where: str) -> UNetConfig:
-    fixed = {
-        "time_embedding_type": "positional",
-        "act_fn": "silu",
-        "center_input_sample": False,
-        "class_embed_type": None,
-        "downsample_type": "conv",
-        "upsample_type": "conv",
-        "resnet_time_scale_shift": "default",
-        "add_attention": True,
-        "attn_norm_num_groups": None,
-        "mid_block_scale_factor": 1,
-    }
-    for name, wanted in fixed.items():
-        if config.get(name, wanted) != wanted:
-            raise DataError(f"{where}: {name}={config[name]} has no counterpart here; only {name}={wanted} has")
-    downs, ups = config["down_block_types"], config["up_block_types"]
-    known = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}
-    if unknown := next((name for name in (*downs, *ups) if name not in known), None):
-        raise DataError(f"{where}: block type {unknown} has no counterpart here; use {', '.join(known)}")
-    attends = [known[name] for name in downs]
-    if attends != [known[name] for name in reversed(ups)]:
-        raise DataError(f"{where}: down_block_types and up_block_types attend at different levels, which has no counterpart here")
-    widths = list(config["block_out_channels"])
-    base = widths[0]
-    if any(width % base for width in widths):
-        raise DataError(f"{where}: block_out_channels={widths} are no multiples of the first, which has no counterpart here")
-    head = config.get("attention_head_dim", 8)
-    settings = {
-        "base_channels": base,
-        "channel_mults": [width // base for width in widths],
-        "num_res_blocks": config["layers_per_block"],
-        "attention_resolutions": [height >> level for level, attend in enumerate(attends) if attend],
-        "head_channels": head,
-        "num_groups": config.get("norm_num_groups", 32),
-        "dropout": config.get("dropout", 0.0),
-        "norm_eps": config.get("norm_eps", 1e-5),
-        "time_features": _time_features(config, where),
-        "downsample_padding": config.get("downsample_padding", 1),
-        "conditional": bool(config.get("num_class_embeds")),
-    }
+def _kinds() -> dict[str, type[NetworkConfig]]:
+    """Returns the settings of networks by the names that diffusers has for them."""
+    return {kind.diffusers_class: kind for kind in KINDS.values() if kind.diffusers_class}
+
+
+def _network(config: Mapping[str, Any], height: int, where: str) -> tuple[NetworkConfig, int]:
+    """Returns the network's settings, and how many classes it is told."""
     try:
-        return UNetConfig.model_validate(settings)
+        return _kinds()[config["_class_name"]].of_diffusers(config, height)
     except ValueError as error:
         raise DataError(f"{where}: {' '.join(str(error).split())[:300]}") from error
-
-
-def _time_features(config: Mapping[str, Any], where: str) -> str:
-    given = (config.get("flip_sin_to_cos", True), config.get("freq_shift", 0))
-    kinds = {(False, 1): "sin_cos", (True, 0): "cos_sin"}
-    if given not in kinds:
-        raise DataError(f"{where}: flip_sin_to_cos={given[0]} with freq_shift={given[1]} has no counterpart here; false with 1 and true with 0 have")
-    return kinds[given]
 
 
 def _diffusion(scheduler: Mapping[str, Any], outputs: int, where: str) -> DiffusionConfig:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -31,8 +31,11 @@ class NetworkConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    diffusers_class: ClassVar[str] = ""
+    """What diffusers calls such a network; empty where it has none."""
+
     kind: str
-    """Which network: `unet` (DDPM) for images, `point_mlp` for points."""
+    """Which network: `unet` (DDPM) or `dit` (DiT) for images, `point_mlp` for points."""
     conditional: bool = False
     """Tell the network each row's label, so that samples of a wanted class can be drawn; the dataset needs labels."""
 
@@ -61,6 +64,29 @@ class NetworkConfig(BaseModel):
     def to_diffusers(self, network: "nn.Module", shape: tuple[int, ...]) -> DiffusersNetwork | str:
         """Returns a network that `build` made as diffusers has it, or a clause that says why diffusers has none such."""
         return f"diffusers has no network of kind {self.kind}"
+
+    @classmethod
+    def of_diffusers(cls, config: "Mapping[str, Any]", height: int) -> tuple[Self, int]:
+        """Returns the settings that are those of a network of `diffusers_class`, and how many classes it is told.
+
+        Args:
+            config: the network's keyword arguments there.
+            height: of x_t.
+
+        Raises:
+            ValueError: naming the first setting that has no counterpart.
+            KeyError: if one is missing.
+        """
+        raise NotImplementedError
+
+    def from_diffusers(self, network: "nn.Module", weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        """Returns a state dict for a network that `build` made, from the weights of its twin in diffusers.
+
+        Raises:
+            KeyError: if a tensor is missing.
+            ValueError: if one has no place here.
+        """
+        raise NotImplementedError
 
 
 class Network(Protocol):

@@ -120,7 +120,7 @@ def saved(folder: Path, **changes: Any) -> Location:
     ("changes", "message"),
     [
         ({"act_fn": "gelu"}, "act_fn=gelu has no counterpart here; only act_fn=silu has"),
-        ({"_class_name": "UNet2DConditionModel"}, "is of a UNet2DConditionModel; name a folder of a UNet2DModel"),
+        ({"_class_name": "UNet2DConditionModel"}, "is of a UNet2DConditionModel; name a folder of a DiTTransformer2DModel or UNet2DModel"),
         ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]}, "block type SkipDownBlock2D has no counterpart here"),
         ({"block_out_channels": [32, 48]}, r"block_out_channels=\[32, 48\] are no multiples of the first"),
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos=False with freq_shift=0 has no counterpart here"),

@@ -14,7 +14,7 @@ class PointMLPConfig(NetworkConfig):
     """A residual multilayer perceptron that is told the time step."""
 
     kind: Literal["point_mlp"] = "point_mlp"
-    """Which network: `unet` (DDPM) for images, `point_mlp` for points."""
+    """Which network: `unet` (DDPM) or `dit` (DiT) for images, `point_mlp` for points."""
     width: int = Field(128, ge=4, multiple_of=2)
     """Features of every hidden layer."""
     depth: int = Field(4, ge=1)

@@ -1,12 +1,14 @@
 """Settings of the network; reading them loads no torch."""
 
-from typing import TYPE_CHECKING, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
 from ..config import DiffusersNetwork, NetworkConfig
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -16,8 +18,10 @@ _CAME_LATER: dict[str, JsonValue] = {"result": "unless default"}
 class UNetConfig(NetworkConfig):
     """The denoiser's architecture; the defaults are the CIFAR-10 column of the DDPM paper (35.746 M parameters)."""
 
+    diffusers_class: ClassVar[str] = "UNet2DModel"
+
     kind: Literal["unet"] = Field("unet", json_schema_extra={"result": "unless default"})
-    """Which network: `unet` (DDPM) for images, `point_mlp` for points."""
+    """Which network: `unet` (DDPM) or `dit` (DiT) for images, `point_mlp` for points."""
     base_channels: int = Field(128, ge=4, multiple_of=2)
     """Channels at full resolution."""
     channel_mults: tuple[int, ...] = Field((1, 2, 2, 2), min_length=1)
@@ -84,6 +88,20 @@ class UNetConfig(NetworkConfig):
         if why_not := self._inexpressible(shape[1]):
             return why_not
         return DiffusersNetwork("UNet2DModel", diffusers_config(network, shape), to_diffusers(network))
+
+    @classmethod
+    def of_diffusers(cls, config: Mapping[str, Any], height: int) -> tuple[Self, int]:
+        from .diffusers import settings_of
+
+        classes = config.get("num_class_embeds")
+        return cls.model_validate(settings_of(config, height)), int(classes) - 1 if classes else 0
+
+    def from_diffusers(self, network: "nn.Module", weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        from .diffusers import from_diffusers
+        from .network import UNet
+
+        assert isinstance(network, UNet)
+        return from_diffusers(network, weights)
 
     def _inexpressible(self, height: int) -> str:
         """Returns why diffusers has no such network, nothing where it has one: there heads have one width, here a number."""

@@ -1,5 +1,8 @@
 """Weights to and from the names of diffusers' `UNet2DModel`, the format the field exchanges."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from .network import UNet
@@ -111,3 +114,63 @@ def from_diffusers(unet: UNet, theirs: Weights) -> Weights:
         else:
             ours[name] = theirs[_their_name(name, renamed)]
     return ours
+
+
+def settings_of(config: Mapping[str, Any], height: int) -> dict[str, object]:
+    """Returns the settings that are those of a `UNet2DModel`, from its keyword arguments.
+
+    Args:
+        height: of x_t.
+
+    Raises:
+        ValueError: naming the first setting that has no counterpart.
+        KeyError: if one is missing.
+    """
+    fixed = {
+        "time_embedding_type": "positional",
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "class_embed_type": None,
+        "downsample_type": "conv",
+        "upsample_type": "conv",
+        "resnet_time_scale_shift": "default",
+        "add_attention": True,
+        "attn_norm_num_groups": None,
+        "mid_block_scale_factor": 1,
+    }
+    for name, wanted in fixed.items():
+        if config.get(name, wanted) != wanted:
+            raise ValueError(f"{name}={config[name]} has no counterpart here; only {name}={wanted} has")
+    downs, ups = config["down_block_types"], config["up_block_types"]
+    known = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}
+    if unknown := next((name for name in (*downs, *ups) if name not in known), None):
+        raise ValueError(f"block type {unknown} has no counterpart here; use {', '.join(known)}")
+    attends = [known[name] for name in downs]
+    if attends != [known[name] for name in reversed(ups)]:
+        raise ValueError("down_block_types and up_block_types attend at different levels, which has no counterpart here")
+    widths = list(config["block_out_channels"])
+    base = widths[0]
+    if any(width % base for width in widths):
+        raise ValueError(f"block_out_channels={widths} are no multiples of the first, which has no counterpart here")
+    head = config.get("attention_head_dim", 8)
+    return {
+        "base_channels": base,
+        "channel_mults": [width // base for width in widths],
+        "num_res_blocks": config["layers_per_block"],
+        "attention_resolutions": [height >> level for level, attend in enumerate(attends) if attend],
+        "head_channels": head,
+        "num_groups": config.get("norm_num_groups", 32),
+        "dropout": config.get("dropout", 0.0),
+        "norm_eps": config.get("norm_eps", 1e-5),
+        "time_features": _time_features(config),
+        "downsample_padding": config.get("downsample_padding", 1),
+        "conditional": bool(config.get("num_class_embeds")),
+    }
+
+
+def _time_features(config: Mapping[str, Any]) -> str:
+    given = (config.get("flip_sin_to_cos", True), config.get("freq_shift", 0))
+    kinds = {(False, 1): "sin_cos", (True, 0): "cos_sin"}
+    if given not in kinds:
+        raise ValueError(f"flip_sin_to_cos={given[0]} with freq_shift={given[1]} has no counterpart here; false with 1 and true with 0 have")
+    return kinds[given]

@@ -1,0 +1,5 @@
+"""The Diffusion Transformer (DiT)."""
+
+from .config import DiTConfig as Config
+
+__all__ = ["Config"]
