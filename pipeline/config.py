@@ -17,7 +17,8 @@ from cluster.config import ClusterConfig
 from components.diffusion.config import DiffusionConfig
 from components.errors import DataError
 from components.ingest.sources import DataConfig, address_of
-from components.networks.kinds import KINDS, AnyNetworkConfig
+from components.networks.config import NetworkConfig
+from components.networks.kinds import DEFAULT, KINDS, AnyNetworkConfig
 from components.networks.unet.config import UNetConfig
 from pipeline.errors import ConfigError
 from pipeline.measurement.config import EvaluateConfig
@@ -89,6 +90,8 @@ class RunConfig(BaseModel):
 def load_config(path: Path | None, overrides: Sequence[str] = (), fixed: Mapping[str, Mapping[str, Any]] | None = None) -> RunConfig:
     """Reads a preset, lays `section.key=value` overrides on it, and validates once.
 
+    Where an override names another kind of network, what the preset says of its own kind is left out.
+
     Args:
         path: None for the defaults.
         fixed: settings by section that nothing overrides; a section `model` takes the preset's place.
@@ -98,6 +101,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), fixed: Mapping
     """
     tree: dict[str, Any] = {} if path is None else _read_tree(path)
     own = _source(tree)
+    _change_kind(tree, overrides)
     for override in overrides:
         _lay(tree, override)
     for section, values in (fixed or {}).items():
@@ -196,6 +200,14 @@ def _lay(tree: dict[str, Any], override: str) -> None:
     tree.setdefault(section, {})[key] = _parse(section, key, text)
 
 
+def _change_kind(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Leaves out what a preset says of a network when an override names one of another kind."""
+    named = [override.partition("=")[2] for override in overrides if override.startswith("model.kind=")]
+    settings = tree.get("model", {})
+    if named and named[-1] in KINDS and named[-1] != settings.get("kind", DEFAULT):
+        tree["model"] = {name: value for name, value in settings.items() if name in NetworkConfig.model_fields and name != "kind"}
+
+
 def _parse(section: str, key: str, text: str) -> Any:
     field = section_fields(section).get(key)
     if field is not None and field.annotation is str:
@@ -216,11 +228,13 @@ def section_fields(section: str) -> Mapping[str, Any]:
 
 def _explain(detail: dict[str, Any]) -> str:
     location = [str(part) for part in detail["loc"]]
+    kind = ""
     if location[:1] == ["model"] and location[1:2] and location[1] in KINDS:
-        del location[1]  # the kind, which is a setting of its own
+        kind = location.pop(1)  # which is a setting of its own
     address = ".".join(location)
     if detail["type"] == "extra_forbidden":
-        return f"{address} is not a setting; {_suggest(location)}"
+        of_kind = f" of model.kind={kind}" if kind else ""
+        return f"{address} is not a setting{of_kind}; {_suggest(location, kind)}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "unknown_kind":
         return f"{address}.kind={detail['input'].get('kind')!r} is unknown; use {' or '.join(sorted(KINDS))}"
@@ -229,8 +243,9 @@ def _explain(detail: dict[str, Any]) -> str:
     return f"{address}={detail['input']!r} is wrong: {message[0].lower()}{message[1:]}"
 
 
-def _suggest(location: list[str]) -> str:
-    known = list(RunConfig.model_fields) if len(location) == 1 else list(section_fields(location[0]))
+def _suggest(location: list[str], kind: str) -> str:
+    fields = KINDS[kind].model_fields if kind else section_fields(location[0])
+    known = list(RunConfig.model_fields) if len(location) == 1 else list(fields)
     prefix = "" if len(location) == 1 else f"{location[0]}."
     close = difflib.get_close_matches(location[-1], known, n=1)
     if close:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.networks.dit.config import DiTConfig
 from pipeline.config import RunConfig, config_digest, flatten, load_config, section_fields
 from pipeline.errors import ConfigError
 from workflows.preset_files import PRESETS, find_preset
@@ -168,3 +169,12 @@ def test_a_source_whose_name_no_model_can_have_gives_a_name_of_its_own_all_the_s
     name, other = (load_config(DIGITS, [f"data.source={each}"]).registry.model_name for each in (source, source + "y"))
     assert re.fullmatch(r"ddpm-([A-Za-z0-9._-]{1,60}-)?[0-9a-f]{8}", name)
     assert name != other
+
+
+def test_another_kind_of_network_leaves_out_what_the_preset_says_of_its_own():
+    config = load_config(PRESETS / "digits.yaml", ["model.kind=dit", "model.depth=2", "model.conditional=true"])
+    assert config.model.model_dump() == DiTConfig(depth=2, conditional=True).model_dump()
+    same = load_config(PRESETS / "digits.yaml", ["model.kind=unet"])
+    assert same.model == load_config(PRESETS / "digits.yaml").model
+    with pytest.raises(ConfigError, match=r"model.base_channels is not a setting of model.kind=dit; use one of model.kind, model.conditional, model.size"):
+        load_config(PRESETS / "digits.yaml", ["model.kind=dit", "model.base_channels=8"])
