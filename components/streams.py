@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     POINTS = 9
     BOUND = 10
     AUGMENTATION = 11
+    POSTERIOR = 12
 
 
 def stream(purpose: Purpose, seed: int, *counters: int) -> np.random.Generator:

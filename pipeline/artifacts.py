@@ -8,8 +8,8 @@ from components.data.shards import Manifest
 from components.spaces.kinds import AnySpace
 from components.storage import Location
 
-StageName = Literal["preprocess", "train", "evaluate", "register"]
-STAGES: tuple[StageName, ...] = ("preprocess", "train", "evaluate", "register")
+StageName = Literal["preprocess", "encode", "train", "evaluate", "register"]
+STAGES: tuple[StageName, ...] = ("preprocess", "encode", "train", "evaluate", "register")
 
 
 class _Record(BaseModel):
@@ -40,7 +40,7 @@ class ShardSet(Receipt):
     num_opened: int
     """Files that were opened, because they were new or changed."""
     num_decoded: int
-    """Files that were decoded."""
+    """Files that were decoded; of a dataset of latents, images that were encoded."""
     quarantined: dict[str, int]
     """Quarantined images by reason."""
     source_splits: dict[str, int] = {}

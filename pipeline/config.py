@@ -57,7 +57,10 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
-        self.model.check_shape(self.data.space.shape)
+        if self.data.autoencoder is None:
+            self.model.check_shape(self.data.space.shape)
+        else:
+            self._check_latents()
         if (self.train.augments or self.train.augment_conditioning) and not self.data.space.can_mirror:
             raise ValueError(f"train: augmentation means nothing to {self.data.space.noun}s; leave rotation, translation, scaling and crop_jitter out")
         if self.train.flip and not self.data.space.can_mirror:
@@ -70,6 +73,16 @@ class RunConfig(BaseModel):
         self._check_recipe()
         check_paths({"data.source": self.data.source, "data.root": self.data.root, **_paths(self.evaluate, self.cluster)})
         return self
+
+    def _check_latents(self) -> None:
+        if self.data.space.kind != "pixels":
+            raise ValueError("data.autoencoder takes images; leave it out")
+        if self.data.normalisation != "fixed":
+            raise ValueError(f"data.normalisation={self.data.normalisation} means nothing to an autoencoder, which takes -1..1; leave it out")
+        if self.train.augments or self.train.augment_conditioning:
+            raise ValueError("train: of augmentation latents know mirror images alone; leave rotation, translation, scaling and crop_jitter out")
+        if self.evaluate.nll_images:
+            raise ValueError(f"evaluate.nll_images={self.evaluate.nll_images} is the likelihood of pixels, which latents have none of; use 0")
 
     def _check_recipe(self) -> None:
         try:

@@ -29,13 +29,17 @@ ELECTION_SEEDS = 2**62
 PUBLISHED = ".published-"
 
 
-def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, context: StageContext) -> Evaluation:
+def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, context: StageContext, latents: ShardSet | None = None) -> Evaluation:
     """Draws samples of a checkpoint, measures them against the dataset, and returns the receipt.
+
+    Args:
+        latents: what the images are encoded to, where the denoiser works on latents.
 
     Raises:
         DataError: if the checkpoint, the dataset, or a file of weights or statistics is not whole.
     """
-    with open_evaluator(config, shards, context) as opened:
+    with open_evaluator(config, shards, context) as pixels_only:
+        opened = replace(pixels_only, latents=latents)
         opened.reference()
         samples, election = _elect(opened, model)
         evaluator = replace(opened, policy="elected") if election else opened

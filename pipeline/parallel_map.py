@@ -35,11 +35,13 @@ class Work:
         function: takes some of the rows, and yields what each gave; several threads call it at a time, and it travels.
         stop: makes the calls of the function that are under way in this process end soon, and frees what it keeps between calls.
         most_per_turn: rows that a worker of the cluster may get at once.
+        use_gpu: each worker of the cluster has a GPU of its own.
     """
 
     function: Callable[[Iterable[Row]], Iterator[Row]]
     stop: Callable[[], None]
     most_per_turn: int = 1
+    use_gpu: bool = False
 
 
 def parallel_map(rows: Sequence[Row], work: Work, cluster: ClusterConfig) -> Generator[Row]:
@@ -127,9 +129,10 @@ def _by_ray_data(rows: Sequence[Row], work: Work, cluster: ClusterConfig) -> Ite
     # Work gives up by itself on what takes too long; rows that are slow are no reason to end the run.
     ray.data.DataContext.get_current().execution_no_progress_timeout_s = NO_PROGRESS_S
     options: dict[str, Any] = {"label_selector": cluster.preprocess_labels} if cluster.preprocess_labels else {}
-    workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    workers = max(1, int(ray.cluster_resources().get("GPU" if work.use_gpu else "CPU", 1)))
+    options |= {"num_gpus": 1} if work.use_gpu else {"num_cpus": 1}
     turns = [{"rows": list(rows[first:last])} for first, last in _turns(len(rows), workers, work.most_per_turn)]
-    dataset = ray.data.from_items(turns, override_num_blocks=min(len(turns), MOST_BLOCKS)).map(partial(_do_turn, function=work.function), num_cpus=1, **options)
+    dataset = ray.data.from_items(turns, override_num_blocks=min(len(turns), MOST_BLOCKS)).map(partial(_do_turn, function=work.function), **options)
     try:
         for turn in dataset.iter_rows():
             yield from turn["rows"]

@@ -15,6 +15,7 @@ from components.storage import Location
 from pipeline import preprocess as preprocess_stage
 from pipeline import train as train_stage
 from pipeline.artifacts import StageName
+from pipeline.autoencoder import check_autoencoder
 from pipeline.cluster_check import check_cluster
 from pipeline.config import RunConfig, public_tree
 from pipeline.context import Reporter
@@ -64,6 +65,7 @@ def preflight(config: RunConfig, name: str, until: StageName, reporter: Reporter
         listed = _list(config, storage, reporter) if lists else None
         check_files(config.evaluate)
         check_init(config.train, storage / "runs" / name)
+        check_autoencoder(config.data.autoencoder)
         if config.cluster.address == "local":
             check_cache(config.cluster.cache, is_used=not storage.is_local)
         with ray_session(config.cluster, storage, name, reporter.line):

@@ -1,4 +1,4 @@
-"""The four stages in a row. A stage whose receipt already matches its inputs is not run again."""
+"""The stages in a row. A stage whose receipt already matches its inputs is not run again."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,13 +8,17 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.markup import escape
 
+from components.autoencoder.store import AutoencoderFiles
 from components.errors import DataError
+from components.spaces.latents import LatentSpace
 from components.storage import Location
+from pipeline import encode as encode_stage
 from pipeline import evaluate as evaluate_stage
 from pipeline import preprocess as preprocess_stage
 from pipeline import register as register_stage
 from pipeline import train as train_stage
 from pipeline.artifacts import STAGES, AnyReceipt, ChampionTest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
+from pipeline.autoencoder import check_network, check_start, resolve_autoencoder
 from pipeline.config import RunConfig, config_digest, digest_of, flat, flat_result_fields, model_name_of, result_fields
 from pipeline.context import Reporter, StageContext
 from pipeline.measurement.extractors import check_extractor
@@ -79,6 +83,8 @@ class Pipeline:
     listed: preprocess_stage.ListedSource | None = None
     given: FixedInputs | None = None
     start: Start | None = None
+    autoencoder: AutoencoderFiles | None = None
+    latents: ShardSet | None = None
 
     def context(self, stage: StageName, inputs: str) -> StageContext:
         """Returns where a stage with these inputs writes and runs."""
@@ -168,8 +174,13 @@ def run(
 
 
 def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName) -> None:
+    if tracking is not None:
+        pipeline.autoencoder = _find_autoencoder(pipeline, tracking)
     shards = _preprocess(pipeline)
     if until == "preprocess" or tracking is None:
+        return
+    pipeline.latents = _encode(pipeline, shards)
+    if until == "encode":
         return
     train_stage.check_labels(pipeline.config.model, shards)
     if until in ("evaluate", "register"):
@@ -179,6 +190,8 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
     done = pipeline.given.model if pipeline.given else None
     if done is None:
         pipeline.start = _start(pipeline, tracking)
+    if pipeline.start is not None:
+        check_start(Location.of(pipeline.start.checkpoint), pipeline.start.model, _latent_space(pipeline))
     inputs = _train_inputs(pipeline, shards) if done is None else done.inputs
     with TrackedRun(pipeline.config, pipeline.context("train", inputs), tracking, shards) as tracked:
         model = _train(pipeline, shards, tracked, inputs)
@@ -216,7 +229,8 @@ def _train_inputs(pipeline: Pipeline, shards: ShardSet) -> str:
     At which step it ends is no part of it, so that a longer run goes on where a shorter one ended.
     """
     config, start = pipeline.config, pipeline.start
-    inputs = digest_of(shards.digest, config.model, config.diffusion, _of_steps(config.train), *([start.sha256] if start else []))
+    trained_on = pipeline.latents or shards
+    inputs = digest_of(trained_on.digest, config.model, config.diffusion, _of_steps(config.train), *([start.sha256] if start else []))
     trainings = pipeline.storage / "runs" / pipeline.name / "train"
     return inputs if inputs in trainings.folders() else _of_older_version(trainings, _train_settings(pipeline, shards)) or inputs
 
@@ -244,7 +258,7 @@ def _train_settings(pipeline: Pipeline, shards: ShardSet) -> dict[str, str]:
     """Returns what `_train_inputs` is the digest of, for messages."""
     config, start = pipeline.config, pipeline.start
     settings = flat_result_fields(model=config.model, diffusion=config.diffusion) | flat("train", _of_steps(config.train))
-    return settings | {"dataset": shards.digest} | ({"start": start.sha256} if start else {})
+    return settings | {"dataset": (pipeline.latents or shards).digest} | ({"start": start.sha256} if start else {})
 
 
 def _preprocess(pipeline: Pipeline) -> ShardSet:
@@ -265,6 +279,38 @@ def _preprocess(pipeline: Pipeline) -> ShardSet:
     )
 
 
+def _find_autoencoder(pipeline: Pipeline, tracking: Tracking) -> AutoencoderFiles | None:
+    """Returns the autoencoder in whose latents the run works, which the network takes; None where it works on rows as they are."""
+    data, storage = pipeline.config.data, pipeline.storage
+    if data.autoencoder is None:
+        return None
+    with pipeline.reporter.part("reading the autoencoder"):
+        found = resolve_autoencoder(data.autoencoder, folder=storage / "runs" / pipeline.name, tracking=tracking, storage=storage)
+    check_network(pipeline.config.model, found.latent_shape(data.space.shape))
+    return found
+
+
+def _latent_space(pipeline: Pipeline) -> LatentSpace | None:
+    space = pipeline.latents.space if pipeline.latents is not None else None
+    return space if isinstance(space, LatentSpace) else None
+
+
+def _encode(pipeline: Pipeline, shards: ShardSet) -> ShardSet | None:
+    """Returns the latents that the denoiser works on; None where it works on rows as they are."""
+    if pipeline.autoencoder is None:
+        return None
+    found = pipeline.autoencoder
+    space = encode_stage.space_of(shards, found, mirrors=pipeline.config.train.flip)
+    return pipeline.stage(
+        "encode",
+        ShardSet,
+        digest_of(shards.digest, space.definition()),
+        encode_stage.is_intact,
+        lambda context: encode_stage.encode(shards, space, found, context=context, anew=pipeline.forced("encode")),
+        lambda context: None,
+    )
+
+
 def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: str) -> TrainedModel:
     config = pipeline.config
     if pipeline.given is not None and pipeline.given.model is not None:
@@ -273,11 +319,11 @@ def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: st
 
     def call(context: StageContext) -> TrainedModel:
         kept_at(config.train.steps, context.folder)  # whose error must not leave its mark on a run that has ended well
-        return train_stage.train(
+        trained = train_stage.train(
             config.train,
             config.model,
             config.diffusion,
-            shards,
+            pipeline.latents or shards,
             context=context,
             tracking=tracked.tracking,
             run_id=tracked.open(),
@@ -285,6 +331,7 @@ def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: st
             settings=_train_settings(pipeline, shards),
             start=pipeline.start,
         )
+        return trained.model_copy(update={"dataset_digest": shards.digest})  # of the images, by which models are compared
 
     return pipeline.stage("train", TrainedModel, inputs, train_stage.is_intact, call, _set_finished_aside, _why_other_steps(config.train.steps))
 
@@ -307,7 +354,7 @@ def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked
         Evaluation,
         digest_of(model.weights_sha256, shards.digest, config, evaluate_stage.decided_by(config, model)),
         evaluate_stage.is_intact,
-        lambda context: evaluate_stage.evaluate(config, model, shards, context=context),
+        lambda context: evaluate_stage.evaluate(config, model, shards, context=context, latents=pipeline.latents),
         lambda context: evaluate_stage.forget(context.folder),
     )
     if tracked.is_open or not pipeline.reports["evaluate"].skipped:

@@ -24,7 +24,7 @@ class Batch:
 
     Attributes:
         rows: (B,) int64, row numbers in the dataset.
-        data: (B, *shape) rows of the dataset's space, mirrored where the draw says so.
+        data: (B, *shape) rows of the dataset's space, or what is drawn of them, mirrored where the draw says so.
         t: (B,), as the diffusion process counts times: int64 0..T-1, or float32.
         eps: (B, *shape) float32.
         labels: (B,) int64, what the network is told of each image's class; None where it is told no class.
@@ -92,19 +92,23 @@ class BatchPlan:
         """Returns the row numbers, data, time steps, noise and labels of the given lanes at a step."""
         rows = np.concatenate([self.order.rows(step, lane) for lane in lanes])
         data = reader.rows(rows)
-        times, noises, shown = [], [], []
+        times, noises, shown, space = [], [], [], reader.space
         mirrors = np.zeros(len(rows), bool)
         for index, lane in enumerate(lanes):
             draw = stream(Purpose.TRAINING, self.order.seed, step, lane)
             count = self.order.rows_per_lane
             times.append(self.draw_times(draw, count))
-            noises.append(draw.standard_normal((count, *data.shape[1:]), dtype=np.float32))
+            noises.append(draw.standard_normal((count, *space.shape), dtype=np.float32))
             if self.mirrored is not None:
                 chosen = np.flatnonzero(draw.random(count) < 0.5) + index * count
                 data[chosen] = self.mirrored(data[chosen])
                 mirrors[chosen] = True
             if self.num_classes:
                 shown.append(draw.random(count) >= self.label_dropout)
+        if space.is_drawn:
+            parts_of_lanes = np.split(data, len(lanes))
+            draws = (stream(Purpose.POSTERIOR, self.order.seed, step, lane) for lane in lanes)
+            data = np.concatenate([space.drawn(part, draw) for part, draw in zip(parts_of_lanes, draws, strict=True)])
         labels = self._labels(reader.labels(rows), np.concatenate(shown)) if self.num_classes else None
         parts = (rows, data, np.concatenate(times), np.concatenate(noises))
         augmentation = self._augmentation(step, lanes, mirrors)

@@ -47,7 +47,7 @@ class RowReader:
         return len(self._places)
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """Returns rows (len(numbers), *shape) of the dataset's space, in the order asked for.
+        """Returns rows (len(numbers), *row_shape) of the dataset's space, in the order asked for.
 
         Raises:
             IndexError: if a row number is outside the dataset.
@@ -55,7 +55,7 @@ class RowReader:
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self):
             raise IndexError(f"rows {int(numbers.min())}..{int(numbers.max())} are outside a dataset of {len(self)} rows")
         space = self._manifest.space
-        out = np.empty((len(numbers), *space.shape), space.dtype)
+        out = np.empty((len(numbers), *space.row_shape), space.dtype)
         shards = self._shards[numbers]
         for shard in np.unique(shards):
             mine = np.flatnonzero(shards == shard)

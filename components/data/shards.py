@@ -143,7 +143,7 @@ def shard_location(folder: Location, name: str) -> Location:
 
 def shard_schema(space: Space) -> pa.Schema:
     """Returns the schema of a shard; the shape of a row stands in its metadata."""
-    metadata = {"ddpm.shape": json.dumps(list(space.shape))}
+    metadata = {"ddpm.shape": json.dumps(list(space.row_shape))}
     return pa.schema([(space.column, pa.binary(space.row_bytes)), ("label", pa.string()), ("source", pa.string())], metadata=metadata)
 
 
@@ -151,7 +151,7 @@ def shard_table(space: Space, rows: np.ndarray, labels: pa.Array, sources: pa.Ar
     """Returns rows as a shard holds them.
 
     Args:
-        rows: (N, *shape) of the space's type.
+        rows: (N, *row_shape) of the space's type.
         labels: strings, null without one.
         sources: strings.
     """
@@ -193,12 +193,12 @@ def _content_name(sha256: str) -> str:
 
 
 def column_rows(column: pa.ChunkedArray, space: Space) -> np.ndarray:
-    """Returns a fixed_size_binary column as rows (N, *shape), without a copy per row."""
+    """Returns a fixed_size_binary column as rows (N, *row_shape), without a copy per row."""
     parts = []
     for chunk in column.chunks:
         values = np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * space.row_bytes : (chunk.offset + len(chunk)) * space.row_bytes]
-        parts.append(values.view(space.dtype).reshape(len(chunk), *space.shape))
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, *space.shape), space.dtype), *parts])
+        parts.append(values.view(space.dtype).reshape(len(chunk), *space.row_shape))
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, *space.row_shape), space.dtype), *parts])
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -119,7 +119,7 @@ def _caption(manifest: Manifest, num_shown: int) -> str:
 
 def _read(folder: Location, manifest: Manifest, splits: pa.ChunkedArray, numbers: np.ndarray, copies: ShardCache | None) -> np.ndarray:
     """Returns rows of any split, (len(numbers), *shape)."""
-    out = np.empty((len(numbers), *manifest.space.shape), manifest.space.dtype)
+    out = np.empty((len(numbers), *manifest.space.row_shape), manifest.space.dtype)
     encoded = splits.combine_chunks().dictionary_encode()
     codes, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
     for split in (split for split in manifest.splits if split in names):

@@ -4,6 +4,7 @@ denoiser.json       network, diffusion process, image format
 ema.safetensors     averaged weights: what samples are drawn from
 ema-0.999.safetensors   a further average, named by its decay, where training kept any
 weights.safetensors optimizer.safetensors state.json      what training needs to go on
+autoencoder.json autoencoder.safetensors    what decodes latents, in a registered version
 manifest.json       every file with its size and SHA-256, written last
 """
 
@@ -121,11 +122,13 @@ def write_checkpoint(
     state: TrainingState | None = None,
     *,
     more_averages: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    more_files: Mapping[str, Path] | None = None,
 ) -> None:
     """Writes a checkpoint folder, manifest last, replacing what was there; on a file system it appears in one step.
 
     Args:
         more_averages: further averaged weights by their `average_name`.
+        more_files: what else goes with it, by name.
     """
     with _staging(path) as staging:
         _write_json(staging / "denoiser.json", spec.model_dump(mode="json"))
@@ -135,7 +138,14 @@ def write_checkpoint(
             write_weights(staging / "weights.safetensors", state.weights)
             write_weights(staging / "optimizer.safetensors", state.optimizer)
             _write_json(staging / "state.json", state.record.model_dump())
-        names = ["denoiser.json", *(f"{name}.safetensors" for name in (MAIN_AVERAGE, *(more_averages or {}))), *(() if state is None else TRAINING_FILES)]
+        for name, file in (more_files or {}).items():
+            shutil.copyfile(file, staging / name)
+        names = [
+            "denoiser.json",
+            *(more_files or {}),
+            *(f"{name}.safetensors" for name in (MAIN_AVERAGE, *(more_averages or {}))),
+            *(() if state is None else TRAINING_FILES),
+        ]
         # By name, not by what is there: a file that somebody took away is an error, and not a checkpoint without it.
         files = {name: {"bytes": (staging / name).stat().st_size, "sha256": sha256_of(staging / name)} for name in sorted(names)}
         _write_json(staging / MANIFEST, {"format": 1, "files": files})
@@ -214,6 +224,7 @@ def load_denoiser(path: Location, device: torch.device | str = "cpu", weights: s
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); restore it or use another checkpoint") from error
     network = network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    spec = spec.model_copy(update={"space": spec.space.opened(path, device)})
     return Denoiser(spec, network, make_process(spec.diffusion).to(device))
 
 

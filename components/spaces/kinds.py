@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from .latents import LatentSpace
 from .pixels import PixelSpace
 from .points import PointSpace
 from .space import Space
@@ -17,6 +18,6 @@ if TYPE_CHECKING:
     AnySpace = Space
 else:
     AnySpace = Annotated[
-        Annotated[PixelSpace, Tag("pixels")] | Annotated[PointSpace, Tag("points")],
+        Annotated[PixelSpace, Tag("pixels")] | Annotated[PointSpace, Tag("points")] | Annotated[LatentSpace, Tag("latents")],
         Discriminator(_kind),
     ]

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     import torch
 
+    from ..storage import Location
+
 
 class ScaledLimit(NamedTuple):
     """Bounds of x_0 whose channels were scaled: deviation * x_0 + mean is within -1..1, channel by channel."""
@@ -39,6 +41,8 @@ class Space(BaseModel):
     """Whether each row is a picture by itself."""
     can_mirror: ClassVar[bool] = False
     """Whether a row mirrored left to right is as good an example, and one that is turned, shifted or enlarged an image, too."""
+    is_drawn: ClassVar[bool] = False
+    """Whether a row is a distribution, of which `drawn` makes what is trained on."""
 
     kind: str
     """Which space."""
@@ -50,13 +54,23 @@ class Space(BaseModel):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of a row, and of x_0."""
+        """Shape of x_0."""
         raise NotImplementedError
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of a row in a shard."""
+        return self.shape
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in a shard."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return int(np.prod(self.row_shape)) * self.dtype.itemsize
+
+    @property
+    def seen(self) -> "Space":
+        """The space of what a person sees, which samples are measured in: the space itself, or what its rows are decoded to."""
+        return self
 
     @property
     def decoding_bytes(self) -> int:
@@ -95,12 +109,28 @@ class Space(BaseModel):
         """
         return self
 
+    def opened(self, near: "Location", device: "torch.device | str" = "cpu") -> Self:
+        """Returns the space ready to decode; most need nothing for that.
+
+        Args:
+            near: a checkpoint or a dataset, from which what decodes is found.
+            device: where it works.
+
+        Raises:
+            DataError: if it is not there, or not what it was.
+        """
+        return self
+
+    def drawn(self, rows: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+        """Returns what is trained on (B, *shape) of rows that are distributions."""
+        raise NotImplementedError
+
     def to_x_0(self, rows: "torch.Tensor") -> "torch.Tensor":
-        """Returns x_0 (B, *shape), float32, of rows of the same shape."""
+        """Returns x_0 (B, *shape), float32, of rows (B, *row_shape), or of what `drawn` made of them."""
         raise NotImplementedError
 
     def to_rows(self, x_0: "torch.Tensor") -> "torch.Tensor":
-        """Returns rows of x_0: the inverse of `to_x_0`, as far as rows can hold it."""
+        """Returns rows of the space that is `seen`: the inverse of `to_x_0`, as far as rows can hold it."""
         raise NotImplementedError
 
     def mirrored(self, rows: np.ndarray) -> np.ndarray:

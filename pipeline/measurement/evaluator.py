@@ -86,6 +86,7 @@ class Evaluator:
 
     Attributes:
         config: its precision is no longer `auto`.
+        latents: what the images are encoded to, where the denoiser works on latents.
     """
 
     config: EvaluateConfig
@@ -94,7 +95,13 @@ class Evaluator:
     actor_pool: ActorPool
     context: StageContext
     policy: Literal["ema", "elected"] = "ema"
+    latents: ShardSet | None = None
     _measured: dict[tuple[int, Split], RealFeatures] = field(default_factory=dict, compare=False)
+
+    @property
+    def trained_on(self) -> ShardSet:
+        """The dataset that the denoiser works on."""
+        return self.latents or self.shards
 
     @cached_property
     def label_counts(self) -> dict[str, int]:
@@ -110,10 +117,10 @@ class Evaluator:
             DataError: if the folder is no checkpoint, lacks the average, or makes other images than the dataset's.
         """
         spec = read_spec(checkpoint)
-        if (spec.space.kind, spec.shape) != (self.manifest.space.kind, self.manifest.space.shape):
+        seen = spec.space.seen
+        if (seen.kind, seen.shape) != (self.manifest.space.kind, self.manifest.space.shape):
             raise DataError(
-                f"{checkpoint} draws {spec.space.description}, and dataset {self.manifest.digest} holds {self.manifest.space.description}; "
-                "name one of the same shape"
+                f"{checkpoint} draws {seen.description}, and dataset {self.manifest.digest} holds {self.manifest.space.description}; name one of the same shape"
             )
         counts = tuple(self.label_counts.get(name, 0) for name in spec.label_names)
         return sample_set(self.context.storage, checkpoint, weights, recipe or self.config.recipe, counts if any(counts) else (1,) * len(counts))

@@ -14,7 +14,7 @@ def bits_per_dimension(evaluator: Evaluator, samples: SampleSet) -> float:
     split: Split = "holdout" if evaluator.manifest.splits.get("holdout", 0) else "train"
     count = evaluator.manifest.splits[split]
     rows = np.linspace(0, count - 1, min(evaluator.config.nll_images, count)).round().astype(int).tolist()
-    real = RealSet(evaluator.context.storage, evaluator.shards.path, split)
+    real = RealSet(evaluator.context.storage, evaluator.trained_on.path, split)
     pieces = [(rows[first : first + ROWS_AT_ONCE], first) for first in range(0, len(rows), ROWS_AT_ONCE)]
     total = 0.0
     with evaluator.context.reporter.progress("bounding the likelihood", len(rows), f"{evaluator.manifest.space.noun}s") as advance:

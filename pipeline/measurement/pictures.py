@@ -9,7 +9,7 @@ import numpy as np
 from components.charts import save_loss_curve, save_timestep_losses
 from components.counts import counted
 from components.data.reader import RowReader
-from components.data.shards import Split
+from components.data.shards import Split, read_manifest
 from components.figures import closest_pairs, grid, interpolation_sheet
 from components.model.spec import read_spec
 from components.process import Moment, all_schedules, forward_picture, gif_bytes, reverse_frames, save_schedules
@@ -96,10 +96,11 @@ def _draw_forward(evaluator: Evaluator, samples: SampleSet, forward: Path, sched
     """Draws what the noise of the model's process does to some rows to train on, and its schedule among the others."""
     from components.diffusion.process import make_process
 
-    space, diffusion = evaluator.manifest.space, read_spec(Location.of(samples.checkpoint)).diffusion
-    count = evaluator.manifest.num_train
+    folder, diffusion = Location.of(evaluator.trained_on.path), read_spec(Location.of(samples.checkpoint)).diffusion
+    manifest = read_manifest(folder)
+    space, count = manifest.space.opened(folder), manifest.num_train
     numbers = np.linspace(0, count - 1, min(count, FORWARD_IMAGES if space.one_tile_per_row else space.rows_in_a_picture)).round().astype(int)
-    rows = RowReader(Location.of(evaluator.shards.path), evaluator.manifest).rows(numbers)
+    rows = RowReader(folder, manifest).rows(numbers)
     forward_picture(space, make_process(diffusion), rows, diffusion.describe()).save(forward)
     save_schedules(schedules, all_schedules(diffusion.num_steps))
 
@@ -143,7 +144,7 @@ def _losses(evaluator: Evaluator, samples: SampleSet, split: Split, times: Seque
     """Returns the loss at some time steps; all actors work on it, and how many they are is no part of the result."""
     count = evaluator.manifest.splits[split]
     rows = np.linspace(0, count - 1, min(evaluator.config.loss_images, evaluator.config.num_samples, count)).round().astype(int).tolist()
-    real = RealSet(evaluator.context.storage, evaluator.shards.path, split)
+    real = RealSet(evaluator.context.storage, evaluator.trained_on.path, split)
     pieces = [(index, first) for index in range(len(times)) for first in range(0, len(rows), ROWS_AT_ONCE)]
     work = ((samples, real, rows[first : first + ROWS_AT_ONCE], first, times[index]) for index, first in pieces)
     sums = np.zeros(len(times))

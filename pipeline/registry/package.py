@@ -6,13 +6,16 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import components
+from components.autoencoder.store import PACKED, find_autoencoder
 from components.model.spec import DenoiserSpec
 from components.scratch import scratch
+from components.spaces.latents import LatentSpace
 from components.storage import Location
 from pipeline.artifacts import Evaluation, TrainedModel
 from pipeline.tracking_client import again_after_races
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow", "pydantic", "torch")
 """What a process needs to load and serve a version: all that the code in it imports, and pandas, without which MLflow serves nothing."""
+FOR_LATENTS = ("diffusers",)
+"""What it needs beside where the denoiser works on latents, which diffusers' network decodes."""
 
 
 def log_model(name: str, model: TrainedModel, evaluation: Evaluation, run_id: str) -> str:
@@ -31,6 +36,7 @@ def log_model(name: str, model: TrainedModel, evaluation: Evaluation, run_id: st
 
     with scratch("register") as folder:
         spec = _write_weights(folder, evaluation)
+        requirements = (*REQUIREMENTS, *(FOR_LATENTS if isinstance(spec.space, LatentSpace) else ()))
         package = copy_code(folder)
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
             # MLflow advises type hints, which allow no more than one kind of input; the signature is written out in full instead.
@@ -40,7 +46,7 @@ def log_model(name: str, model: TrainedModel, evaluation: Evaluation, run_id: st
                 python_model=str(folder / "sampler.py"),
                 artifacts={part: str(folder / part) for part in ("checkpoint", "diffusers")},
                 code_paths=[str(package)],
-                pip_requirements=[f"{each}=={installed_version(each).partition('+')[0]}" for each in REQUIREMENTS],
+                pip_requirements=[f"{each}=={installed_version(each).partition('+')[0]}" for each in requirements],
                 signature=signature(spec),
                 input_example={"num_images": 2, "steps": min(4, spec.diffusion.most_steps), "seed": 0},
                 step=evaluation.step,
@@ -58,9 +64,22 @@ def _write_weights(folder: Path, evaluation: Evaluation) -> "DenoiserSpec":
     name = f"{evaluation.weights}.safetensors"
     with Location.of(evaluation.checkpoint).local_copy(["denoiser.json", name]) as source:
         spec, weights = DenoiserSpec.model_validate_json((source / "denoiser.json").read_text(encoding="utf-8")), read_weights(source / name)
-    write_checkpoint(Location.of(folder / "checkpoint"), spec, weights)
-    write_diffusers(folder / "diffusers", spec, weights)
+    with _decoder(spec, Location.of(evaluation.checkpoint)) as files:
+        write_checkpoint(Location.of(folder / "checkpoint"), spec, weights, more_files=files)
+        write_diffusers(folder / "diffusers", spec, weights, {PACKED[name]: file for name, file in files.items()})
     return spec
+
+
+@contextmanager
+def _decoder(spec: DenoiserSpec, checkpoint: Location) -> Iterator[dict[str, Path]]:
+    """Gives the files of the autoencoder of a denoiser that works on latents, by the names that they have in a checkpoint; else none."""
+    if not isinstance(spec.space, LatentSpace):
+        yield {}
+        return
+    found = find_autoencoder(spec.space.autoencoder, checkpoint)
+    names = (found.config_name, found.weights_name)
+    with found.folder.local_copy(names) as folder:
+        yield {packed: folder / name for packed, name in zip(PACKED, names, strict=True)}
 
 
 def copy_code(folder: Path) -> Path:

@@ -75,8 +75,9 @@ def _check_same(checkpoint: Location, address: str, model: NetworkConfig, diffus
         if theirs[key] != value
     ]
     space = read_manifest(Location.of(shards.path)).space
-    if (spec.space.kind, spec.shape) != (space.kind, space.shape):
-        unlike.append(f"{space.description} here, {spec.space.description} there")
+    seen = spec.space.seen
+    if (seen.kind, seen.shape) != (space.kind, space.shape):
+        unlike.append(f"{space.description} here, {seen.description} there")
     labels = tuple(read_manifest(Location.of(shards.path)).label_names) if model.conditional else ()
     if model.conditional and labels != spec.label_names:
         unlike.append(f"labels {', '.join(sorted(set(labels) ^ set(spec.label_names)))} on one side only")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from components.model.ema import Ema
 from components.model.initialise import initialise
 from components.model.manifest import verify
 from components.model.spec import DenoiserSpec
+from components.spaces.space import Space
 from components.storage import Location
 from components.streams import Purpose, stream
 from pipeline.retraining.attempts import Start
@@ -50,6 +52,7 @@ class Trainer:
         resumed: where the checkpoint stood that this training goes on from.
         guard: counts spikes; None where nobody asked for it.
         validations: step and deciding number of every measurement on held-out rows so far.
+        dataset: folder of the dataset.
     """
 
     config: TrainConfig
@@ -68,6 +71,12 @@ class Trainer:
     resumed: TrainingRecord | None = None
     guard: SpikeGuard | None = None
     validations: list[tuple[int, float]] = field(default_factory=list)
+    dataset: str = ""
+
+    @cached_property
+    def space(self) -> Space:
+        """The dataset's space, ready to decode."""
+        return self.spec.space.opened(Location.of(self.dataset), self.device)
 
     def learning_rate(self) -> float:
         """Returns the learning rate of the next step."""
@@ -133,8 +142,8 @@ class Trainer:
             self.network.train()
 
     def draw(self, seeds: Sequence[int]) -> np.ndarray:
-        """Returns rows (len(seeds), *shape) drawn in few steps, of the classes by turns where there are any."""
-        space, labels = self.spec.space, self.spec.labels_by_turns(seeds)
+        """Returns rows of what a person sees, drawn in few steps, of the classes by turns where there are any."""
+        space, labels = self.space, self.spec.labels_by_turns(seeds)
         recipe = replace(MONITORING, steps=min(MONITORING.steps, self.spec.diffusion.most_steps), precision=self.arithmetic.precision)
         x_0 = sample(self.network, self.process, seeds, space.shape, recipe, device=self.device, labels=labels, limit=space.limit)
         return space.to_rows(x_0).cpu().numpy()
@@ -238,6 +247,7 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
     options: dict[str, Any] = {"guard": guard, "tells": train.augment_conditioning, "augments": train.augments}
     stepper = Step(network, optimizer, [ema, *more.values()], process, arithmetic, train.grad_clip, manifest.space, **options)
     trainer = Trainer(train, spec, plan.inputs, device, arithmetic, network, optimizer, ema, more, process, stepper, settings=plan.settings, guard=guard)
+    trainer.dataset = plan.dataset
     if resumable is not None:
         trainer.load_state(resumable)
     return trainer

@@ -68,7 +68,7 @@ class Validation:
 
     def _samples(self) -> np.ndarray:
         """Returns the rows of all samples."""
-        space, count = self._trainer.spec.space, self._trainer.config.validate_samples
+        space, count = self._trainer.spec.space.seen, self._trainer.config.validate_samples
         drawn = np.zeros((count, *space.shape), space.dtype)
         for first in self._mine(count):
             seeds = range(FIRST_SEED + first, FIRST_SEED + min(first + AT_ONCE, count))
@@ -77,8 +77,7 @@ class Validation:
 
     def _distance(self, drawn: np.ndarray) -> float:
         """Returns the Frechet distance of dct8 features of images, the energy distance of points."""
-        space = self._trainer.spec.space
-        real = self._reader.rows(evenly_spread(len(self._reader), MOST_REAL))
+        space, real = self._trainer.spec.space.seen, self._real()
         if len(space.shape) == 1:
             return energy.compare(drawn, energy.EnergyReference.of(real)).distance
         extractor = DctExtractor()
@@ -86,6 +85,12 @@ class Validation:
         shift = measured[1].mean(axis=0)
         ours, theirs = (FeatureStats.of(features, shift) for features in measured)
         return float(frechet.frechet_distance(ours, theirs))
+
+    def _real(self) -> np.ndarray:
+        """Returns held-out rows as a person sees them."""
+        rows = self._reader.rows(evenly_spread(len(self._reader), MOST_REAL))
+        space = self._trainer.space
+        return rows if space.seen is space else space.to_rows(space.to_x_0(torch.from_numpy(rows).to(self._trainer.device))).cpu().numpy()
 
     def _mine(self, count: int) -> Sequence[int]:
         """Returns where this worker's parts begin."""

@@ -1,0 +1,1 @@
+"""Autoencoders, which take images to latents and back; the network is diffusers' `AutoencoderKL`."""
