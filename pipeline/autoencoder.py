@@ -1,13 +1,16 @@
 """Which autoencoder `data.autoencoder` means: found, checked and pinned before anything is encoded."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from components.autoencoder.store import PACKED, AutoencoderFiles, find_autoencoder, keep_autoencoder, read_autoencoder
+from components.autoencoder.store import AutoencoderFiles, find_autoencoder, keep_autoencoder, read_autoencoder
 from components.errors import DataError
+from components.model.manifest import MAIN_AVERAGE, MANIFEST
 from components.model.spec import read_spec
 from components.networks.config import NetworkConfig
+from components.scratch import scratch
 from components.spaces.latents import LatentSpace
 from components.storage import Location
 from pipeline.errors import ConfigError
@@ -15,6 +18,8 @@ from pipeline.registry.versions import fetch_checkpoint
 from pipeline.tracking import Tracking
 
 PIN_FILE = "autoencoder.json"
+PRESET = "preset:"
+"""What an address begins with that names the preset of an autoencoder to be trained first."""
 
 
 class _Pin(BaseModel):
@@ -32,8 +37,9 @@ def check_autoencoder(address: str | None) -> None:
     Raises:
         ConfigError, DataError: if it is not.
     """
-    if address is not None and not address.startswith("models:/"):
-        _read(address)
+    if address is not None and not address.startswith(("models:/", PRESET)):
+        with _read(address):
+            pass
 
 
 def resolve_autoencoder(address: str, *, folder: Location, tracking: Tracking, storage: Location) -> AutoencoderFiles:
@@ -47,31 +53,52 @@ def resolve_autoencoder(address: str, *, folder: Location, tracking: Tracking, s
         RegistryError: if the registry does not know the model.
     """
     if not address.startswith("models:/"):
-        files = _read(address)
-        return read_autoencoder(keep_autoencoder(files, storage))
+        with _read(address) as files:
+            return read_autoencoder(keep_autoencoder(files, storage))
     with suppress(OSError, ValidationError, DataError):
         pin = _Pin.model_validate_json((folder / PIN_FILE).read_text())
         if pin.autoencoder == address:
             return find_autoencoder(pin.digest, folder)
-    files = _of_version(fetch_checkpoint(tracking, address, storage), address)
-    kept = read_autoencoder(keep_autoencoder(files, storage))
+    with _of_checkpoint(fetch_checkpoint(tracking, address, storage), MAIN_AVERAGE, address) as files:
+        kept = read_autoencoder(keep_autoencoder(files, storage))
     (folder / PIN_FILE).write_text(_Pin(autoencoder=address, digest=kept.digest).model_dump_json(indent=2) + "\n")
     return kept
 
 
-def _read(address: str) -> AutoencoderFiles:
+@contextmanager
+def _read(address: str) -> Iterator[AutoencoderFiles]:
+    """Gives the autoencoder of a folder: of diffusers, or a checkpoint trained here, of which `#AVERAGE` may name the average."""
+    path, _, weights = address.partition("#")
+    folder = Location.of(path)
+    if (folder / MANIFEST).is_file():
+        with _of_checkpoint(folder, weights or MAIN_AVERAGE, address) as files:
+            yield files
+        return
     try:
-        return read_autoencoder(Location.of(address), f"data.autoencoder={address}")
+        files = read_autoencoder(folder, f"data.autoencoder={address}")
     except DataError as error:
         raise ConfigError(str(error)) from error
+    yield files
 
 
-def _of_version(checkpoint: Location, address: str) -> AutoencoderFiles:
-    """Returns the autoencoder that a registered version is, or that it decodes by."""
-    space = read_spec(checkpoint).space
-    if not isinstance(space, LatentSpace) or not all((checkpoint / name).is_file() for name in PACKED):
-        raise ConfigError(f"data.autoencoder={address} is a model without an autoencoder; name a version that holds one, or a folder of diffusers")
-    return find_autoencoder(space.autoencoder, checkpoint)
+@contextmanager
+def _of_checkpoint(checkpoint: Location, weights: str, address: str) -> Iterator[AutoencoderFiles]:
+    """Gives the autoencoder that a checkpoint is, or that it decodes by."""
+    spec = read_spec(checkpoint)
+    if isinstance(spec.space, LatentSpace):
+        yield find_autoencoder(spec.space.autoencoder, checkpoint)
+        return
+    if spec.diffusion.process != "reconstruction":
+        raise ConfigError(f"data.autoencoder={address} is a denoiser of pixels; name an autoencoder, or a folder of diffusers")
+    from components.model.checkpoint import load_denoiser
+    from components.model.diffusers_export import write_network
+
+    denoiser = load_denoiser(checkpoint, weights=weights)
+    with scratch("autoencoder") as folder:
+        theirs = spec.model.to_diffusers(denoiser.network, spec.shape)
+        assert not isinstance(theirs, str)
+        write_network(folder / "vae", theirs)
+        yield read_autoencoder(Location.of(folder / "vae"))
 
 
 def check_network(model: NetworkConfig, latent: tuple[int, int, int]) -> None:

@@ -29,6 +29,12 @@ from pipeline.training.config import TrainConfig
 
 DIGEST_LENGTH = 16
 LONGEST_SOURCE_NAME = 60
+AUTOENCODER = "-autoencoder"
+PRESET_KINDS: dict[str, dict[str, dict[str, Any]]] = {
+    "denoiser": {},
+    "autoencoder": {"model": {"kind": "autoencoder_kl"}, "diffusion": {"process": "reconstruction"}, "evaluate": {"steps": 1}},
+}
+"""What `kind` of a preset stands for."""
 MOST_SUGGESTED = 20
 """Settings of a section that a message names one by one."""
 
@@ -57,6 +63,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
+        self._check_kind()
         if self.data.autoencoder is None:
             self.model.check_shape(self.data.space.shape)
         else:
@@ -73,6 +80,18 @@ class RunConfig(BaseModel):
         self._check_recipe()
         check_paths({"data.source": self.data.source, "data.root": self.data.root, **_paths(self.evaluate, self.cluster)})
         return self
+
+    def _check_kind(self) -> None:
+        trains = self.model.kind == "autoencoder_kl"
+        if trains != (self.diffusion.process == "reconstruction"):
+            raise ValueError(
+                f"model.kind={self.model.kind} does not go with diffusion.process={self.diffusion.process}; an autoencoder is trained with "
+                "model.kind=autoencoder_kl diffusion.process=reconstruction, which `kind: autoencoder` in a preset stands for"
+            )
+        if trains and self.data.autoencoder is not None:
+            raise ValueError("data.autoencoder means nothing to an autoencoder, which is trained on images; leave it out")
+        if trains and self.evaluate.nll_images:
+            raise ValueError(f"evaluate.nll_images={self.evaluate.nll_images} means nothing to an autoencoder; use 0")
 
     def _check_latents(self) -> None:
         if self.data.space.kind != "pixels":
@@ -121,6 +140,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), fixed: Mapping
         tree[section] = {**(tree.get(section, {}) if section != "model" else {}), **values}
     given = _source(tree)
     name = f"ddpm-{path.stem}" if path is not None and _address(given) == _address(own) else model_name_of(given)
+    if tree.get("diffusion", {}).get("process") == "reconstruction" and not name.endswith(AUTOENCODER):
+        name += AUTOENCODER  # no competitor of the denoisers of the same images
     tree.setdefault("registry", {}).setdefault("model_name", name)
     try:
         return RunConfig.model_validate(tree)
@@ -200,9 +221,20 @@ def _read_tree(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"preset {path} is not YAML ({' '.join(str(error).split())}); mend it") from error
     tree = {} if tree is None else tree
+    if isinstance(tree, dict) and "kind" in tree:
+        _lay_kind(tree, tree.pop("kind"), path)
     if not isinstance(tree, dict) or not all(isinstance(section, dict) for section in tree.values()):
         raise ConfigError(f"preset {path} is not a tree of sections; write `section:` and below it `  key: value`")
     return tree
+
+
+def _lay_kind(tree: dict[str, Any], kind: object, path: Path) -> None:
+    """Lays what the kind of a preset stands for beneath what it says itself."""
+    if kind not in PRESET_KINDS:
+        raise ConfigError(f"preset {path}: kind={kind!r} is unknown; use {' or '.join(PRESET_KINDS)}")
+    for section, values in PRESET_KINDS[str(kind)].items():
+        if isinstance(tree.setdefault(section, {}), dict):
+            tree[section] = {**values, **tree[section]}
 
 
 def _lay(tree: dict[str, Any], override: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from components.errors import DataError
 from components.model.manifest import averages_in, is_complete
 from components.model.retention import checkpoint_step, checkpoints
-from components.model.spec import read_spec
+from components.model.spec import is_autoencoder, read_spec
 from components.storage import Location
 from pipeline.artifacts import ElectionEntry, Evaluation, ShardSet, TrainedModel
 from pipeline.context import StageContext
@@ -39,7 +39,7 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
         DataError: if the checkpoint, the dataset, or a file of weights or statistics is not whole.
     """
     with open_evaluator(config, shards, context) as pixels_only:
-        opened = replace(pixels_only, latents=latents)
+        opened = replace(pixels_only, latents=latents, reconstructs=is_autoencoder(Location.of(model.path)))
         opened.reference()
         samples, election = _elect(opened, model)
         evaluator = replace(opened, policy="elected") if election else opened
@@ -77,7 +77,7 @@ def evaluate(config: EvaluateConfig, model: TrainedModel, shards: ShardSet, *, c
         images_per_second=drawn.images_per_second,
         kept_samples=kept,
         grid=pictures.address("grid"),
-        animation=pictures.address("animation"),
+        animation=pictures.address("animation") if "animation" in pictures.contents else "",
         loss_curve=pictures.address("loss_curve") if "loss_curve" in pictures.contents else "",
         report=str(context.folder / "report.html"),
     )

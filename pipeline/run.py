@@ -18,9 +18,10 @@ from pipeline import preprocess as preprocess_stage
 from pipeline import register as register_stage
 from pipeline import train as train_stage
 from pipeline.artifacts import STAGES, AnyReceipt, ChampionTest, Evaluation, Receipt, Registration, ShardSet, StageName, TrainedModel
-from pipeline.autoencoder import check_network, check_start, resolve_autoencoder
+from pipeline.autoencoder import PRESET, check_network, check_start, resolve_autoencoder
 from pipeline.config import RunConfig, config_digest, digest_of, flat, flat_result_fields, model_name_of, result_fields
 from pipeline.context import Reporter, StageContext
+from pipeline.errors import ConfigError
 from pipeline.measurement.extractors import check_extractor
 from pipeline.measurement.paired_test import Rival, compare_with_champion
 from pipeline.preflight import LISTING, preflight
@@ -83,6 +84,7 @@ class Pipeline:
     listed: preprocess_stage.ListedSource | None = None
     given: FixedInputs | None = None
     start: Start | None = None
+    autoencoder_address: str | None = None
     autoencoder: AutoencoderFiles | None = None
     latents: ShardSet | None = None
 
@@ -155,19 +157,25 @@ def run(
     start_from: StageName | None = None,
     reporter: Reporter | None = None,
     given: FixedInputs | None = None,
+    autoencoder: str | None = None,
 ) -> dict[StageName, StageReport]:
     """Runs the stages up to `until`; those from `start_from` on are run even where their receipts match.
 
     Args:
         given: dataset and weights of an attempt at retraining, whose champion is measured anew beside the candidate, on equal terms.
+        autoencoder: where that lies which `data.autoencoder` names by a preset.
 
     Raises:
         ConfigError, DataError, ClusterError, RegistryError: before anything expensive starts where possible.
     """
     reporter = reporter or Reporter()
+    address = autoencoder or config.data.autoencoder
+    if address is not None and address.startswith(PRESET) and until != "preprocess":
+        raise ConfigError(f"data.autoencoder={address} is trained by `ddpm run` and `ddpm retrain` alone; name what they registered, models:/NAME@champion")
     begins_at_training = start_from is not None and STAGES.index(start_from) <= STAGES.index("train")
     with preflight(config, name, until, reporter, lists=given is None, trains_anew=begins_at_training) as ready:
         pipeline = Pipeline(ready.config, name, start_from, reporter, ready.storage, {}, ready.listed, given)
+        pipeline.autoencoder_address = address
         ready.listed = None
         _run_stages(pipeline, ready.tracking, until)
     return pipeline.reports
@@ -281,11 +289,11 @@ def _preprocess(pipeline: Pipeline) -> ShardSet:
 
 def _find_autoencoder(pipeline: Pipeline, tracking: Tracking) -> AutoencoderFiles | None:
     """Returns the autoencoder in whose latents the run works, which the network takes; None where it works on rows as they are."""
-    data, storage = pipeline.config.data, pipeline.storage
-    if data.autoencoder is None:
+    data, storage, address = pipeline.config.data, pipeline.storage, pipeline.autoencoder_address
+    if address is None:
         return None
     with pipeline.reporter.part("reading the autoencoder"):
-        found = resolve_autoencoder(data.autoencoder, folder=storage / "runs" / pipeline.name, tracking=tracking, storage=storage)
+        found = resolve_autoencoder(address, folder=storage / "runs" / pipeline.name, tracking=tracking, storage=storage)
     check_network(pipeline.config.model, found.latent_shape(data.space.shape))
     return found
 

@@ -128,14 +128,14 @@ def _run(preset: str, overrides: list[str] | None, name: str | None, until: "Sta
     config, run_name = _load(preset, overrides, name)
     from pipeline.artifacts import STAGES
     from pipeline.errors import ConfigError
-    from pipeline.run import run as run_pipeline
+    from workflows.autoencoder_first import run_with_autoencoder
 
     stages = {stage: stage for stage in STAGES}
     if start_from is not None and start_from not in stages:
         raise ConfigError(f"--from {start_from} is no stage; use one of {', '.join(STAGES)}")
     with stdout_to_stderr() as stdout:
         with _resumable(stdout, "interrupted; run the same command again to resume from the last checkpoint"):
-            reports = run_pipeline(config, run_name, until=until, start_from=stages[start_from] if start_from else None)
+            reports = run_with_autoencoder(config, run_name, until=until, start_from=stages[start_from] if start_from else None)
         _print_reports(stdout, reports, run_name, config, as_json=as_json, all_parts=verbose)
 
 

@@ -24,6 +24,7 @@ from pipeline.retraining.summary import AttemptSummary, Outcome, headline
 from pipeline.retraining.webhook import check_url
 from pipeline.run import FixedInputs, StageReport, run
 from pipeline.tracking import connect, translated
+from workflows.autoencoder_first import run_with_autoencoder
 
 EXIT_CODES: Mapping[Outcome, int] = {"promoted": 0, "open": 0, "kept": 10, "skipped": 11, "stopped": 12}
 
@@ -258,7 +259,7 @@ def _carry_on(call: Call, attempt: Attempt) -> AttemptResult:
     if call.until == "preprocess":
         return AttemptResult("open", "the dataset is made", attempt)
     given = FixedInputs(shard_set_of(Location.of(attempt.dataset)), attempt.start)
-    reports = run(_plan_of(call, attempt), attempt.run_name, until=call.until, reporter=call.reporter, given=given)
+    reports = run_with_autoencoder(_plan_of(call, attempt), attempt.run_name, until=call.until, reporter=call.reporter, given=given)
     if call.until != "register":
         return AttemptResult("open", f"done up to {call.until}", attempt, reports)
     ended = _result(attempt, reports)

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-ProcessName = Literal["ddpm", "flow", "edm"]
+ProcessName = Literal["ddpm", "flow", "edm", "reconstruction"]
 Betas = Literal["linear", "cosine", "sigmoid", "quadratic"]
 Prediction = Literal["eps", "x_0", "v", "posterior_mean"]
 LossWeight = Literal["simple", "min_snr", "p2"]
@@ -21,8 +21,8 @@ class DiffusionConfig(BaseModel):
 
     process: ProcessName = Field("ddpm", json_schema_extra=_CAME_LATER)
     """How data become noise: `ddpm` in T steps (DDPM), `flow` on straight lines (rectified flow, flow matching), `edm` by adding noise of growing deviation
-    (EDM). `num_steps`, `betas`, `prediction` and the settings of weights and variance belong to `ddpm`; the network of `flow` predicts eps - x_0, that of
-    `edm` is preconditioned."""
+    (EDM); `reconstruction` is no diffusion, for an autoencoder (`kind: autoencoder`). `num_steps`, `betas`, `prediction` and the settings of weights and
+    variance belong to `ddpm`; the network of `flow` predicts eps - x_0, that of `edm` is preconditioned."""
     num_steps: int = Field(1000, ge=2, le=10_000)
     """T, the number of noise levels (DDPM section 4)."""
     betas: Betas = "linear"
@@ -43,6 +43,8 @@ class DiffusionConfig(BaseModel):
     learned_variance: bool = Field(False, json_schema_extra=_CAME_LATER)
     """The network has as many outputs again, which say where each variance of the reverse process lies between its bounds; trained on L_hybrid
     (Improved DDPM Eq. 15-16). Draw with `evaluate.sampler=ancestral evaluate.variance=learned`."""
+    kl_weight: float = Field(1e-6, ge=0.0, json_schema_extra=_CAME_LATER)
+    """Weight of the divergence of an autoencoder's posteriors from N(0, 1), for `reconstruction` (1e-6 in Latent Diffusion)."""
     noise_mean: float | None = Field(None, json_schema_extra=_CAME_LATER)
     """Where training looks most: mean of the logit of the time of `flow` (0 by default, as in SD3), of ln sigma of `edm` (-1.2 by default)."""
     noise_deviation: float | None = Field(None, gt=0.0, json_schema_extra=_CAME_LATER)
@@ -71,7 +73,7 @@ class DiffusionConfig(BaseModel):
     @property
     def most_steps(self) -> int:
         """Most network evaluations of one sample: T, where there are so many levels."""
-        return self.num_steps if self.process == "ddpm" else MOST_STEPS
+        return {"ddpm": self.num_steps, "reconstruction": 1}.get(self.process, MOST_STEPS)
 
     @property
     def time_deviation(self) -> float:
@@ -87,4 +89,6 @@ class DiffusionConfig(BaseModel):
         """Returns the process in a few words, such as `cosine schedule, T = 1000`."""
         if self.process == "ddpm":
             return f"{self.betas} schedule{', zero terminal SNR' if self.zero_terminal_snr else ''}, T = {self.num_steps}"
+        if self.process == "reconstruction":
+            return "reconstruction, no noise"
         return "rectified flow" if self.process == "flow" else f"EDM, sigma {self.sigma_min:g} to {self.sigma_max:g}"

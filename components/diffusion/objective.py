@@ -10,6 +10,7 @@ from ..streams import Purpose
 from .bound import bound_term, log_variance, split_output
 from .noise import rows_of_noise
 from .process import Process, per_row
+from .reconstruction import Reconstruction, reconstruction_loss
 from .schedule import Schedule
 
 # (x_t (B, C, H, W), t (B,)) -> output (B, C, H, W); one that is told the class takes labels (B,) as a third argument.
@@ -65,6 +66,8 @@ def hybrid_loss(
 
 def training_loss(process: Process, bin_width: float | None = None) -> Callable[..., torch.Tensor]:
     """Returns the loss that settings name: (network, process, x_0, eps, t, labels) -> a float32 scalar."""
+    if isinstance(process, Reconstruction):
+        return reconstruction_loss
     if process.config.learned_variance:
         return partial(hybrid_loss, bin_width=bin_width)
     return simple_loss if process.config.loss_weight == "simple" else weighted_loss

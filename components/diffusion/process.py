@@ -68,9 +68,10 @@ def make_process(config: DiffusionConfig) -> Process:
     """Returns the process that settings name."""
     from .edm import Edm
     from .flow import RectifiedFlow
+    from .reconstruction import Reconstruction
     from .schedule import Schedule
 
-    return {"ddpm": Schedule, "flow": RectifiedFlow, "edm": Edm}[config.process](config)
+    return {"ddpm": Schedule, "flow": RectifiedFlow, "edm": Edm, "reconstruction": Reconstruction}[config.process](config)
 
 
 def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

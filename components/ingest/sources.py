@@ -42,7 +42,8 @@ class DataConfig(PixelSettings):
     points_seed: int = Field(0, ge=0, lt=2**63, json_schema_extra=_CAME_LATER)
     """Seed of that draw."""
     autoencoder: str | None = Field(None, json_schema_extra=_CAME_LATER)
-    """Diffuse in the latent space of an autoencoder: the folder of a diffusers `AutoencoderKL` (safetensors), or models:/NAME@champion. It is told by the
+    """Diffuse in the latent space of an autoencoder: the folder of a diffusers `AutoencoderKL` (safetensors), a checkpoint of an
+    autoencoder trained here, models:/NAME@champion, or preset:NAME, whose autoencoder is trained first on the same images. It is told by the
     content of its files, wherever they lie; images are then encoded by a stage of its own."""
     root: str | None = Field(None, json_schema_extra={"result": False})
     """Folder where torchvision datasets lie or are downloaded to; by default `downloads` below the storage root."""

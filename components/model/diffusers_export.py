@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from ..autoencoder.store import CONFIG
+from ..autoencoder.store import CONFIG, WEIGHTS
 from ..diffusion.schedule import Schedule
+from ..networks.config import DiffusersNetwork
 from ..spaces.latents import LatentSpace
 from ..spaces.space import ScaledLimit
 from .checkpoint import write_weights
@@ -61,8 +62,11 @@ def write_diffusers(folder: Path, spec: DenoiserSpec, weights: Mapping[str, torc
             f"No pipeline of diffusers is here, for {theirs}. The checkpoint beside this folder holds the model.\n", encoding="utf-8"
         )
         return
+    if spec.diffusion.process == "reconstruction":
+        write_network(folder, theirs)
+        (folder / "README.md").write_text(_README_OF_AUTOENCODER, encoding="utf-8")
+        return
     pipeline = _pipeline(spec, theirs.class_name)
-    (folder / pipeline.network).mkdir()
     (folder / "scheduler").mkdir()
     scheduler = "FlowMatchEulerDiscreteScheduler" if spec.diffusion.process == "flow" else "DDPMScheduler"
     parts: dict[str, object] = {"scheduler": ["diffusers", scheduler], pipeline.network: ["diffusers", theirs.class_name]}
@@ -72,10 +76,24 @@ def write_diffusers(folder: Path, spec: DenoiserSpec, weights: Mapping[str, torc
     if pipeline.class_name == "DiTPipeline":
         parts["id2label"] = {str(number): name for number, name in enumerate(spec.label_names)}
     _write_json(folder / "model_index.json", {"_class_name": pipeline.class_name, **parts})
-    _write_json(folder / pipeline.network / "config.json", {"_class_name": theirs.class_name, **theirs.config})
+    write_network(folder / pipeline.network, theirs)
     _write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": scheduler, **scheduler_config(spec)})
-    write_weights(folder / pipeline.network / "diffusion_pytorch_model.safetensors", theirs.weights, {"format": "pt"})
     (folder / "README.md").write_text(_readme(spec, pipeline), encoding="utf-8")
+
+
+def write_network(folder: Path, network: DiffusersNetwork) -> None:
+    """Writes a network as diffusers' save_pretrained does."""
+    folder.mkdir(exist_ok=True)
+    _write_json(folder / CONFIG, {"_class_name": network.class_name, **network.config})
+    write_weights(folder / WEIGHTS, network.weights, {"format": "pt"})
+
+
+_README_OF_AUTOENCODER = """```python
+from diffusers import AutoencoderKL
+
+autoencoder = AutoencoderKL.from_pretrained(folder)
+```
+"""
 
 
 def _write_autoencoder(folder: Path, space: LatentSpace, files: Mapping[str, Path]) -> None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..diffusion.noise import initial_noise
 from ..diffusion.recipe import Recipe
 from ..diffusion.sampling import sample
+from ..networks.autoencoder_kl.network import Autoencoder
 from ..streams import MAX_SEED
 from .checkpoint import Denoiser
 
@@ -66,5 +68,9 @@ def _draw_batch(denoiser: Denoiser, network: Callable[..., torch.Tensor], reques
     labels = spec.labels_by_turns(seeds)
     if labels is not None and request.label is not None:
         labels = labels.new_full(labels.shape, spec.label_number(request.label))
+    if isinstance(denoiser.network, Autoencoder):
+        # Of noise there is nothing to reconstruct; what its decoder makes of random latents is the nearest to a sample that it has.
+        noise = initial_noise(seeds, denoiser.network.latent_shape).to(device)
+        return spec.space.to_rows(denoiser.network.decode(noise)).cpu().numpy()
     x_0 = sample(network, denoiser.process, seeds, spec.shape, request.recipe, device=device, labels=labels, null_label=spec.null_label, limit=spec.space.limit)
     return spec.space.to_rows(x_0).cpu().numpy()

@@ -86,6 +86,11 @@ class DenoiserSpec(BaseModel):
         return self.space.shape
 
 
+def is_autoencoder(path: Location) -> bool:
+    """Tells whether a checkpoint holds an autoencoder. Raises DataError like `read_spec`."""
+    return read_spec(path).diffusion.process == "reconstruction"
+
+
 def read_spec(path: Location) -> DenoiserSpec:
     """Returns what the denoiser of a checkpoint is.
 

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -38,13 +38,15 @@ from pipeline.measurement.measure import (
 )
 from pipeline.measurement.reference_statistics import RealFeatures, is_energy, measure_real_rows, read_reference
 from pipeline.measurement.remote_progress import collecting_progress
-from pipeline.measurement.sample_store import SEEDS_PER_PART, Identity, SampleSet, parts_of, pixels_file, read_array, sample_set
+from pipeline.measurement.sample_store import SEEDS_PER_PART, Identity, RealSet, SampleSet, parts_of, pixels_file, read_array, sample_set
 
 if TYPE_CHECKING:
     from components.metrics.memorisation import Pair
     from components.metrics.reference import Reference
     from pipeline.measurement.reference_statistics import AnyReference
 
+RECONSTRUCTION = "reconstruction"
+"""What the unit of an autoencoder's number says in the place of a sampler."""
 PICTURE_BATCH = 16
 """Images that an actor draws together to be looked at: few, so that all actors have some."""
 
@@ -87,6 +89,7 @@ class Evaluator:
     Attributes:
         config: its precision is no longer `auto`.
         latents: what the images are encoded to, where the denoiser works on latents.
+        reconstructs: it is an autoencoder that is measured, by what it makes of `originals`.
     """
 
     config: EvaluateConfig
@@ -96,7 +99,13 @@ class Evaluator:
     context: StageContext
     policy: Literal["ema", "elected"] = "ema"
     latents: ShardSet | None = None
+    reconstructs: bool = False
     _measured: dict[tuple[int, Split], RealFeatures] = field(default_factory=dict, compare=False)
+
+    @property
+    def originals(self) -> Split:
+        """The images that an autoencoder is measured by: held-out ones, where there are enough."""
+        return "holdout" if self.manifest.splits.get("holdout", 0) >= FEWEST_COMPARED else "train"
 
     @property
     def trained_on(self) -> ShardSet:
@@ -122,6 +131,9 @@ class Evaluator:
             raise DataError(
                 f"{checkpoint} draws {seen.description}, and dataset {self.manifest.digest} holds {self.manifest.space.description}; name one of the same shape"
             )
+        if spec.diffusion.process == "reconstruction":
+            originals = RealSet(self.context.storage, self.shards.path, self.originals)
+            return sample_set(self.context.storage, checkpoint, weights, replace(self.config.recipe, steps=1), (), (originals, self.manifest.digest))
         counts = tuple(self.label_counts.get(name, 0) for name in spec.label_names)
         return sample_set(self.context.storage, checkpoint, weights, recipe or self.config.recipe, counts if any(counts) else (1,) * len(counts))
 
@@ -180,7 +192,7 @@ class Evaluator:
             DataError: if the file of statistics is of other features.
         """
         identity = self.actor_pool.identities[0]
-        train = self.real_features(0, "train")
+        train = self.real_features(0, self.originals if self.reconstructs else "train")
         if self.config.reference is None:
             return train.reference, self._unit(identity, train)
         file = Location.of(self.config.reference)
@@ -246,8 +258,8 @@ class Evaluator:
             reference_count=real_features.num_rows,
             num_samples=self.config.num_samples,
             first_seed=self.config.first_seed,
-            sampler=self.config.recipe.describe(),
-            steps=self.config.steps,
+            sampler=RECONSTRUCTION if self.reconstructs else self.config.recipe.describe(),
+            steps=1 if self.reconstructs else self.config.steps,
             weights=self.policy,
             precision=self.config.recipe.precision,
         )

@@ -1,14 +1,15 @@
 """Candidate against champion, on the same seeds: the paired test that the gate decides by."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from components.data.shards import Split
 from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import ChampionTest, MetricUnit, PairedTest, ShardSet
 from pipeline.context import StageContext
 from pipeline.measurement.config import EvaluateConfig
-from pipeline.measurement.evaluator import open_evaluator
+from pipeline.measurement.evaluator import RECONSTRUCTION, open_evaluator
 from pipeline.measurement.measure import SampleFeatures, paired_test
 from pipeline.measurement.reference_statistics import read_kept, reference_file
 from pipeline.measurement.sample_store import Identity
@@ -57,7 +58,8 @@ def compare_with_champion(
     test = _kept_test(config, unit, candidate, champion, context)
     if test is not None and not test.upper < -min_gain:
         return ChampionTest(champion_version=version, test=test, confirmation=None)
-    with open_evaluator(config, shards, context) as evaluator:
+    with open_evaluator(config, shards, context) as opened:
+        evaluator = replace(opened, reconstructs=unit.sampler == RECONSTRUCTION)
         reference, _ = evaluator.reference()
         ours, theirs = evaluator.samples_of(*candidate.fetch()), evaluator.samples_of(*champion.fetch())
         identity = evaluator.actor_pool.identities[0]
@@ -87,7 +89,8 @@ def _fresh_seeds(key: str, count: int) -> range:
 def _kept_test(config: EvaluateConfig, unit: MetricUnit, candidate: Rival, champion: Rival, context: StageContext) -> PairedTest | None:
     """Returns the test on what both have kept from their evaluations, None where something is gone."""
     identity = Identity(unit.extractor, unit.extractor_digest, unit.preprocessing)
-    file = Location.of(config.reference) if config.reference else reference_file(context.storage, unit.reference_digest, "train", identity)
+    split: Split = "holdout" if unit.reference_split == "holdout" else "train"
+    file = Location.of(config.reference) if config.reference else reference_file(context.storage, unit.reference_digest, split, identity)
     sampled = [SampleFeatures(Location.of(folder), identity, config.seeds) for folder in (candidate.samples, champion.samples)]
     if not file.is_file() or not all(each.is_there() for each in sampled):
         return None

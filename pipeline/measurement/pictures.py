@@ -70,10 +70,11 @@ def draw_pictures(evaluator: Evaluator, samples: SampleSet, numbers: Numbers, mo
     folder, few = evaluator.context.folder, evaluator.config.num_samples
     space = evaluator.manifest.space
     images = evaluator.pixels(samples, seeds_shown(space)[:few], evaluator.config.seeds, pixels)
+    if samples.originals is not None:
+        return _draw_reconstructions(evaluator, samples, images, numbers, model, pixels)
     frames = _draw_animation(evaluator, samples, (ANIMATION_SEEDS if space.one_tile_per_row else seeds_shown(space))[:few])
     pairs = PAIRS[: max(1, few // 2)]
     between = _draw_between(evaluator, samples, pairs) if space.one_tile_per_row else None
-    lines = [line for line in read_metrics(Location.of(model.folder)) if "train/loss" in line.metrics]
     with scratch("pictures") as staging:
         paths = {name: staging / file for name, file in FILES.items()}
         grid(space.tiles(images), GRID_COLUMNS).save(paths["grid"])
@@ -83,13 +84,35 @@ def draw_pictures(evaluator: Evaluator, samples: SampleSet, numbers: Numbers, mo
             tiles = space.tiles(between.reshape(-1, *space.shape))
             sheet = interpolation_sheet(tiles.reshape(*between.shape[:2], *tiles.shape[1:]), pairs, BETWEEN)
             sheet.save(paths["interpolation"])
-        if lines:
-            held_out = [(line.step, line.metrics["validation/loss"]) for line in lines if "validation/loss" in line.metrics]
-            save_loss_curve(paths["loss_curve"], [line.step for line in lines], [line.metrics["train/loss"] for line in lines], held_out)
+        _draw_loss(model, paths["loss_curve"])
         _draw_timesteps(evaluator, samples, paths["timesteps"])
         _draw_copies(evaluator, samples, numbers, paths["copies"], pixels)
         folder.upload(staging)
         return Pictures(folder, {name: path.read_bytes() for name, path in paths.items() if path.is_file()})
+
+
+def _draw_reconstructions(evaluator: Evaluator, samples: SampleSet, images: np.ndarray, numbers: Numbers, model: TrainedModel, pixels: Location) -> Pictures:
+    """Draws what an autoencoder is looked at by: originals, and below each row of them what became of it."""
+    assert samples.originals is not None
+    reader = RowReader(Location.of(evaluator.shards.path), evaluator.manifest, samples.originals.split)
+    space, folder = evaluator.manifest.space, evaluator.context.folder
+    originals, rows = reader.rows(np.arange(len(images)) % len(reader)), range(0, len(images), GRID_COLUMNS)
+    tiles = [part for first in rows for values in (originals, images) for part in values[first : first + GRID_COLUMNS]]
+    with scratch("pictures") as staging:
+        paths = {name: staging / file for name, file in FILES.items()}
+        grid(space.tiles(np.stack(tiles)), min(GRID_COLUMNS, len(images))).save(paths["grid"])
+        _draw_loss(model, paths["loss_curve"])
+        _draw_copies(evaluator, samples, numbers, paths["copies"], pixels)
+        folder.upload(staging)
+        return Pictures(folder, {name: path.read_bytes() for name, path in paths.items() if path.is_file()})
+
+
+def _draw_loss(model: TrainedModel, path: Path) -> None:
+    """Draws the loss curves of a training, if it has any."""
+    lines = [line for line in read_metrics(Location.of(model.folder)) if "train/loss" in line.metrics]
+    held_out = [(line.step, line.metrics["validation/loss"]) for line in lines if "validation/loss" in line.metrics]
+    if lines:
+        save_loss_curve(path, [line.step for line in lines], [line.metrics["train/loss"] for line in lines], held_out)
 
 
 def _draw_forward(evaluator: Evaluator, samples: SampleSet, forward: Path, schedules: Path) -> None:

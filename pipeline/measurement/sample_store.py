@@ -39,6 +39,24 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class RealSet:
+    """The images of one split of a dataset, and where their features are kept.
+
+    Attributes:
+        dataset: its folder.
+        folder: of the features, named after the dataset.
+    """
+
+    folder: Location
+    dataset: str
+    split: Split
+
+    def features_file(self, extractor: Identity, rows: range) -> Location:
+        """Returns where the features of some rows lie."""
+        return self.folder / extractor.file_name / f"{self.split}-{_span(rows)}.npy"
+
+
+@dataclass(frozen=True)
 class SampleSet:
     """The samples of one model by one recipe: endless, one for each seed, and kept part by part.
 
@@ -47,6 +65,7 @@ class SampleSet:
         checkpoint: folder of the model.
         weights: which of its averages.
         label_counts: training images of each class, which decide how often a seed has that class; empty for a model without labels.
+        originals: images whose reconstructions samples are, those of an autoencoder: seed s is number s modulo their count. None of a denoiser.
     """
 
     folder: Location
@@ -54,6 +73,7 @@ class SampleSet:
     weights: str
     recipe: "Recipe"
     label_counts: tuple[int, ...] = ()
+    originals: RealSet | None = None
 
     def labels(self, seeds: Sequence[int]) -> np.ndarray | None:
         """Returns the class of each seed, drawn as often as the training images have it; None for a model without labels."""
@@ -83,24 +103,6 @@ def features_file(samples: Location, extractor: Identity, seeds: range) -> Locat
 def logits_file(samples: Location, extractor: Identity, seeds: range) -> Location:
     """Returns where the logits of a part lie, for an extractor that has any."""
     return samples / f"{extractor.file_name}-logits" / f"{_span(seeds)}.npy"
-
-
-@dataclass(frozen=True)
-class RealSet:
-    """The images of one split of a dataset, and where their features are kept.
-
-    Attributes:
-        dataset: its folder.
-        folder: of the features, named after the dataset.
-    """
-
-    folder: Location
-    dataset: str
-    split: Split
-
-    def features_file(self, extractor: Identity, rows: range) -> Location:
-        """Returns where the features of some rows lie."""
-        return self.folder / extractor.file_name / f"{self.split}-{_span(rows)}.npy"
 
 
 def _span(numbers: range) -> str:
@@ -141,15 +143,22 @@ def read_checksum(file: Location) -> str | None:
         return None
 
 
-def sample_set(storage: Location, checkpoint: Location, weights: str, recipe: "Recipe", label_counts: tuple[int, ...] = ()) -> SampleSet:
+def sample_set(
+    storage: Location, checkpoint: Location, weights: str, recipe: "Recipe", label_counts: tuple[int, ...] = (), originals: tuple[RealSet, str] | None = None
+) -> SampleSet:
     """Returns the samples of a checkpoint's average by a recipe; equal weights have equal samples, wherever the checkpoint lies.
+
+    Args:
+        originals: of an autoencoder, with the digest of their dataset.
 
     Raises:
         DataError: if the folder is no checkpoint, or lacks the average.
     """
-    decides = [SAMPLES_VERSION, manifest_of(checkpoint)["denoiser.json"][1], checksum_of(checkpoint, weights), recipe.identity(), label_counts]
+    decides: list[object] = [SAMPLES_VERSION, manifest_of(checkpoint)["denoiser.json"][1], checksum_of(checkpoint, weights), recipe.identity(), label_counts]
+    if originals is not None:
+        decides.append([originals[1], originals[0].split])
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
-    return SampleSet(storage / "samples" / key, str(checkpoint), weights, recipe, label_counts)
+    return SampleSet(storage / "samples" / key, str(checkpoint), weights, recipe, label_counts, None if originals is None else originals[0])
 
 
 def checksum_of(checkpoint: Location, weights: str) -> str:

@@ -234,6 +234,9 @@ class Sampler:
 
         denoiser, network = self._model(samples)
         labels = samples.labels(seeds)
+        if samples.originals is not None and x_T is None:
+            reader = self._reader(samples.originals)
+            x_T = denoiser.spec.space.to_x_0(torch.from_numpy(reader.rows(np.asarray(seeds) % len(reader))))
         x_0 = sample(
             network,
             denoiser.process,

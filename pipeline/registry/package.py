@@ -36,7 +36,7 @@ def log_model(name: str, model: TrainedModel, evaluation: Evaluation, run_id: st
 
     with scratch("register") as folder:
         spec = _write_weights(folder, evaluation)
-        requirements = (*REQUIREMENTS, *(FOR_LATENTS if isinstance(spec.space, LatentSpace) else ()))
+        requirements = (*REQUIREMENTS, *(FOR_LATENTS if isinstance(spec.space, LatentSpace) or spec.model.kind == "autoencoder_kl" else ()))
         package = copy_code(folder)
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
             # MLflow advises type hints, which allow no more than one kind of input; the signature is written out in full instead.

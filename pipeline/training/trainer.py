@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from components.data.augment import Augmentation
 from components.data.batches import Batch, BatchPlan
 from components.data.order import plan_order
-from components.data.shards import Manifest
+from components.data.reader import RowReader
+from components.data.shards import Manifest, read_manifest
 from components.diffusion.process import Process, make_process
 from components.diffusion.recipe import MONITORING
 from components.diffusion.sampling import sample
@@ -143,10 +144,21 @@ class Trainer:
 
     def draw(self, seeds: Sequence[int]) -> np.ndarray:
         """Returns rows of what a person sees, drawn in few steps, of the classes by turns where there are any."""
+        if self.spec.diffusion.process == "reconstruction":
+            return self._reconstruct(seeds)
         space, labels = self.space, self.spec.labels_by_turns(seeds)
         recipe = replace(MONITORING, steps=min(MONITORING.steps, self.spec.diffusion.most_steps), precision=self.arithmetic.precision)
         x_0 = sample(self.network, self.process, seeds, space.shape, recipe, device=self.device, labels=labels, limit=space.limit)
         return space.to_rows(x_0).cpu().numpy()
+
+    @torch.inference_mode()
+    def _reconstruct(self, seeds: Sequence[int]) -> np.ndarray:
+        """Returns what an autoencoder makes of rows, held-out ones where there are any."""
+        folder = Location.of(self.dataset)
+        manifest = read_manifest(folder)
+        reader = RowReader(folder, manifest, "holdout" if manifest.splits.get("holdout") else "train")
+        x_0 = self.space.to_x_0(torch.from_numpy(reader.rows(np.asarray(seeds) % len(reader))).to(self.device))
+        return self.space.to_rows(self.network(x_0, torch.zeros(len(x_0), device=self.device))).cpu().numpy()
 
     @property
     def has_stopped(self) -> bool:
