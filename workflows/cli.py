@@ -61,7 +61,7 @@ def run(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Preprocess, train, evaluate, register: finished stages are skipped, an interrupted one is resumed."""
+    """Preprocess, encode, train, evaluate, register: finished stages are skipped, an interrupted one is resumed."""
     _run(preset, overrides, name, "register", start_from, as_json, verbose)
 
 
@@ -69,6 +69,12 @@ def run(
 def preprocess(preset: Preset, overrides: Overrides = None, name: Name = None, verbose: Verbose = False, as_json: AsJson = False) -> None:
     """Turn a source of images into a dataset of parquet shards."""
     _run(preset, overrides, name, "preprocess", None, as_json, verbose)
+
+
+@app.command(rich_help_panel="Run")
+def encode(preset: Preset, overrides: Overrides = None, name: Name = None, verbose: Verbose = False, as_json: AsJson = False) -> None:
+    """Encode the images of a run to latents, where data.autoencoder names an autoencoder (and preprocess, where that is not done)."""
+    _run(preset, overrides, name, "encode", None, as_json, verbose)
 
 
 @app.command(rich_help_panel="Run")
@@ -178,7 +184,7 @@ def submit(
     packages: Annotated[str, typer.Option(help="image: the nodes have the packages of requirements.lock; lock: install them for this job by uv.")] = "image",
     pass_env: Annotated[list[str] | None, typer.Option("--pass-env", metavar="VARIABLE", help="Send a variable of this environment, visibly, too.")] = None,
 ) -> None:
-    """Run all four stages on a Ray cluster; this machine may disconnect. Submitting the same name again attaches to a running job, or resumes the run."""
+    """Run all stages on a Ray cluster; this machine may disconnect. Submitting the same name again attaches to a running job, or resumes the run."""
     settings, run_name = _load(preset, overrides, name)
     from workflows.submit import submit as submit_run
 

@@ -57,6 +57,8 @@ def _result(report: StageReport, noun: str) -> str:
 
 
 def _dataset(receipt: ShardSet) -> str:
+    if receipt.space.kind == "latents":
+        return f"{_images(receipt)}, {receipt.num_decoded} encoded now, {receipt.space.description} in {counted(receipt.num_shards, 'shard')}"
     bad = f", {receipt.num_quarantined} quarantined" if receipt.num_quarantined else ""
     known = f", {receipt.num_listed - receipt.num_opened} known before" if receipt.num_opened and receipt.num_opened < receipt.num_listed else ""
     return f"{_images(receipt)} in {counted(receipt.num_shards, 'shard')}{bad}{known}, dataset {receipt.digest}"
@@ -77,7 +79,7 @@ def _error(metric: Metric) -> str:
 def _where_to_look(reports: Mapping[StageName, StageReport], config: RunConfig) -> list[str]:
     lines = []
     for report in reports.values():
-        if isinstance(report.receipt, ShardSet) and report.receipt.num_quarantined:
+        if isinstance(report.receipt, ShardSet) and report.receipt.num_quarantined and report.receipt.space.kind != "latents":
             lines.append(f"quarantine  {report.receipt.path}/quarantine.parquet")
         if isinstance(report.receipt, Evaluation):
             lines += [f"samples     {report.receipt.grid}", f"everything  {report.receipt.report}"]
