@@ -44,7 +44,10 @@ app.add_typer(show_app, rich_help_panel="Look")
 app.add_typer(models_app, rich_help_panel="Look")
 app.add_typer(schedule_app)
 
-Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A preset's name (digits, points, cifar10, cifar10-small, celeba64) or the path of a YAML file.")]
+Preset = Annotated[
+    str,
+    typer.Argument(metavar="PRESET", help="A preset's name (digits, points, digits-latent, cifar10-small, photos-latent, ...) or the path of a YAML file."),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override the preset's, such as train.steps=1000.")]
 Name = Annotated[str | None, typer.Option("--name", help="What to call the run; the preset's name by default.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print the time of every part of the work at the end; by default of those of five seconds and more.")]

@@ -32,8 +32,9 @@ class TrainConfig(BaseModel):
     """Whether every tensor must fit; `false` takes those that do and says which did not."""
     freeze: tuple[str, ...] = Field((), json_schema_extra=_CAME_LATER)
     """Names of parameters that are not trained, with `*` for any letters, such as `["time.*", "conv_in.*"]`."""
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", json_schema_extra=_CAME_LATER)
-    """`adamw` (Adam where `weight_decay` is 0), or `sgd` with momentum."""
+    optimizer: Literal["adamw", "sgd", "muon"] = Field("adamw", json_schema_extra=_CAME_LATER)
+    """`adamw` (Adam where `weight_decay` is 0), `sgd` with momentum, or `muon`: Muon for matrices and convolutions, scaled to the steps of AdamW, which takes
+    the rest."""
     adam_betas: tuple[_Share, _Share] = Field((0.9, 0.999), json_schema_extra=_CAME_LATER)
     """Decays of AdamW's averages of gradients and of their squares."""
     momentum: float = Field(0.9, ge=0.0, lt=1.0, json_schema_extra=_CAME_LATER)

@@ -14,6 +14,7 @@ from components.model.ema import Ema, half_life, power_decay, warmed_up
 from components.model.manifest import average_name, power_average_name
 from components.model.post_hoc import exponent_of
 from pipeline.training.config import TrainConfig
+from pipeline.training.muon import Muon, split_matrices
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -59,6 +60,9 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
             # From the beginning, for a first step that is left out would leave its memory as it finds it.
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
+    if config.optimizer == "muon":
+        embeddings = {module.weight for module in network.modules() if isinstance(module, nn.Embedding)}
+        return Muon(split_matrices(groups, embeddings), lr=lr, betas=config.adam_betas, capturable=on_gpu)
     return torch.optim.AdamW(groups, lr=lr, betas=config.adam_betas, fused=True, capturable=on_gpu)
 
 

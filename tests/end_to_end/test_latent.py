@@ -17,6 +17,9 @@ import servers
 from PIL import Image
 from support import Finished, ddpm_command
 
+from components.storage import Location
+from pipeline.training.metrics_log import read_metrics
+
 Command = Callable[..., Finished]
 STAGES = ["preprocess", "encode", "train", "evaluate", "register"]
 AUTOENCODER = """
@@ -152,6 +155,19 @@ def trained(place: Path) -> str:
     """Returns the address of the autoencoder that was trained first."""
     pin = json.loads(next((place / "storage" / "runs" / "small-autoencoder").glob("trained-*.json")).read_text())
     return f"{pin['checkpoint']}#{pin['weights']}"
+
+
+def test_one_worker_draws_the_same_of_the_posteriors_as_two(place: Path, first: dict[str, Any], command: Command):
+    changed = settings(place, "cluster.num_workers=1", "data.autoencoder=" + trained(place))
+    source = f"data.source={place / 'few'}"
+    write_images(place / "few", range(64))
+    losses = []
+    for workers in (1, 2):
+        done = command("train", "digits", *changed, source, f"cluster.num_workers={workers}", "train.flip=true", "--name", f"w{workers}", "--json", cwd=place)
+        assert done.code == 0, done.stderr
+        assert done.json["encode"]["space"]["mirrors"]
+        losses.append([line.metrics["train/loss"] for line in read_metrics(Location.of(done.json["train"]["folder"])) if "train/loss" in line.metrics])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_what_does_not_fit_is_one_clear_line(place: Path, first: dict[str, Any], command: Command):

@@ -41,6 +41,7 @@ SCRIPT = textwrap.dedent("""
     def train(train, diffusion, spoil=False):
         told = plan({"steps": 6, "validate_every": 3, "validate_samples": 70, "compare_ranks_every": 2, "warmup_steps": 0, **train}, diffusion)
         trainer = make_trainer(told, manifest, torch.device("cpu"), None)
+        trainer.dataset = str(dataset)
         if world > 1:
             trainer.stepper.network = DistributedDataParallel(trainer.network, broadcast_buffers=False, gradient_as_bucket_view=True)
         if spoil and rank == 1:

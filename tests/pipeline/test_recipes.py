@@ -19,10 +19,13 @@ from components.errors import DataError
 from components.model.ema import Ema, half_life, power_decay
 from components.model.initialise import initialise
 from components.model.post_hoc import coefficients, combined, exponent_of, width_of
+from components.networks.autoencoder_kl.config import AutoencoderKLConfig
+from components.networks.dit.config import DiTConfig
 from components.networks.unet.config import UNetConfig
 from components.storage import Location
 from pipeline.training.config import TrainConfig
 from pipeline.training.desync import checksum
+from pipeline.training.muon import Muon, orthogonalised, split_matrices
 from pipeline.training.optimizer import learning_rate, make_optimizer, parameters_of
 from pipeline.training.plan import TrainPlan
 from pipeline.training.spikes import WINDOW, SpikeGuard
@@ -45,6 +48,9 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"learned_variance": True}),
     ({}, {"process": "flow"}),
     ({}, {"process": "edm"}),
+    ({"optimizer": "muon", "weight_decay": 0.1}, {"process": "flow"}),
+    ({"model": DiTConfig(depth=2, hidden_size=16, num_heads=2, checkpointing=True)}, {"process": "flow"}),
+    ({"model": AutoencoderKLConfig(base_channels=8, num_groups=4)}, {"process": "reconstruction", "kl_weight": 0.01}),
 ]
 IDS = [",".join([*train, *(f"{key}={value}" for key, value in diffusion.items())]) or "defaults" for train, diffusion in SETTINGS]
 
@@ -57,9 +63,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Location, Manifes
 
 
 def plan(train: dict[str, Any] | None = None, diffusion: dict[str, Any] | None = None) -> TrainPlan:
+    settings = dict(train or {})
+    unet = UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4, dropout=0.1)
     return TrainPlan(
-        train=TrainConfig.model_validate({"steps": 100, "lr": 1e-2, "warmup_steps": 3, "global_batch_size": 8, "lanes": 4, **(train or {})}),
-        model=UNetConfig(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4, dropout=0.1),
+        model=settings.pop("model", unet),
+        train=TrainConfig.model_validate({"steps": 100, "lr": 1e-2, "warmup_steps": 3, "global_batch_size": 8, "lanes": 4, **settings}),
         diffusion=DiffusionConfig.model_validate({"num_steps": 50, **(diffusion or {})}),
         dataset="",
         folder="",
@@ -170,6 +178,36 @@ def test_the_optimiser_is_torchs_own(settings: dict[str, Any], dataset: tuple[Lo
         reference.step()
     for name, value in ours.network.named_parameters():
         torch.testing.assert_close(value, named[name], rtol=1e-3, atol=5e-5)
+
+
+def test_muon_is_torchs_own_on_matrices_and_takes_a_convolution_for_one():
+    """torch iterates in bfloat16, which is as near as this comparison is; gram matrices tell how near to orthogonal a step is."""
+    draw = torch.Generator().manual_seed(0)
+    start, kernels = torch.randn(6, 10, generator=draw), torch.randn(4, 3, 3, 3, generator=draw)
+    ours, flat, theirs = (torch.nn.Parameter(each.clone()) for each in (start, kernels, start))
+    convolution = torch.nn.Parameter(kernels.flatten(1).clone())
+    mine = Muon([{"params": [ours, flat], "weight_decay": 0.1, "matrices": True}], lr=0.02, betas=(0.9, 0.999), capturable=False)
+    reference = torch.optim.Muon([theirs, convolution], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        gradients = torch.randn(6, 10, generator=draw), torch.randn(4, 3, 3, 3, generator=draw)
+        ours.grad, theirs.grad, flat.grad, convolution.grad = gradients[0], gradients[0].clone(), gradients[1], gradients[1].flatten(1).clone()
+        mine.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=2e-3)
+    torch.testing.assert_close(flat.flatten(1), convolution, rtol=0.02, atol=2e-3)
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(32, 64, generator=draw)))
+    assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
+
+
+def test_muon_leaves_everything_alone_in_a_step_that_is_skipped():
+    weight, bias = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3))
+    optimizer: Any = Muon(split_matrices([{"params": [weight, bias], "weight_decay": 0.1}], set()), lr=0.1, betas=(0.9, 0.999), capturable=False)
+    weight.grad, bias.grad, optimizer.grad_scale = torch.full((3, 3), math.nan), torch.full((3,), math.nan), None
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3, 3))
+    assert torch.equal(bias, torch.ones(3))
+    assert not optimizer.state[weight]["momentum_buffer"].any()
 
 
 def test_rates_are_those_of_torchs_schedulers():
