@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Measures what is worth measuring on one GPU, in about eight minutes, and prints one report in Markdown; needs no network.
+# Measures what is worth measuring on one GPU, in about eleven minutes, and prints one report in Markdown; needs no network.
 #
-#   benchmarks/gpu.sh [PART ...]     parts: compile steps sampling run resume images more; all of them by default, in this order
+#   benchmarks/gpu.sh [PART ...]     parts: compile steps sampling run resume images more latents recipes; all of them by default, in this order
 #
 # PYTHON names the interpreter (.venv/bin/python by default), IMAGES a folder of images for the part `images`, which is left out without it.
 # Each part has a time limit of its own. Without a GPU all parts run, on few images, and say what they ran on.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}")
-parts=${*:-compile steps sampling run resume images more}
+parts=${*:-compile steps sampling run resume images more latents recipes}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
@@ -75,6 +75,32 @@ part_images() {
   [ -n "${IMAGES:-}" ] || return 0
   limited 130 "ddpm train cifar10 for two minutes" env -C "$work" timeout -s TERM 110 "${ddpm[@]}" train cifar10 data.source="$IMAGES" train.log_every=100
   tail -n 15 "$work/errors"
+}
+
+# Needs diffusers for all but the Transformer.
+part_latents() {
+  local latents=("$python" benchmarks/latents.py)
+  if [ "$gpu" = 1 ]; then
+    limited 120 "DiT-B/2, training steps on latents of 32x32x4" "${latents[@]}" dit --model B --batch 256 --rounds 3 --steps 10
+    limited 90 "Encoding 512 images of 256x256" "${latents[@]}" encode --size 256 --rounds 2 --base 128
+    limited 150 "Training steps at 256x256, pixels and latents" "${latents[@]}" steps --size 256 --batch 8 --rounds 1 --steps 3
+  else
+    limited 100 "DiT-S/2, training steps on latents of 32x32x4" "${latents[@]}" dit --model S --batch 2 --rounds 3
+    limited 100 "Encoding 128 images of 64x64" "${latents[@]}" encode --size 64 --count 128 --rounds 2
+    limited 200 "Training steps at 64x64, pixels and latents" "${latents[@]}" steps --size 64 --batch 2 --rounds 1
+  fi
+}
+
+# What trains in graphs and compiled: each has to end like the others, with a finite loss.
+part_recipes() {
+  local settings=(train.steps=200 train.sample_every=200 train.checkpoint_every=200 evaluate.num_samples=200 evaluate.extractor=dct8 cluster.num_workers=1)
+  for recipe in "diffusion.process=flow train.optimizer=muon" "diffusion.process=edm train.rotation=20 train.augment_conditioning=true" \
+    "train.spike_deviations=3 train.skip_spikes=true train.ema_widths=[0.1]" "model.kind=dit model.patch_size=1 model.depth=4 model.hidden_size=96 model.num_heads=4"; do
+    # shellcheck disable=SC2086
+    limited 60 "200 steps of digits: $recipe" env -C "$work" "${ddpm[@]}" evaluate digits --name "recipe-$((++number))" "${settings[@]}" $recipe train.compile=true
+    grep -a "of a worker in\|compiled" "$work/errors"
+  done
+  limited 150 "ddpm run digits-latent" env -C "$work" "${ddpm[@]}" run digits-latent
 }
 
 printf '# Measured on %s\n' "$("$python" -c 'import os, torch; print((torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"), os.cpu_count(), "CPUs, torch", torch.__version__)')"

@@ -28,6 +28,7 @@ from components.data.shards import (
     write_shard,
 )
 from components.spaces.pixels import PixelSpace
+from components.spaces.space import Space
 from components.storage import Location
 from pipeline.artifacts import MetricUnit
 
@@ -167,7 +168,7 @@ def _shard_table(files: Sequence[ListedFile], recipe: PixelSpace) -> pa.Table:
     return shard_table(recipe, np.stack([file.pixels(recipe) for file in files]), labels, paths)
 
 
-def a_manifest(recipe: PixelSpace, num_rows: int, *, rows_file: str, rows_sha256: str, shards: tuple[Shard, ...]) -> Manifest:
+def a_manifest(recipe: Space, num_rows: int, *, rows_file: str, rows_sha256: str, shards: tuple[Shard, ...]) -> Manifest:
     """Returns the manifest of a dataset of which only the shards matter."""
     return Manifest(
         digest=hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16],
