@@ -72,9 +72,9 @@ def test_it_learns_more_than_the_best_estimate_that_looks_at_each_coordinate_alo
 def test_a_network_is_read_by_its_kind_and_one_without_is_a_unet():
     assert isinstance(ANY.validate_python({"width": 32, "kind": "point_mlp"}), PointMLPConfig)
     assert ANY.validate_python({"base_channels": 64}) == UNetConfig(base_channels=64)
-    with pytest.raises(ValidationError, match="kind is unknown; use point_mlp or unet"):
+    with pytest.raises(ValidationError, match="kind is unknown; use autoencoder_kl or dit or point_mlp or unet"):
         ANY.validate_python({"kind": "transformer"})
-    assert set(KINDS) == {"unet", "point_mlp"}
+    assert set(KINDS) == {"autoencoder_kl", "dit", "point_mlp", "unet"}
 
 
 def test_each_kind_says_which_rows_it_takes():

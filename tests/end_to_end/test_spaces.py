@@ -148,7 +148,7 @@ def test_images_of_any_shape_and_with_transparency_end_as_a_champion_that_draws_
         (["points", "train.flip=true"], "train.flip=true means nothing to points; use train.flip=false"),
         (["points", "data.source=points:circle"], "points:circle is no shape and no file of points"),
         (["points", "evaluate.extractor=dct8"], "mean nothing to points, which are their own features; leave them out"),
-        (["points", "model.kind=transformer"], "model.kind='transformer' is unknown; use point_mlp or unet"),
+        (["points", "model.kind=transformer"], "model.kind='transformer' is unknown; use autoencoder_kl or dit or point_mlp or unet"),
         (["digits", "data.image_size=[9,16]"], "data.image_size=[9,16] cannot be halved 1 times; use a multiple of 2 such as [8,16]"),
     ],
 )

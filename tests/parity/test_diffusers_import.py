@@ -28,6 +28,16 @@ BLOCKS: dict[str, Any] = {
 }
 
 
+ADM: dict[str, Any] = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "attn_norm_num_groups": 32,
+}
+
+
 def unet(**changes: Any) -> Any:
     torch.manual_seed(0)
     network: Any = UNet2DModel(**{"sample_size": 8, "in_channels": 3, "out_channels": 3, **BLOCKS, **changes})
@@ -44,6 +54,9 @@ def unet(**changes: Any) -> Any:
         {"sample_size": (16, 8), "attention_head_dim": 16, "dropout": 0.2},
         {"in_channels": 1, "out_channels": 1, "num_class_embeds": 4},
         {"out_channels": 6},
+        {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32},
+        {**ADM, "attention_head_dim": 16},
+        {**ADM, "down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2, "attention_head_dim": 32, "num_class_embeds": 4},
     ],
 )
 def test_a_network_of_diffusers_computes_the_same_here(changes: dict[str, Any], tmp_path: Path):
@@ -78,14 +91,16 @@ def test_the_process_of_a_pipeline_is_that_of_its_scheduler(scheduler: Any, expe
 @pytest.mark.parametrize(
     "diffusion", [DiffusionConfig(betas="cosine", prediction="v"), DiffusionConfig(learned_variance=True), DiffusionConfig(process="flow")]
 )
-def test_what_is_written_for_diffusers_comes_back_as_it_was(diffusion: DiffusionConfig, tmp_path: Path):
-    model = UNetConfig(base_channels=16, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4, head_channels=8)
+@pytest.mark.parametrize("adm", [{}, {"scale_shift_norm": True, "resample_blocks": True}])
+def test_what_is_written_for_diffusers_comes_back_as_it_was(diffusion: DiffusionConfig, adm: dict[str, Any], tmp_path: Path):
+    blocks: dict[str, Any] = {"base_channels": 16, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,), "num_groups": 4}
+    model = UNetConfig(**blocks, head_channels=8, **adm)
     spec = DenoiserSpec(model=model, diffusion=diffusion, space=PixelSpace(image_size=8))
     weights = {name: torch.randn_like(value) * 0.1 for name, value in spec.build().state_dict().items()}
     write_diffusers(tmp_path / "theirs", spec, weights)
     made = import_diffusers(Location.of(tmp_path / "theirs"), Location.of(tmp_path / "made"))
     found = load_denoiser(made)
-    assert found.spec.diffusion == diffusion
+    assert (found.spec.diffusion, found.spec.model) == (diffusion, model)
     assert all(torch.equal(value, weights[name]) for name, value in read_weights(Path(str(made)) / "ema.safetensors").items())
 
 
@@ -121,6 +136,8 @@ def saved(folder: Path, **changes: Any) -> Location:
     [
         ({"act_fn": "gelu"}, "act_fn=gelu has no counterpart here; only act_fn=silu has"),
         ({"_class_name": "UNet2DConditionModel"}, "is of a UNet2DConditionModel; name a folder of a DiTTransformer2DModel or UNet2DModel"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups=None with resnet_time_scale_shift=scale_shift has no counterpart here"),
+        ({"downsample_type": "resnet"}, "downsample_type=resnet with upsample_type=conv has no counterpart here"),
         ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]}, "block type SkipDownBlock2D has no counterpart here"),
         ({"block_out_channels": [32, 48]}, r"block_out_channels=\[32, 48\] are no multiples of the first"),
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos=False with freq_shift=0 has no counterpart here"),

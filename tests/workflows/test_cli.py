@@ -56,7 +56,7 @@ def test_what_config_prints_is_a_preset_of_the_same_settings(run: Run, tmp_path:
         (["run", "digits", "train.steps=many"], "train.steps='many' is wrong: input should be a valid integer"),
         (["run", "digits", "data.image_size=9"], "data.image_size=9 cannot be halved 1 times; use a multiple of 2"),
         (["run", "digits", "cluster.num_workers=3"], "cluster.num_workers=3 does not divide train.lanes=8"),
-        (["run", "digits", "--from", "trian"], "--from trian is no stage; use one of preprocess, train, evaluate, register"),
+        (["run", "digits", "--from", "trian"], "--from trian is no stage; use one of preprocess, encode, train, evaluate, register"),
         (["run", "digits", "--name", "a/b"], "--name a/b is no run name"),
         (["run", "digits", "data.source=/no/such/folder"], "data.source=/no/such/folder does not exist; name a folder"),
         (["run", "digits", "data.source=empty"], "data.source=empty holds no images but nothing"),

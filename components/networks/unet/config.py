@@ -42,6 +42,10 @@ class UNetConfig(NetworkConfig):
     """Features of the time step: `sin_cos` as in DDPM's code, `cos_sin` as in diffusers' defaults."""
     downsample_padding: Literal[0, 1] = Field(0, json_schema_extra=_CAME_LATER)
     """Where images are padded before they are halved: 0 on the right and bottom alone as in DDPM's code, 1 on all sides as in diffusers' defaults."""
+    scale_shift_norm: bool = Field(False, json_schema_extra=_CAME_LATER)
+    """The time step scales and shifts the second norm of a residual block, instead of being added before it (Improved DDPM section 3.4, ADM)."""
+    resample_blocks: bool = Field(False, json_schema_extra=_CAME_LATER)
+    """Halve and double images within residual blocks of their own, instead of by single convolutions (BigGAN, ADM)."""
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     """Probability of a dropped activation in residual blocks, while training."""
     checkpointing: bool = Field(False, json_schema_extra={"result": False})
@@ -119,4 +123,5 @@ class UNetConfig(NetworkConfig):
     def num_dropouts(self) -> int:
         """Layers that drop activations: one in every residual block."""
         levels = len(self.channel_mults)
-        return levels * self.num_res_blocks + 2 + levels * (self.num_res_blocks + 1) if self.dropout else 0
+        resampling = 2 * (levels - 1) if self.resample_blocks else 0
+        return levels * self.num_res_blocks + 2 + levels * (self.num_res_blocks + 1) + resampling if self.dropout else 0

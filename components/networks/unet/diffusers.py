@@ -10,10 +10,15 @@ from .network import UNet
 Weights = dict[str, torch.Tensor]
 
 
+_PLAIN = {"conv": ("DownBlock2D", "UpBlock2D"), "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")}
+"""Blocks without attention, down and up, by how a level leads to the next."""
+
+
 def diffusers_config(unet: UNet, shape: tuple[int, ...]) -> dict[str, object]:
     """Returns the keyword arguments of the `diffusers.UNet2DModel` that is this network."""
     config = unet.config
     channels, height, width = shape
+    plain = _PLAIN["resnet" if config.resample_blocks else "conv"]
     attends = [height >> level in config.attention_resolutions for level in range(len(config.channel_mults))]
     widths = [config.base_channels * mult for mult in config.channel_mults]
     return {
@@ -22,10 +27,14 @@ def diffusers_config(unet: UNet, shape: tuple[int, ...]) -> dict[str, object]:
         "out_channels": unet.conv_out.out_channels,
         "layers_per_block": config.num_res_blocks,
         "block_out_channels": widths,
-        "down_block_types": ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
-        "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        "down_block_types": ["AttnDownBlock2D" if attend else plain[0] for attend in attends],
+        "up_block_types": ["AttnUpBlock2D" if attend else plain[1] for attend in reversed(attends)],
+        "downsample_type": "resnet" if config.resample_blocks else "conv",
+        "upsample_type": "resnet" if config.resample_blocks else "conv",
+        "resnet_time_scale_shift": "scale_shift" if config.scale_shift_norm else "default",
         "attention_head_dim": config.head_channels or (widths[-1] // config.num_heads if config.num_heads > 1 else None),
         "norm_num_groups": config.num_groups,
+        "attn_norm_num_groups": config.num_groups if config.scale_shift_norm else None,
         "norm_eps": config.norm_eps,
         "dropout": config.dropout,
         "act_fn": "silu",
@@ -53,11 +62,13 @@ def _prefixes(unet: UNet) -> tuple[dict[str, str], list[str]]:
     for ours, theirs, sampler in (("down", "down_blocks", "downsamplers"), ("up", "up_blocks", "upsamplers")):
         order += ["mid_block.resnets.0", "mid_block.resnets.1"] if ours == "up" else []
         for level, modules in enumerate(getattr(unet, ours)):
-            renamed[f"{ours}.{level}.resample.conv"] = f"{theirs}.{level}.{sampler}.0.conv"
+            resample = f"{theirs}.{level}.{sampler}.0"
+            renamed |= {f"{ours}.{level}.resample": resample, f"{ours}.{level}.resample.conv": f"{resample}.conv"}
             for index in range(len(modules.blocks)):
                 renamed[f"{ours}.{level}.blocks.{index}"] = f"{theirs}.{level}.resnets.{index}"
                 renamed[f"{ours}.{level}.attentions.{index}"] = f"{theirs}.{level}.attentions.{index}"
                 order.append(f"{theirs}.{level}.resnets.{index}")
+            order += [resample] * (len(modules.running()) - len(modules.blocks))
     return renamed, order
 
 
@@ -131,18 +142,23 @@ def settings_of(config: Mapping[str, Any], height: int) -> dict[str, object]:
         "act_fn": "silu",
         "center_input_sample": False,
         "class_embed_type": None,
-        "downsample_type": "conv",
-        "upsample_type": "conv",
-        "resnet_time_scale_shift": "default",
         "add_attention": True,
-        "attn_norm_num_groups": None,
         "mid_block_scale_factor": 1,
     }
     for name, wanted in fixed.items():
         if config.get(name, wanted) != wanted:
             raise ValueError(f"{name}={config[name]} has no counterpart here; only {name}={wanted} has")
     downs, ups = config["down_block_types"], config["up_block_types"]
-    known = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}
+    resample, norm = config.get("downsample_type", "conv"), config.get("resnet_time_scale_shift", "default")
+    if resample not in _PLAIN or config.get("upsample_type", "conv") != resample:
+        raise ValueError(f"downsample_type={resample} with upsample_type={config.get('upsample_type')} has no counterpart here; both conv or both resnet have")
+    if norm not in ("default", "scale_shift"):
+        raise ValueError(f"resnet_time_scale_shift={norm} has no counterpart here; default and scale_shift have")
+    # Where diffusers scales and shifts, its middle attention has a norm only if it is told so.
+    groups, of_attention = config.get("norm_num_groups", 32), config.get("attn_norm_num_groups")
+    if of_attention != groups and (of_attention is not None or norm == "scale_shift"):
+        raise ValueError(f"attn_norm_num_groups={of_attention} with resnet_time_scale_shift={norm} has no counterpart here; attn_norm_num_groups={groups} has")
+    known = dict.fromkeys(_PLAIN[resample], False) | {"AttnDownBlock2D": True, "AttnUpBlock2D": True}
     if unknown := next((name for name in (*downs, *ups) if name not in known), None):
         raise ValueError(f"block type {unknown} has no counterpart here; use {', '.join(known)}")
     attends = [known[name] for name in downs]
@@ -164,6 +180,8 @@ def settings_of(config: Mapping[str, Any], height: int) -> dict[str, object]:
         "norm_eps": config.get("norm_eps", 1e-5),
         "time_features": _time_features(config),
         "downsample_padding": config.get("downsample_padding", 1),
+        "resample_blocks": resample == "resnet",
+        "scale_shift_norm": norm == "scale_shift",
         "conditional": bool(config.get("num_class_embeds")),
     }
 

@@ -1,6 +1,7 @@
 """The parts of the DDPM U-Net. Activations are (B, C, H, W), channels_last in memory where the caller says so."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
@@ -8,6 +9,8 @@ from torch.nn import functional as F
 
 from .dropout import dropped
 from .norm import EPS, Norm
+
+Resample = Literal["none", "down", "up"]
 
 
 def init_layer(layer: nn.Linear | nn.Conv2d, scale: float = 1.0) -> None:
@@ -66,11 +69,26 @@ class TimeMLP(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around a time bias, and a shortcut (DDPM appendix B)."""
+    """Two convolutions around a time bias, and a shortcut (DDPM appendix B).
 
-    def __init__(self, in_channels: int, out_channels: int, *, dropout: float, num_groups: int, eps: float = EPS) -> None:
+    Args:
+        scale_shift: the time scales and shifts the second norm (ADM).
+        resample: what becomes of height and width behind the first norm and in the shortcut (BigGAN's blocks, ADM).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        dropout: float,
+        num_groups: int,
+        eps: float = EPS,
+        scale_shift: bool = False,
+        resample: Resample = "none",
+    ) -> None:
         super().__init__()
-        self.out_channels = out_channels
+        self.out_channels, self.scale_shift, self.resample = out_channels, scale_shift, resample
         self.norm_1 = Norm(num_groups, in_channels, eps)
         self.conv_1 = conv3x3(in_channels, out_channels)
         self.norm_2 = Norm(num_groups, out_channels, eps)
@@ -81,16 +99,21 @@ class ResidualBlock(nn.Module):
             init_layer(self.shortcut)
 
     def forward(self, x: torch.Tensor, time_bias: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns (B, C_out, H, W).
+        """Returns (B, C_out, H, W), H and W halved or doubled where it resamples.
 
         Args:
+            time_bias: (B, C_out, 1, 1), or scales and shifts (B, 2 C_out, 1, 1).
             keys: (B, 2) int32, which decide the dropout mask; without them torch's global generator does.
         """
-        hidden = self.conv_1(F.silu(self.norm_1(x))) + time_bias
-        hidden = F.silu(self.norm_2(hidden))
+        hidden = self.conv_1(resampled(F.silu(self.norm_1(x)), self.resample))
+        if self.scale_shift:
+            scale, shift = time_bias.chunk(2, dim=1)
+            hidden = F.silu(self.norm_2(hidden) * (1 + scale) + shift)
+        else:
+            hidden = F.silu(self.norm_2(hidden + time_bias))
         if self.training and self.dropout:
             hidden = F.dropout(hidden, self.dropout) if keys is None else dropped(hidden, keys, self.dropout)
-        return self.shortcut(x) + self.conv_2(hidden)
+        return self.shortcut(resampled(x, self.resample)) + self.conv_2(hidden)
 
 
 class SelfAttention(nn.Module):
@@ -134,7 +157,16 @@ class Upsample(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(doubled(x) if torch.compiler.is_compiling() else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(resampled(x, "up"))
+
+
+def resampled(x: torch.Tensor, how: Resample) -> torch.Tensor:
+    """Returns x with height and width halved by averages, doubled by nearest neighbours, or as they are."""
+    if how == "down":
+        return F.avg_pool2d(x, 2)
+    if how == "none":
+        return x
+    return doubled(x) if torch.compiler.is_compiling() else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The U-Net of the DDPM paper: eps_hat = UNet(x_t, t), or UNet(x_t, t, labels) where it is told the class."""
 
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .config import UNetConfig
-from .layers import Downsample, ResidualBlock, SelfAttention, TimeMLP, Upsample, conv3x3
+from .layers import Downsample, Resample, ResidualBlock, SelfAttention, TimeMLP, Upsample, conv3x3
 from .norm import Norm
 
 
@@ -24,6 +25,10 @@ class Level(nn.Module):
     def stages(self) -> list[tuple[nn.Module, nn.Module]]:
         """Returns the (residual block, attention) pairs in the order they run."""
         return list(zip(self.blocks, self.attentions, strict=True))
+
+    def running(self) -> list[nn.Module]:
+        """Returns the residual blocks in the order they run, that which leads to the next resolution too."""
+        return [*self.blocks, *([self.resample] if isinstance(self.resample, ResidualBlock) else [])]
 
 
 class UNet(nn.Module):
@@ -57,18 +62,25 @@ class UNet(nn.Module):
         self.mid_attention = self._attention(widths[-1])
         self.norm_out = Norm(config.num_groups, widths[0], config.norm_eps)
         self.conv_out = conv3x3(widths[0], channels * outputs, scale=0.0)
-        running = [*(b for level in down for b in level.blocks), self.mid_1, self.mid_2, *(b for level in up for b in level.blocks)]
-        self.time = TimeMLP(
-            config.base_channels, [block.out_channels for block in running if isinstance(block, ResidualBlock)], cosine_first=config.time_features == "cos_sin"
-        )
+        running = [*(b for level in down for b in level.running()), self.mid_1, self.mid_2, *(b for level in up for b in level.running())]
+        told = [block.out_channels * (2 if config.scale_shift_norm else 1) for block in running if isinstance(block, ResidualBlock)]
+        self.time = TimeMLP(config.base_channels, told, cosine_first=config.time_features == "cos_sin")
         # Made last, so that all other weights are those that the same seed gives a network without classes.
         self.label_embedding = nn.Embedding(num_classes + 1, self.time.embedding_channels) if num_classes else None
         self.condition_embedding = nn.Linear(conditions, self.time.embedding_channels, bias=False) if conditions else None
         if self.condition_embedding is not None:
             nn.init.zeros_(self.condition_embedding.weight)
 
-    def _block(self, in_channels: int, out_channels: int) -> ResidualBlock:
-        return ResidualBlock(in_channels, out_channels, dropout=self.config.dropout, num_groups=self.config.num_groups, eps=self.config.norm_eps)
+    def _block(self, in_channels: int, out_channels: int, resample: Resample = "none") -> ResidualBlock:
+        config = self.config
+        options: dict[str, Any] = {"eps": config.norm_eps, "scale_shift": config.scale_shift_norm, "resample": resample}
+        return ResidualBlock(in_channels, out_channels, dropout=config.dropout, num_groups=config.num_groups, **options)
+
+    def _down(self, width: int) -> nn.Module:
+        return self._block(width, width, "down") if self.config.resample_blocks else Downsample(width, self.config.downsample_padding)
+
+    def _up(self, width: int) -> nn.Module:
+        return self._block(width, width, "up") if self.config.resample_blocks else Upsample(width)
 
     def _attention(self, channels: int) -> SelfAttention:
         return SelfAttention(channels, num_heads=self.config.heads(channels), num_groups=self.config.num_groups, eps=self.config.norm_eps)
@@ -83,7 +95,7 @@ class UNet(nn.Module):
             blocks = [self._block(width if index == 0 else out_width, out_width) for index in range(self.config.num_res_blocks)]
             attentions = [self._attention_at(size, out_width) for _ in blocks]
             width, last = out_width, number == len(widths) - 1
-            levels.append(Level(blocks, attentions, nn.Identity() if last else Downsample(width, self.config.downsample_padding)))
+            levels.append(Level(blocks, attentions, nn.Identity() if last else self._down(width)))
             skips += [width] * (len(blocks) + (not last))
         return levels, skips
 
@@ -95,7 +107,7 @@ class UNet(nn.Module):
                 blocks.append(self._block(width + skips.pop(), widths[number]))
                 width = widths[number]
             attentions = [self._attention_at(sizes[number], width) for _ in blocks]
-            levels.append(Level(blocks, attentions, Upsample(width) if number else nn.Identity()))
+            levels.append(Level(blocks, attentions, self._up(width) if number else nn.Identity()))
         return levels
 
     def _condition(self, x_t: torch.Tensor, labels: torch.Tensor | None, conditions: torch.Tensor | None) -> torch.Tensor | None:
@@ -136,20 +148,23 @@ class UNet(nn.Module):
             given = (hidden, next(biases), next(of_layers))
             return recomputed(block, *given) if self.config.checkpointing and torch.is_grad_enabled() else block(*given)
 
+        def resample(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+            return run(module, hidden) if isinstance(module, ResidualBlock) else module(hidden)
+
         hidden = self.conv_in(x_t)
         skips = [hidden]
         for level in _levels(self.down):
             for block, attention in level.stages():
                 hidden = attention(run(block, hidden))
                 skips.append(hidden)
-            if isinstance(level.resample, Downsample):
-                hidden = level.resample(hidden)
+            if not isinstance(level.resample, nn.Identity):
+                hidden = resample(level.resample, hidden)
                 skips.append(hidden)
         hidden = run(self.mid_2, self.mid_attention(run(self.mid_1, hidden)))
         for level in _levels(self.up):
             for block, attention in level.stages():
                 hidden = attention(run(block, torch.cat([hidden, skips.pop()], dim=1)))
-            hidden = level.resample(hidden)
+            hidden = resample(level.resample, hidden)
         return self.conv_out(F.silu(self.norm_out(hidden)))
 
 
