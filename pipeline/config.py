@@ -29,6 +29,8 @@ from pipeline.training.config import TrainConfig
 
 DIGEST_LENGTH = 16
 LONGEST_SOURCE_NAME = 60
+MIN_PERCEPTUAL_SIDE = 16
+"""Pixels; VGG16 halves images four times before its last features."""
 AUTOENCODER = "-autoencoder"
 PRESET_KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "denoiser": {},
@@ -78,7 +80,8 @@ class RunConfig(BaseModel):
         if train.lanes % workers:
             raise ValueError(f"cluster.num_workers={workers} does not divide train.lanes={train.lanes}; use a divisor, or other lanes")
         self._check_recipe()
-        check_paths({"data.source": self.data.source, "data.root": self.data.root, **_paths(self.evaluate, self.cluster)})
+        files = {f"train.{key}": getattr(self.train, key) for key in ("perceptual_weights", "perceptual_layers")}
+        check_paths({"data.source": self.data.source, "data.root": self.data.root, **files, **_paths(self.evaluate, self.cluster)})
         return self
 
     def _check_kind(self) -> None:
@@ -90,16 +93,30 @@ class RunConfig(BaseModel):
             )
         if trains and self.data.autoencoder is not None:
             raise ValueError("data.autoencoder means nothing to an autoencoder, which is trained on images; leave it out")
+        if self.train.perceptual_weights is not None:
+            self._check_perceptual(trains=trains)
         if trains and self.evaluate.nll_images:
             raise ValueError(f"evaluate.nll_images={self.evaluate.nll_images} means nothing to an autoencoder; use 0")
+
+    def _check_perceptual(self, *, trains: bool) -> None:
+        height, width = self.data.space.shape[-2:]
+        if not trains:
+            raise ValueError("train.perceptual_weights means nothing to a denoiser; leave it out, or train an autoencoder")
+        if self.data.normalisation != "fixed":
+            raise ValueError(f"train.perceptual_weights needs images in -1..1, and data.normalisation={self.data.normalisation}; use fixed")
+        if min(height, width) < MIN_PERCEPTUAL_SIDE:
+            raise ValueError(
+                f"train.perceptual_weights takes images of {MIN_PERCEPTUAL_SIDE} pixels a side and more, and these are {width}x{height}; leave it out"
+            )
 
     def _check_latents(self) -> None:
         if self.data.space.kind != "pixels":
             raise ValueError("data.autoencoder takes images; leave it out")
         if self.data.normalisation != "fixed":
             raise ValueError(f"data.normalisation={self.data.normalisation} means nothing to an autoencoder, which takes -1..1; leave it out")
-        if self.train.augments or self.train.augment_conditioning:
-            raise ValueError("train: of augmentation latents know mirror images alone; leave rotation, translation, scaling and crop_jitter out")
+        train = self.train
+        if train.rotation or train.translation or train.scaling or train.augment_conditioning:
+            raise ValueError("train: of augmentation latents know mirrors and crop_jitter; leave rotation, translation, scaling and augment_conditioning out")
         if self.evaluate.nll_images:
             raise ValueError(f"evaluate.nll_images={self.evaluate.nll_images} is the likelihood of pixels, which latents have none of; use 0")
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-import numpy as np
 from pydantic import ValidationError
 
 from components.autoencoder.store import AutoencoderFiles, find_autoencoder, keep_autoencoder
@@ -46,8 +45,12 @@ LATENTS, ENCODED, WORK = "latents", "encoded", "work"
 ROWS_AT_ONCE = 1 << 12
 
 
-def space_of(shards: ShardSet, autoencoder: AutoencoderFiles, *, mirrors: bool) -> LatentSpace:
+def space_of(shards: ShardSet, autoencoder: AutoencoderFiles, *, mirrors: bool, copies: tuple[int, int] = (0, 0)) -> LatentSpace:
     """Returns the space of a dataset's latents, not yet scaled.
+
+    Args:
+        mirrors: whether mirrored images are encoded, too.
+        copies: how many shifted copies of each image are, and by how many pixels they are shifted at most.
 
     Raises:
         DataError: if the autoencoder does not take such images.
@@ -55,7 +58,7 @@ def space_of(shards: ShardSet, autoencoder: AutoencoderFiles, *, mirrors: bool) 
     if not isinstance(shards.space, PixelSpace):
         raise DataError(f"data.autoencoder takes images, and {shards.source} holds {shards.space.noun}s; leave it out")
     latent = autoencoder.latent_shape(shards.space.shape)
-    return LatentSpace(pixels=shards.space, autoencoder=autoencoder.digest, latent=latent, mirrors=mirrors)
+    return LatentSpace(pixels=shards.space, autoencoder=autoencoder.digest, latent=latent, mirrors=mirrors, copies=copies[0], jitter=copies[1])
 
 
 def encode(shards: ShardSet, space: LatentSpace, autoencoder: AutoencoderFiles, *, context: StageContext, anew: bool) -> ShardSet:
@@ -70,7 +73,8 @@ def encode(shards: ShardSet, space: LatentSpace, autoencoder: AutoencoderFiles, 
     """
     pixels = Location.of(shards.path)
     keep_autoencoder(autoencoder, context.storage)
-    folder = context.storage / LATENTS / pixels.parent.name / (space.autoencoder + ("-mirrors" if space.mirrors else ""))
+    held = ("-mirrors" if space.mirrors else "") + (f"-{space.copies}x{space.jitter}" if space.copies else "")
+    folder = context.storage / LATENTS / pixels.parent.name / (space.autoencoder + held)
     with alone(folder / ".lock", context.reporter, "encodes this source"):
         return _Encoding(read_manifest(pixels), pixels, folder, space, context).run(anew)
 
@@ -184,10 +188,7 @@ def _encode_shard(name: str, split: str, task: Task) -> None:
     encode, staging = _codec(space.autoencoder, task.folder, "cuda" if task.use_gpu else "cpu").encode, folder / WORK
     table = read_checked_shard(shard_location(pixels, name))
     images = column_rows(table.column(space.pixels.column), space.pixels)
-    latents = encode(images)
-    if space.mirrors:
-        latents = np.concatenate([latents, encode(space.pixels.mirrored(images))], axis=1)
-    made = shard_table(space, latents, table.column("label").combine_chunks(), table.column("source").combine_chunks())
+    made = shard_table(space, space.encoded(images, encode), table.column("label").combine_chunks(), table.column("source").combine_chunks())
     shard = write_shard(folder / SHARDS, made, space, "holdout" if split == "holdout" else "train", staging)
     (folder / ENCODED / f"{name}.json").write_text(shard.model_dump_json() + "\n", staging=staging)
 

@@ -25,6 +25,7 @@ from pipeline.measurement.extractors import check_files
 from pipeline.names import check_cache, check_namesake
 from pipeline.ray_session import ray_session
 from pipeline.tracking import Tracking, connect
+from pipeline.training.perceptual import check_perceptual
 from pipeline.training.start import check_init
 
 LISTING = "listing the source"
@@ -65,6 +66,7 @@ def preflight(config: RunConfig, name: str, until: StageName, reporter: Reporter
         listed = _list(config, storage, reporter) if lists else None
         check_files(config.evaluate)
         check_init(config.train, storage / "runs" / name)
+        check_perceptual(config.train)
         check_autoencoder(config.data.autoencoder)
         if config.cluster.address == "local":
             check_cache(config.cluster.cache, is_used=not storage.is_local)
@@ -98,6 +100,8 @@ def _needed(config: RunConfig) -> dict[str, str | None]:
     return {
         "data.source": config.data.source,
         "data.root": config.data.root,
+        "train.perceptual_weights": _on_this_machine(config.train.perceptual_weights),
+        "train.perceptual_layers": _on_this_machine(config.train.perceptual_layers),
         "evaluate.inception_weights": _on_this_machine(config.evaluate.inception_weights),
         "evaluate.dinov2_weights": _on_this_machine(config.evaluate.dinov2_weights),
     }

@@ -32,6 +32,7 @@ from pipeline.retraining.attempts import Start
 from pipeline.tracked_run import TrackedRun
 from pipeline.tracking import Tracking, public_uri, translated
 from pipeline.training.config import TrainConfig
+from pipeline.training.perceptual import PERCEPTUAL, perceptual_digest
 from pipeline.training.progress import is_as_long, kept_at, settings_of
 from pipeline.training.start import find_init
 
@@ -84,6 +85,7 @@ class Pipeline:
     listed: preprocess_stage.ListedSource | None = None
     given: FixedInputs | None = None
     start: Start | None = None
+    perceptual: str | None = None
     autoencoder_address: str | None = None
     autoencoder: AutoencoderFiles | None = None
     latents: ShardSet | None = None
@@ -198,6 +200,7 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
     done = pipeline.given.model if pipeline.given else None
     if done is None:
         pipeline.start = _start(pipeline, tracking)
+        pipeline.perceptual = perceptual_digest(pipeline.config.train)
     if pipeline.start is not None:
         check_start(Location.of(pipeline.start.checkpoint), pipeline.start.model, _latent_space(pipeline))
     inputs = _train_inputs(pipeline, shards) if done is None else done.inputs
@@ -238,7 +241,9 @@ def _train_inputs(pipeline: Pipeline, shards: ShardSet) -> str:
     """
     config, start = pipeline.config, pipeline.start
     trained_on = pipeline.latents or shards
-    inputs = digest_of(trained_on.digest, config.model, config.diffusion, _of_steps(config.train), *([start.sha256] if start else []))
+    known = [start.sha256] if start else []
+    known += [pipeline.perceptual] if pipeline.perceptual else []
+    inputs = digest_of(trained_on.digest, config.model, config.diffusion, _of_steps(config.train), *known)
     trainings = pipeline.storage / "runs" / pipeline.name / "train"
     return inputs if inputs in trainings.folders() else _of_older_version(trainings, _train_settings(pipeline, shards)) or inputs
 
@@ -248,8 +253,8 @@ def _of_steps(train: TrainConfig) -> dict[str, Any]:
     fields = result_fields(train)
     if train.early_stop:
         fields |= train.model_dump(mode="json", include={"validate_every", "validate_images", "validate_samples"})
-    # Weights of `train.init_from` are known by their checksum.
-    left_out = {"init_from", "init_weights"} | (set() if train.depends_on_steps else {"steps"})
+    # Weights of `train.init_from` and of the perceptual loss are known by their checksums.
+    left_out = {"init_from", "init_weights", *PERCEPTUAL} | (set() if train.depends_on_steps else {"steps"})
     return {name: value for name, value in fields.items() if name not in left_out}
 
 
@@ -266,7 +271,8 @@ def _train_settings(pipeline: Pipeline, shards: ShardSet) -> dict[str, str]:
     """Returns what `_train_inputs` is the digest of, for messages."""
     config, start = pipeline.config, pipeline.start
     settings = flat_result_fields(model=config.model, diffusion=config.diffusion) | flat("train", _of_steps(config.train))
-    return settings | {"dataset": (pipeline.latents or shards).digest} | ({"start": start.sha256} if start else {})
+    by_checksum = {"start": start.sha256 if start else None, "perceptual": pipeline.perceptual}
+    return settings | {"dataset": (pipeline.latents or shards).digest} | {key: value for key, value in by_checksum.items() if value is not None}
 
 
 def _preprocess(pipeline: Pipeline) -> ShardSet:
@@ -308,7 +314,7 @@ def _encode(pipeline: Pipeline, shards: ShardSet) -> ShardSet | None:
     if pipeline.autoencoder is None:
         return None
     found = pipeline.autoencoder
-    space = encode_stage.space_of(shards, found, mirrors=pipeline.config.train.flip)
+    space = encode_stage.space_of(shards, found, mirrors=pipeline.config.train.flip, copies=_copies(pipeline.config.train))
     return pipeline.stage(
         "encode",
         ShardSet,
@@ -317,6 +323,11 @@ def _encode(pipeline: Pipeline, shards: ShardSet) -> ShardSet | None:
         lambda context: encode_stage.encode(shards, space, found, context=context, anew=pipeline.forced("encode")),
         lambda context: None,
     )
+
+
+def _copies(train: TrainConfig) -> tuple[int, int]:
+    """Returns how many shifted copies of each image are encoded, and by how many pixels they are shifted at most."""
+    return (train.crop_copies, train.crop_jitter) if train.crop_jitter else (0, 0)
 
 
 def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: str) -> TrainedModel:
@@ -338,6 +349,7 @@ def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: st
             config_digest=config_digest(config),
             settings=_train_settings(pipeline, shards),
             start=pipeline.start,
+            perceptual=pipeline.perceptual,
         )
         return trained.model_copy(update={"dataset_digest": shards.digest})  # of the images, by which models are compared
 

@@ -71,12 +71,14 @@ def train(
     config_digest: str,
     settings: Mapping[str, str],
     start: Start | None = None,
+    perceptual: str | None = None,
 ) -> TrainedModel:
     """Trains the denoiser, or goes on from the newest whole checkpoint of these inputs, and returns its receipt.
 
     Args:
         settings: all that the digest of the inputs is made of, kept in checkpoints for messages.
         start: weights that network and averages start from, instead of fresh ones; optimiser and learning rate start anew.
+        perceptual: checksums of the files of the perceptual loss.
 
     Raises:
         DataError: if the dataset is not whole.
@@ -107,6 +109,7 @@ def train(
         cache=context.cluster.cache,
         cache_bytes=context.cluster.cache_bytes,
         start=start,
+        perceptual=perceptual,
     )
     before = attempts_so_far(context.folder)
     if start is not None and not before:

@@ -8,6 +8,7 @@ import torch
 
 from .config import DiffusionConfig
 from .levels import Level
+from .perceptual import Perceptual
 from .recipe import Recipe
 
 ONLY = Level(0, 0.0, 1.0)
@@ -18,6 +19,8 @@ class Reconstruction:
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config, self.start = config, 1.0
+        self.perceptual: Perceptual | None = None
+        self.perceptual_scale = 1.0
 
     def to(self, device: torch.device | str) -> Self:
         """Returns the process, which has no tables."""
@@ -66,6 +69,8 @@ def reconstruction_loss(
 ) -> torch.Tensor:
     """Returns the mean absolute error of the reconstruction plus kl_weight times the divergence of the posteriors from N(0, 1), a float32 scalar.
 
+    Where the process has a perceptual distance, that is added, times its scale.
+
     The divergence (VAE appendix B) is summed over the latents of an image and divided by the image's numbers, as both terms are in Latent Diffusion (Eq. 25)
     up to a common factor.
 
@@ -76,4 +81,7 @@ def reconstruction_loss(
     reconstructed, mean, logvar = network(x_0, eps)
     error = (reconstructed.float() - x_0).abs().mean()
     divergence = 0.5 * (mean.float().square() + logvar.float().exp() - 1.0 - logvar.float()).sum() / x_0.numel()
-    return error + process.config.kl_weight * divergence
+    loss = error + process.config.kl_weight * divergence
+    if process.perceptual is not None:
+        loss = loss + process.perceptual_scale * process.perceptual(reconstructed.float(), x_0)
+    return loss

@@ -81,6 +81,15 @@ class TrainConfig(BaseModel):
     """Probability of each of rotation, translation and scaling (A_prob of EDM)."""
     augment_conditioning: bool = Field(False, json_schema_extra=_CAME_LATER)
     """Tell the network what was done to an image, mirroring included, so that samples, which are told nothing, do not show it (EDM appendix F.2)."""
+    crop_copies: int = Field(4, ge=1, json_schema_extra=_CAME_LATER)
+    """In latents, where `crop_jitter` must shift images before they are encoded: shifted copies of each image that are encoded beside it."""
+    perceptual_weights: str | None = Field(None, json_schema_extra=_CAME_LATER)
+    """For an autoencoder: a file with torchvision's VGG16 (`vgg16-397923af.pth`, or safetensors), by whose features it is told how unlike a reconstruction
+    looks (LPIPS); null for no perceptual loss."""
+    perceptual_layers: str | None = Field(None, json_schema_extra=_CAME_LATER)
+    """A file with LPIPS' layer weights for VGG16 (`vgg.pth` of its version 0.1); null for channels that all count 1."""
+    perceptual_scale: float = Field(1.0, gt=0.0, json_schema_extra=_CAME_LATER)
+    """What the perceptual loss is multiplied with."""
     label_dropout: float = Field(0.1, ge=0.0, le=1.0)
     """Probability that an image's label is not told, so that a conditional model learns to draw without one too (Classifier-Free Guidance)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -131,6 +140,8 @@ class TrainConfig(BaseModel):
     def _check_rates(self) -> Self:
         if self.decay_steps is not None and self.lr_schedule == "constant":
             raise ValueError(f"decay_steps={self.decay_steps} means nothing to lr_schedule=constant; leave it out, or use lr_schedule=cosine")
+        if self.perceptual_layers is not None and self.perceptual_weights is None:
+            raise ValueError("perceptual_layers needs perceptual_weights, a file with torchvision's VGG16")
         if self.decay_steps is None and self.lr_schedule == "inverse_sqrt":
             raise ValueError("lr_schedule=inverse_sqrt needs decay_steps, the step from which the rate falls; 70000 in EDM2 at 512 pixels")
         if self.lr_schedule == "cosine" and (self.decay_steps or self.steps) <= self.warmup_steps:

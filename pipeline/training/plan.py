@@ -32,6 +32,8 @@ class TrainPlan(BaseModel):
     cache: str | None = None
     cache_bytes: int = 20 << 30
     start: Start | None = None
+    perceptual: str | None = None
+    """Checksums of the files of the perceptual loss."""
 
 
 class TrainOutcome(BaseModel):

@@ -18,6 +18,7 @@ from components.data.reader import RowReader
 from components.data.shards import Manifest, read_manifest
 from components.diffusion.process import Process, make_process
 from components.diffusion.recipe import MONITORING
+from components.diffusion.reconstruction import Reconstruction
 from components.diffusion.sampling import sample
 from components.errors import DataError
 from components.model.checkpoint import Resumable, TrainingRecord, TrainingState, load_training_state, read_weights, write_checkpoint
@@ -32,6 +33,7 @@ from pipeline.retraining.attempts import Start
 from pipeline.training.arithmetic import Arithmetic, choose
 from pipeline.training.config import TrainConfig
 from pipeline.training.optimizer import freeze, learning_rate, make_averages, make_optimizer, parameters_of
+from pipeline.training.perceptual import load_perceptual
 from pipeline.training.plan import TrainPlan, differences
 from pipeline.training.spikes import SpikeGuard
 from pipeline.training.step import Step
@@ -253,16 +255,23 @@ def make_trainer(plan: TrainPlan, manifest: Manifest, device: torch.device, resu
     train = plan.train
     freeze(network, train.freeze)
     optimizer, (ema, more) = make_optimizer(network, train), make_averages(network, train)
-    process, guard = make_process(plan.diffusion).to(device), None
+    process, guard = _process(plan, device), None
     if train.spike_deviations:
         guard = SpikeGuard(train.spike_deviations, skips=train.skip_spikes, device=device)
-    options: dict[str, Any] = {"guard": guard, "tells": train.augment_conditioning, "augments": train.augments}
+    options: dict[str, Any] = {"guard": guard, "tells": train.augment_conditioning, "augments": train.augments and not manifest.space.is_drawn}
     stepper = Step(network, optimizer, [ema, *more.values()], process, arithmetic, train.grad_clip, manifest.space, **options)
     trainer = Trainer(train, spec, plan.inputs, device, arithmetic, network, optimizer, ema, more, process, stepper, settings=plan.settings, guard=guard)
     trainer.dataset = plan.dataset
     if resumable is not None:
         trainer.load_state(resumable)
     return trainer
+
+
+def _process(plan: TrainPlan, device: torch.device) -> Process:
+    process = make_process(plan.diffusion).to(device)
+    if plan.perceptual is not None and isinstance(process, Reconstruction):
+        process.perceptual, process.perceptual_scale = load_perceptual(plan.train, plan.perceptual).to(device), plan.train.perceptual_scale
+    return process
 
 
 def _choose(plan: TrainPlan, network: nn.Module, device: torch.device) -> Arithmetic:
@@ -322,7 +331,7 @@ def make_batch_plan(plan: TrainPlan, manifest: Manifest) -> BatchPlan:
 
 def _augmentation(plan: TrainPlan, manifest: Manifest) -> Augmentation | None:
     train = plan.train
-    if not train.augments:
+    if not train.augments or manifest.space.is_drawn:  # whose shifted images are encoded
         return None
     height, width = manifest.space.shape[-2:]
     return Augmentation(train.augment_probability, train.rotation, train.translation, train.scaling, train.crop_jitter, (height, width))

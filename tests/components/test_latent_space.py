@@ -48,6 +48,27 @@ def test_mirrored_rows_are_the_other_posterior_and_twice_mirrored_the_first():
         SPACE.mirrored(rows(3))
 
 
+def test_shifted_copies_are_encoded_by_what_an_image_is_and_drawn_alike_often():
+    space = LatentSpace(pixels=SPACE.pixels, autoencoder="a", latent=(1, 8, 8), mirrors=True, copies=3, jitter=2)
+    images = np.random.default_rng(0).integers(0, 256, (6, 1, 8, 8), dtype=np.uint8)
+    encoded = space.encoded(images, lambda part: np.concatenate([part, np.zeros_like(part)], axis=1).astype(np.float16))
+    assert encoded.shape == (6, *space.row_shape) == (6, 16, 8, 8)
+    assert (space.encoded(images[3:], lambda part: np.concatenate([part, np.zeros_like(part)], axis=1)) == encoded[3:]).all()
+    around = np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2)), mode="symmetric")
+    windows = [around[:, 0, down : down + 8, right : right + 8] for down in range(5) for right in range(5)]
+    found = {
+        number: [next(at for at, window in enumerate(windows) if (window[row] == encoded[row, 2 * number]).all()) for row in range(6)] for number in range(4)
+    }
+    assert set(found[0]) == {12}  # as it is
+    assert len({at for number in (1, 2, 3) for at in found[number]}) > 5
+    assert (encoded[:, 8:] == encoded[:, :8, :, ::-1]).all()
+    assert (space.mirrored(encoded) == np.concatenate([encoded[:, 8:], encoded[:, :8]], axis=1)).all()
+    drawn = space.drawn(np.repeat(encoded[:1], 4000, axis=0), np.random.default_rng(1))
+    chosen = [int((drawn[:, 0] == encoded[0, 2 * number].astype(np.float32)).all(axis=(1, 2)).sum()) for number in range(4)]
+    assert sum(chosen) == 4000
+    assert min(chosen) > 900
+
+
 def test_the_loss_is_the_absolute_error_and_the_weighted_divergence():
     network = AutoencoderKLConfig(base_channels=8, num_groups=4, latent_channels=2).build((1, 8, 8))
     process = make_process(DiffusionConfig(process="reconstruction", kl_weight=0.25))

@@ -161,11 +161,12 @@ def test_one_worker_draws_the_same_of_the_posteriors_as_two(place: Path, first: 
     changed = settings(place, "cluster.num_workers=1", "data.autoencoder=" + trained(place))
     source = f"data.source={place / 'few'}"
     write_images(place / "few", range(64))
-    losses = []
+    losses, moved = [], ["train.flip=true", "train.crop_jitter=1", "train.crop_copies=2"]
     for workers in (1, 2):
-        done = command("train", "digits", *changed, source, f"cluster.num_workers={workers}", "train.flip=true", "--name", f"w{workers}", "--json", cwd=place)
+        done = command("train", "digits", *changed, source, f"cluster.num_workers={workers}", *moved, "--name", f"w{workers}", "--json", cwd=place)
         assert done.code == 0, done.stderr
-        assert done.json["encode"]["space"]["mirrors"]
+        space = done.json["encode"]["space"]
+        assert (space["mirrors"], space["copies"], space["jitter"]) == (True, 2, 1)
         losses.append([line.metrics["train/loss"] for line in read_metrics(Location.of(done.json["train"]["folder"])) if "train/loss" in line.metrics])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
@@ -175,7 +176,7 @@ def test_what_does_not_fit_is_one_clear_line(place: Path, first: dict[str, Any],
         (["data.autoencoder=nowhere"], "data.autoencoder=nowhere is no folder of a diffusers AutoencoderKL"),
         (["model.patch_size=3"], "model: the latents are 4x4 of 4 channels: model.patch_size=3 does not divide height 4 and width 4; use 1, 2, 4"),
         (["data.mode=L", "data.autoencoder=" + trained(place)], "takes images of 3 channels, and these have 1; use data.mode=RGB"),
-        (["train.rotation=10"], "of augmentation latents know mirror images alone"),
+        (["train.rotation=10"], "of augmentation latents know mirrors and crop_jitter"),
         (["data.autoencoder=preset:digits"], "data.autoencoder=preset:digits is no preset of `kind: autoencoder`"),
         ([f"train.init_from={first['train']['path']}", "data.autoencoder=null"], "works on latents of autoencoder"),
     ):

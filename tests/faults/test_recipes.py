@@ -1,5 +1,6 @@
 """What training can be told to do, each killed at random moments: it ends like an undisturbed one."""
 
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,3 +73,48 @@ def test_a_training_that_is_killed_while_it_is_made_longer_ends_like_one_in_one_
     assert [(line.step, line.metrics["train/loss"]) for line in read_metrics(folder)] == [
         (line.step, line.metrics["train/loss"]) for line in read_metrics(Location.of(straight.json["train"]["folder"]))
     ]
+
+
+LATENT = [
+    *("train.steps=16", "train.global_batch_size=32", "train.checkpoint_every=2", "train.log_every=2", "train.warmup_steps=2", "train.sample_every=8"),
+    *("model.depth=1", "model.hidden_size=16", "model.num_heads=2", "evaluate.num_samples=64", "evaluate.steps=4", "evaluate.extractor=dct8"),
+    "data.shard_bytes=5000",
+]
+TINY = """
+kind: autoencoder
+model: {base_channels: 8, num_groups: 4, channel_mults: [1, 2]}
+train: {steps: 16, global_batch_size: 32, lanes: 2, warmup_steps: 2, log_every: 2, checkpoint_every: 2, sample_every: 8, flip: false}
+evaluate: {num_samples: 64, extractor: dct8}
+"""
+
+
+@pytest.mark.slow
+def test_a_run_in_latents_that_is_killed_anywhere_ends_like_an_undisturbed_one(command: Callable[..., Any], tmp_path: Path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    started = time.monotonic()
+    latent = [*LATENT, f"data.autoencoder=preset:{tmp_path / 'tiny.yaml'}"]
+    straight = command("run", "digits-latent", *latent, f"cluster.storage={tmp_path / 'other'}", "--json", cwd=tmp_path, timeout=300)
+    took = time.monotonic() - started
+    assert straight.code == 0, straight.stderr
+    draw, kills = random.Random(0), 0
+    while kills < 8:
+        kept = keeper.start(
+            ddpm_command("run", "digits-latent", *latent, f"cluster.storage={tmp_path / 'storage'}"),
+            log=tmp_path / f"{kills}.log",
+            env=servers.environment({}),
+        )
+        deadline = time.monotonic() + draw.uniform(0.15, 0.7) * took
+        while kept.is_running() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ended = not kept.is_running()
+        kept.end()
+        kills += 1
+        if ended:
+            break
+    again = command("run", "digits-latent", *latent, "--json", cwd=tmp_path, timeout=300)
+    assert again.code == 0, again.stderr
+    assert kills > 1
+    for stage, key in (("preprocess", "digest"), ("encode", "digest"), ("train", "weights_sha256"), ("evaluate", "samples_sha256")):
+        assert again.json[stage][key] == straight.json[stage][key], stage
+    assert again.json["encode"]["space"] == straight.json["encode"]["space"]
+    assert again.json["evaluate"]["metric"]["value"] == straight.json["evaluate"]["metric"]["value"]
