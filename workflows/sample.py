@@ -62,6 +62,8 @@ def watch(model: str, *, num: int | None, steps: int, seed: int, sampler: str, f
     denoiser = _load(model, storage, device)
     spec, recipe = denoiser.spec, Recipe(_sampler(sampler), steps, precision=resolve_precision("auto", device))
     space = spec.space
+    if spec.diffusion.process == "reconstruction":
+        raise ConfigError(f"{model} is an autoencoder, whose images do not rise from noise; `ddpm sample` shows what it decodes random latents to")
     request = Request(recipe, num or (IMAGES if space.one_tile_per_row else space.rows_in_a_picture), seed)
     try:
         request.check(denoiser)

@@ -37,7 +37,8 @@ class Request:
         Raises:
             ValueError: if a value is out of range, or means nothing to this model.
         """
-        self.recipe.check_process(denoiser.spec.diffusion)
+        if denoiser.spec.diffusion.process != "reconstruction":  # which takes no steps at all
+            self.recipe.check_process(denoiser.spec.diffusion)
         if not 1 <= self.num_images <= MAX_IMAGES:
             raise ValueError(f"num_images={self.num_images} is out of range; use 1 to {MAX_IMAGES}")
         last = MAX_SEED + 1 - self.num_images

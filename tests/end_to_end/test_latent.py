@@ -110,6 +110,15 @@ def test_a_registered_version_draws_alone_and_goes_to_diffusers(place: Path, fir
     assert (index["_class_name"], index["vae"], index["id2label"]) == ("DiTPipeline", ["diffusers", "AutoencoderKL"], {"0": "cat", "1": "dog"})
 
 
+def test_an_autoencoder_shows_what_it_decodes_and_has_no_reverse_process(place: Path, first: dict[str, Any], command: Command):
+    own = trained(place).partition("#")[0]
+    done = command("sample", own, "--num", "4", "--out", "decoded.png", cwd=place)
+    assert done.code == 0, done.stderr
+    assert np.asarray(Image.open(place / "decoded.png")).std() > 1
+    done = command("show", "reverse", own, cwd=place)
+    assert (done.code, "is an autoencoder, whose images do not rise from noise" in done.stderr) == (2, True), done.stderr
+
+
 def test_a_registered_autoencoder_is_named_by_its_alias(place: Path, first: dict[str, Any], command: Command):
     name = f"models:/{first['register']['model_name']}-autoencoder@champion"
     done = command("encode", "digits", *settings(place, f"data.autoencoder={name}"), "--name", "by-alias", "--json", cwd=place)
