@@ -1,7 +1,7 @@
 """Times what latents cost and save: encoding beside a plain loop of diffusers, and training steps in latents beside steps in pixels.
 
     python benchmarks/latents.py encode [--images FOLDER] [--size 64] [--count 512] [--rounds 3] [--base 32]
-    python benchmarks/latents.py steps [--size 256] [--batch 2] [--rounds 3] [--steps 1] [--only NAME,...]
+    python benchmarks/latents.py steps [--size 256] [--batch 2] [--rounds 3] [--steps 1] [--only "NAME;..."]
     python benchmarks/latents.py dit [--model B] [--batch 256] [--rounds 3] [--steps 10]
 
 `encode` runs the stage (read shards, encode, write shards and manifest; one thread for each CPU, or the GPU) and the loop (the same images in memory,
@@ -76,7 +76,7 @@ def _options() -> argparse.Namespace:
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--images", help="a folder of images; noise by default")
     parser.add_argument("--model", default="B", choices=["S", "B", "L", "XL"])
-    parser.add_argument("--only", default=",".join([PIXELS, LATENT_UNET, LATENT_DIT]))
+    parser.add_argument("--only", default=";".join([PIXELS, LATENT_UNET, LATENT_DIT]))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -146,7 +146,7 @@ def measure_steps(options: argparse.Namespace, device: torch.device) -> None:
     if options.child:
         print(json.dumps(_one_kind(options, device)))
         return
-    names, found = options.only.split(","), {}
+    names, found = options.only.split(";"), {}
     for number in range(options.rounds):
         for name in names:
             command = [sys.executable, __file__, "steps", "--child", name, *_passed(options)]

@@ -56,6 +56,9 @@ class ClusterConfig(BaseModel):
     """Seconds that SIGTERM leaves the workers to save a checkpoint; less than what whoever sends it waits before SIGKILL."""
     group_timeout_s: int = Field(300, ge=10)
     """Seconds after which a worker that waits for a silent peer gives up."""
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Port on which a Ray of this machine serves numbers of the run for Prometheus, on all of its addresses; by default one that Ray finds. A cluster's nodes
+    have their own (`ray start --metrics-export-port`)."""
     cache: str | None = None
     """Folder on each node for copies of what lies on s3://; by default below the node's temporary folder."""
     cache_bytes: int = Field(20 << 30, ge=1 << 20)

@@ -179,6 +179,8 @@ def _init(config: ClusterConfig) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.address == "local":
         spare = max(os.cpu_count() or 1, config.max_workers + 1)
+        if config.metrics_port is not None:
+            options["_metrics_export_port"] = config.metrics_port
         with _bare_head():
             ray.init(address="local", num_cpus=spare, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **options, **_local)
         return

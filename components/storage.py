@@ -170,6 +170,16 @@ class Location:
             return [name for name, _, is_folder in self._scan() if is_folder and not name.endswith(TEMPORARY)]
         return [info.base_name for info in self._children() if not info.is_file]
 
+    def tree(self) -> "list[tuple[str, int, float]]":
+        """Returns all files below a folder, temporary ones too: address below it, bytes, when written in seconds since 1970; none where there is no folder."""
+        if self.is_local:
+            return sorted(_files_below(self.uri, ""))
+        from pyarrow.fs import FileSelector
+
+        found = self._system.get_file_info(FileSelector(self._key, allow_not_found=True, recursive=True))
+        first = len(self._key) + 1
+        return sorted((info.path[first:], info.size, info.mtime.timestamp() if info.mtime else 0.0) for info in found if info.is_file)
+
     def remove(self) -> None:
         """Removes a file, or nothing where there is none."""
         if self.is_local:
@@ -272,6 +282,17 @@ class Location:
     @property
     def _system(self) -> "FileSystem":
         return _file_system(self._key.split("/", 1)[0], os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
+
+
+def _files_below(folder: str, prefix: str) -> Iterator[tuple[str, int, float]]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(entry.path, f"{prefix}{entry.name}/")
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    known = entry.stat(follow_symlinks=False)
+                    yield prefix + entry.name, known.st_size, known.st_mtime
 
 
 def _still_there(entry: "os.DirEntry[str]") -> bool:

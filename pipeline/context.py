@@ -2,21 +2,40 @@
 
 import contextlib
 import io
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from cluster.config import ClusterConfig
 from components.storage import Location
 from pipeline.progress import Pace, Times, duration, repeatedly
 
 FIRST_LINE_S, LINE_EVERY_S, IDLE_S, LOOK_S = 5.0, 10.0, 30.0, 1.0
+
+
+LogFormat = Literal["text", "json"]
+_LEVELS = ("error", "warning", "note")
+
+
+def json_line(message: str, facts: Mapping[str, object] | None = None) -> str:
+    """Returns a line of a log for machines: when (UTC, ISO 8601), level, message, and what else is known.
+
+    Args:
+        message: what a person would read; a level at its beginning becomes the line's.
+    """
+    said = message.strip()
+    level = next((level for level in _LEVELS if said.startswith((f"{level} ", f"{level}: "))), "info")
+    told = said if level == "info" else said[len(level) :].lstrip(": ")
+    return json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level, "message": told, **(facts or {})}) + "\n"
 
 
 class Advance:
@@ -88,8 +107,11 @@ class Reporter:
     A part has its first line where nothing was said for five seconds, and another every ten seconds.
 
     Attributes:
+        log_format: of all reporters of this process: `json` is one object a line, for machines, and nothing that moves.
         times: seconds of every part, so that the end of a run can say what took the time.
     """
+
+    log_format: ClassVar[LogFormat] = "text"
 
     def __init__(self) -> None:
         stderr: Any = _Stderr()
@@ -101,7 +123,14 @@ class Reporter:
     def line(self, text: str) -> None:
         """Prints one line."""
         self._said = time.monotonic()
-        self.console.print(text, soft_wrap=True)
+        if self.log_format == "json":
+            self._write({}, Text.from_markup(text).plain)
+        else:
+            self.console.print(text, soft_wrap=True)
+
+    def _write(self, facts: Mapping[str, object], message: str) -> None:
+        self.console.file.write(json_line(message, facts))
+        self.console.file.flush()
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -149,11 +178,16 @@ class Reporter:
         def text() -> str:
             return f"{what} {int(pace.done)}/{total} {unit}, {pace}{_still(pace)}"
 
-        with self.times.of(what), self._shown(bars, text):
+        def facts() -> dict[str, object]:
+            return {"part": what, "done": int(pace.done), "total": total, "unit": unit}
+
+        with self.times.of(what), self._shown(bars, text, facts):
             yield Advance(pace, first, show)
 
     @contextlib.contextmanager
-    def _shown(self, moving: contextlib.AbstractContextManager[object], say: Callable[[], str]) -> Iterator[None]:
+    def _shown(
+        self, moving: contextlib.AbstractContextManager[object], say: Callable[[], str], facts: Callable[[], Mapping[str, object]] | None = None
+    ) -> Iterator[None]:
         """Shows what moves on a terminal, else prints a line now and then, during a block; of blocks within each other the inner one has the word."""
         part, text = object(), False
 
@@ -161,11 +195,15 @@ class Reporter:
             nonlocal text
             if self._parts[-1] is part and time.monotonic() - self._said >= (LINE_EVERY_S if text else FIRST_LINE_S):
                 text = True
-                self.line(f"  {escape(say())}")
+                if self.log_format == "json":
+                    self._said = time.monotonic()
+                    self._write(facts() if facts else {}, say())
+                else:
+                    self.line(f"  {escape(say())}")
 
         self._parts.append(part)
         try:
-            with moving if sys.stderr.isatty() else repeatedly(LOOK_S, report):
+            with moving if sys.stderr.isatty() and self.log_format == "text" else repeatedly(LOOK_S, report):
                 yield
         finally:
             self._parts.remove(part)

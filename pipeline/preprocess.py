@@ -19,6 +19,7 @@ from components.counts import counted
 from components.data.reader import RowReader
 from components.data.shards import (
     DIGEST_LENGTH,
+    FAULTLESS,
     QUARANTINE,
     QUARANTINE_SCHEMA,
     ROWS_SCHEMA,
@@ -37,7 +38,8 @@ from components.data.shards import (
 from components.errors import DataError
 from components.ingest.chunks import RESULT_SCHEMA, TODO, Packing, Task, cut, decode_chunks, end_decoders, pack, packings, read_results, to_do
 from components.ingest.folders import Found
-from components.ingest.ledger import DUPLICATE, LEDGER_SCHEMA, NOTHING_KNOWN, Recalled, placed, recall, rows_digest, settle, splits_of, to_pack
+from components.ingest.forgotten import forgotten_hashes
+from components.ingest.ledger import LEDGER_SCHEMA, NOTHING_KNOWN, Recalled, placed, recall, rows_digest, settle, splits_of, to_pack
 from components.ingest.listing import Listing, printable_column
 from components.ingest.sources import POINTS, DataConfig, Source, address_of, source_to_json
 from components.ingest.sources import list_source as look_at
@@ -61,6 +63,7 @@ class ListedSource:
         address: what `data.source` names, wherever the command is run.
         identity: the address, and what of it is read.
         plan: digest of the source, its files, and of what becomes of them.
+        forgotten: SHA-256 of images that are left out whatever the source holds.
     """
 
     address: str
@@ -68,6 +71,7 @@ class ListedSource:
     source: Source
     listing: Listing
     plan: str
+    forgotten: frozenset[bytes] = frozenset()
 
 
 class State(BaseModel):
@@ -98,9 +102,11 @@ def list_source(config: DataConfig, storage: Location, found: Found | None = Non
     address = address_of(config.source)
     # Where a built-in dataset was downloaded to is no part of it; how points are drawn is.
     identity = source_to_json(source) if "/" in address or address.startswith(POINTS) else address
-    splits = _splits_for_digest(listing)
-    plan = _digest(identity, _definition(config), listing.digest(), listing.ignored, config.holdout_fraction, config.duplicates, config.shard_bytes, *splits)
-    return ListedSource(address, identity, source, listing, plan)
+    forgotten = forgotten_hashes(storage)
+    settings = [config.holdout_fraction, config.duplicates, config.shard_bytes, *_splits_for_digest(listing)]
+    left_out = [sorted(sha256.hex() for sha256 in forgotten)] if forgotten else []
+    plan = _digest(identity, _definition(config), listing.digest(), listing.ignored, *settings, *left_out)
+    return ListedSource(address, identity, source, listing, plan, forgotten)
 
 
 def _splits_for_digest(listing: Listing) -> list[object]:
@@ -153,6 +159,11 @@ def _state(folder: Location) -> State:
         return State()
 
 
+def newest_dataset(folder: Location) -> str:
+    """Returns the name of the dataset that was made last in a source's folder; empty where there is none."""
+    return _state(folder).version
+
+
 def _finished(folder: Location, plan: str) -> str:
     """Returns the dataset of a source that has not changed, if it is whole."""
     state = _state(folder)
@@ -199,13 +210,13 @@ class _Making:
 
     def run(self) -> tuple[str, _Counts]:
         """Does the work; returns the dataset's name, and what it took."""
-        keep, part = self.config.duplicates == "keep", self.context.reporter.part
+        keep, part, forgotten = self.config.duplicates == "keep", self.context.reporter.part, self.listed.forgotten
         with part("comparing the files with those before"):
-            recalled = recall(self.listing, self.ledger, self.shards, keep_duplicates=keep)
+            recalled = recall(self.listing, self.ledger, self.shards, keep_duplicates=keep, forgotten=forgotten)
         outcomes = self._decode(recalled)
         unchanged = outcomes["same"].to_numpy(zero_copy_only=False)
         with part("finding duplicates and held-out images"):
-            settled = settle(self.listing, self.ledger, recalled, outcomes, unchanged, keep_duplicates=keep)
+            settled = settle(self.listing, self.ledger, recalled, outcomes, unchanged, keep_duplicates=keep, forgotten=forgotten)
             held_out = splits_of(settled, self.config.holdout_fraction, self.listed.listing.held_out)
         settled = self._pack(settled, held_out)
         with part("writing the list of rows"):
@@ -387,18 +398,18 @@ def _count(column: pa.ChunkedArray) -> dict[str, int]:
 
 
 def _num_bad(reasons: Sequence[str]) -> int:
-    """Counts what is wrong with a source: a file that is there twice is not."""
-    return sum(reason != DUPLICATE for reason in reasons)
+    """Counts what is wrong with a source: a file that is there twice is not, nor one that is to be forgotten."""
+    return sum(reason not in FAULTLESS for reason in reasons)
 
 
 def _check_bad(config: DataConfig, manifest: Manifest, folder: Location) -> None:
-    bad = manifest.num_quarantined - manifest.quarantined.get(DUPLICATE, 0)
+    bad = manifest.num_quarantined - sum(manifest.quarantined.get(reason, 0) for reason in FAULTLESS)
     if bad > config.max_bad_fraction * manifest.num_listed:
         raise DataError(_too_many_bad(config, [line.model_dump() for line in read_quarantine(folder)], manifest.num_listed, folder))
 
 
 def _too_many_bad(config: DataConfig, lines: list[dict[str, Any]], listed: int, folder: Location) -> str:
-    bad = [line for line in lines if line["reason"] != DUPLICATE]
+    bad = [line for line in lines if line["reason"] not in FAULTLESS]
     reasons = ", ".join(f"{count} {reason}" for reason, count in _count(pa.chunked_array([[line["reason"] for line in bad]], pa.string())).items())
     return (
         f"data.max_bad_fraction={config.max_bad_fraction} is exceeded: {len(bad)} of {counted(listed, 'file')} are bad ({reasons}), the first {bad[0]['path']} "

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.markup import escape
 
+from cluster.metrics import RunMetrics
 from components.autoencoder.store import AutoencoderFiles
 from components.errors import DataError
 from components.spaces.latents import LatentSpace
@@ -204,13 +205,23 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
     if pipeline.start is not None:
         check_start(Location.of(pipeline.start.checkpoint), pipeline.start.model, _latent_space(pipeline))
     inputs = _train_inputs(pipeline, shards) if done is None else done.inputs
+    metrics = RunMetrics(pipeline.name, pipeline.config.registry.model_name)
     with TrackedRun(pipeline.config, pipeline.context("train", inputs), tracking, shards) as tracked:
         model = _train(pipeline, shards, tracked, inputs)
         if until == "train":
             return
         evaluation = _evaluate(pipeline, model, shards, tracked)
+        metrics.set("ddpm_candidate_distance", evaluation.metric.value, evaluation.metric.name)
         if until == "register":
-            _register(pipeline, shards, model, evaluation, tracked)
+            registration = _register(pipeline, shards, model, evaluation, tracked)
+            metrics.set("ddpm_champion_distance", _champion_value(registration), registration.metric.name)
+
+
+def _champion_value(registration: Registration) -> float | None:
+    """Returns the number of the champion that stands behind a decision, None where it has none of the same unit."""
+    if registration.promoted:
+        return registration.metric.value
+    return registration.champion_test.test.champion if registration.champion_test else None
 
 
 def _warn_about_other_images(pipeline: Pipeline, tracking: Tracking, shards: ShardSet) -> None:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from cluster.connect import connect
 from cluster.interrupt import interruptible
 from cluster.key_value_store import KeyValueStore
+from cluster.metrics import RunMetrics
 from cluster.node_watch import reporting_missing_nodes
 from cluster.nodes import count
 from cluster.placement import Placement, fewer_for_gpus, place, run_config, scaling_config
@@ -92,6 +93,9 @@ def train(
         return _receipt(done, config, shards, context, tracking.uri, run_id, config_digest, start)
     with context.reporter.part("starting Ray"):
         connect(context.cluster)
+    metrics = RunMetrics(context.run_name)
+    metrics.set("ddpm_dataset_rows", shards.num_rows)
+    metrics.set("ddpm_quarantined_files", shards.num_quarantined)
     placement = place(context.cluster, context.reporter.line)
     if (fewer := fewer_for_gpus(context.cluster, placement)) is not None:
         context.reporter.line(fewer)

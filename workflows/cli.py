@@ -17,6 +17,8 @@ from workflows.options import Commands
 from workflows.preset_files import find_preset
 from workflows.schedule.command import schedule_app
 from workflows.show import show_app
+from workflows.status import status_command
+from workflows.storage import prune_command, storage_command
 from workflows.streams import open_missing, stdout_to_stderr, unread_is_fine
 from workflows.termination import Terminated, handling_termination
 
@@ -53,6 +55,21 @@ Name = Annotated[str | None, typer.Option("--name", help="What to call the run; 
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print the time of every part of the work at the end; by default of those of five seconds and more.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, the stages' receipts, as the only thing on stdout.")]
 Storage = Annotated[str, typer.Option("--storage", help="Storage root whose MLflow store is used, unless MLFLOW_TRACKING_URI is set.")]
+
+
+@app.callback()
+def every_command(
+    log_format: Annotated[str, typer.Option("--log-format", metavar="text|json", help="How stderr tells what happens, of any command.")] = "text",
+) -> None:
+    """Says how to tell what happens."""
+    from pipeline.errors import ConfigError
+
+    if log_format not in ("text", "json"):
+        raise ConfigError(f"--log-format {log_format} is unknown; use text or json")
+    if log_format == "json":
+        from pipeline.context import Reporter
+
+        Reporter.log_format = "json"
 
 
 @app.command(rich_help_panel="Run")
@@ -392,6 +409,11 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0
     serve(storage_of(storage), port)
 
 
+app.command("status", rich_help_panel="Look")(status_command)
+app.command("storage", rich_help_panel="Keep house")(storage_command)
+app.command("prune", rich_help_panel="Keep house")(prune_command)
+
+
 def _load(preset: str, overrides: list[str] | None, name: str | None) -> "tuple[RunConfig, str]":
     """Returns the validated config and the run's name."""
     from pipeline.config import load_config
@@ -418,15 +440,27 @@ def main() -> None:
     open_missing()
     try:
         check_packages()
-        app()
+        app(_log_format_first(sys.argv[1:]))
     except Exception as error:
         if not isinstance(error, _user_errors()):
             raise
+        from pipeline.context import Reporter, json_line
         from workflows.messages import lines_of
 
         for line in lines_of(error):
-            typer.echo(f"error: {line}", err=True)
+            typer.echo(json_line(f"error: {line}") if Reporter.log_format == "json" else f"error: {line}", err=True, nl=Reporter.log_format == "text")
         _leave(error)
+
+
+def _log_format_first(arguments: list[str]) -> list[str]:
+    """Returns a command line with --log-format, which belongs to every command, before the command."""
+    for index, argument in enumerate(arguments):
+        if argument == "--":
+            break
+        if argument == "--log-format" or argument.startswith("--log-format="):
+            end = index + (2 if argument == "--log-format" else 1)
+            return [*arguments[index:end], *arguments[:index], *arguments[end:]]
+    return arguments
 
 
 def _leave(error: Exception) -> NoReturn:

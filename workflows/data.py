@@ -27,7 +27,7 @@ WIDTH, BAR_WIDTH = 140, 40
 
 data_app = Commands(
     name="data",
-    help="Datasets: list, show, diff.",
+    help="Datasets: list, show, diff; models, which learned from one; forget images.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -93,6 +93,55 @@ def diff(
         _print_json({"before": _line(one), "after": _line(other), "equal": found.equal, "other_pixels": found.other_pixels, **asdict(found)})
     else:
         _print_changes(one, other, found)
+
+
+@data_app.command()
+def models(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help=_MEANT)],
+    storage: Storage = "./storage",
+    as_json: AsJson = False,
+) -> None:
+    """List the registered versions that learned from a dataset: trained on it, or started from the weights of one that did."""
+    from components.data.catalog import find_dataset
+    from pipeline.registry.lineage import learned_from
+    from pipeline.tracking import connect
+
+    root = storage_of(storage)
+    found = find_dataset(dataset, root)
+    learned = learned_from(connect(root, create=False), {found.manifest.digest: f"dataset {found.name}"})
+    if as_json:
+        _print_json([one.to_json() for one in learned])
+        return
+    table = _table("model", "version", "aliases", "how", right=(1,))
+    for one in learned:
+        _add(table, one.version.name, str(one.version.version), ", ".join(one.version.aliases), one.how)
+    _console().print(table if learned else f"no registered version learned from {found.name}")
+
+
+@data_app.command()
+def forget(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="SHA-256 of the encoded image, its path as a dataset lists it, or a file here.")],
+    why: Annotated[str, typer.Option("--why", metavar="REASON", help="Why, for the records.")] = "",
+    retrain: Annotated[str | None, typer.Option("--retrain", metavar="PRESET", help="Retrain at once by this preset, from fresh weights.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --retrain: a setting that overrides the preset's.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="With --retrain: what the retraining is called.")] = None,
+    storage: Storage = "./storage",
+    as_json: AsJson = False,
+) -> None:
+    """Keep images out of every dataset from now on; says which datasets, runs and versions hold them, and tags the versions."""
+    from workflows.forget import forget as forget_images
+    from workflows.forget import retrain_without
+    from workflows.storage import registry
+    from workflows.streams import stdout_to_stderr
+
+    root = storage_of(storage)
+    with stdout_to_stderr() as stdout:
+        found = forget_images(root, registry(root), images, why)
+        made = None if retrain is None else retrain_without(retrain, [*(settings or []), f"cluster.storage={storage}"], name)
+        if as_json:
+            stdout.write(json.dumps(found.to_json() | ({} if made is None else {"retrained": made}), indent=2) + "\n")
+        else:
+            stdout.write("".join(f"{line}\n" for line in [*found.lines(), *([] if made is None else [made])]))
 
 
 def _save_sheet(dataset: "Dataset", out: Path) -> None:

@@ -25,7 +25,7 @@ class _NameOrCommand(TyperGroup):
 
 models_app = Commands(
     name="models",
-    help="Registered models: list, show, compare, log; promote, rollback, delete.\n\nAlone it lists all of them.",
+    help="Registered models: list, show, compare, log, data; promote, rollback, delete.\n\nAlone it lists all of them.",
     cls=_NameOrCommand,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -104,6 +104,36 @@ def log(name: ModelName, as_json: AsJson = False, storage: Storage = "./storage"
 
         moves = log_of(tracking, name)
         stdout.write(json.dumps([move.to_json() for move in moves], indent=2) + "\n") if as_json else print_moves(stdout, name, moves)
+
+
+@models_app.command()
+def data(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="NAME (its champion), NAME/VERSION or NAME@ALIAS.")],
+    as_json: AsJson = False,
+    storage: Storage = "./storage",
+) -> None:
+    """List the datasets that a version learned from: its own, and those of the versions whose weights it started from."""
+    with _registry(storage) as (tracking, stdout):
+        from pipeline.registry.lineage import ancestors
+        from pipeline.registry.versions import CHAMPION, resolve
+        from workflows.tables import print_data
+
+        found = [(one, _dataset(one.tags.get("dataset.digest", ""), storage)) for one in ancestors(tracking, resolve(tracking, model, CHAMPION))]
+        if as_json:
+            keys = ("digest", "source", "rows")
+            rows = [
+                {"model": one.name, "version": one.version, "folder": place} | {key: one.tags.get(f"dataset.{key}") for key in keys} for one, place in found
+            ]
+            stdout.write(json.dumps(rows, indent=2) + "\n")
+        else:
+            print_data(stdout, found)
+
+
+def _dataset(digest: str, storage: str) -> str | None:
+    """Returns where a dataset lies, None where it no longer does."""
+    from components.data.catalog import Catalog
+
+    return next((str(dataset.folder) for dataset in Catalog.of(storage_of(storage)).datasets if dataset.manifest.digest == digest), None)
 
 
 @models_app.command()

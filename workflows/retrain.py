@@ -5,10 +5,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+from rich.filesize import decimal
+from rich.markup import escape
+
+from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import Evaluation, Registration, ShardSet, StageName, TrainedModel
 from pipeline.config import RunConfig, config_digest, digest_of, result_fields
 from pipeline.context import Reporter
+from pipeline.errors import RegistryError
+from pipeline.housekeeping.items import Retention, in_words
+from pipeline.housekeeping.prune import prune
 from pipeline.lease import LeaseHeldError, alone, held
 from pipeline.measurement.compare import shard_set_of
 from pipeline.names import check_namesake
@@ -82,9 +89,27 @@ def retrain(config: RunConfig, name: str, *, until: StageName = "register", repo
     call = Call(config, name, until, storage, Journal(storage / "retrain" / name), settings, reporter or Reporter())
     try:
         with _alone(call):
-            return _noted(call)
+            told = _noted(call)
+            if told.outcome != "open":
+                _prune(call)
+            return told
     except LeaseHeldError as error:
         return AttemptResult("skipped", f"another attempt of {name} is running in {error}")
+
+
+def _prune(call: Call) -> None:
+    """Removes what nothing needs any more, where the settings say so; that it could not is no failure of the attempt."""
+    config = call.config.retrain
+    if config.keep_days is None:
+        return
+    retention = Retention(config.keep_days, config.keep_versions, call.config.registry.model_name)
+    try:
+        done = prune(call.storage, connect(call.storage), retention, call.reporter)
+    except (OSError, RegistryError, DataError) as error:
+        call.reporter.line(f"  [yellow]note[/] what is not needed could not be removed ({escape(' '.join(str(error).split())[:300])})")
+        return
+    if done.removed:
+        call.reporter.line(f"  removed {in_words(done.removed)} that nothing needs: {decimal(done.bytes)}")
 
 
 @contextmanager

@@ -196,3 +196,13 @@ def print_moves(out: IO[str], name: str, moves: Sequence[Move]) -> None:
         about = "" if move.version is None else f"v{move.version} "
         table.add_row(move.when[:19].replace("T", " "), f"{about}{move.kind}", "none" if move.champion is None else f"v{move.champion}", move.who, move.why)
     _console(out).print(table)
+
+
+def print_data(out: IO[str], found: Sequence[tuple[VersionFacts, str | None]]) -> None:
+    """Prints the datasets that a version and those that it started from were trained on, each with where it lies."""
+    table = _table("what it learned from", "version", "dataset", "source", "rows", "where it lies")
+    for version, place in found:
+        tags = version.tags
+        known = (tags.get("dataset.digest", "unknown"), tags.get("dataset.source", ""), tags.get("dataset.rows", ""))
+        table.add_row(f"{version.name}/{version.version}", *known, place or "no longer here")
+    _console(out).print(table)

@@ -18,7 +18,7 @@ from .catalog import Dataset
 from .diff import matches
 from .reader import RowReader
 from .shard_cache import ShardCache
-from .shards import read_rows
+from .shards import FAULTLESS, read_rows
 from .summary import NO_LABEL, hash_ranks, read_bad
 
 SAMPLE, PERMUTATIONS, SEED = 4000, 1999, 0
@@ -26,7 +26,6 @@ CHANCE = 0.001
 """p-value from which on a distance counts as chance; the smallest that the tests can find is half of it."""
 SHOWN, MOST_SHARES, MOST_NAMED, BINS = 10, 10, 10, 32
 BATCH_BYTES, BATCH_VALUES = 32 << 20, 1 << 21
-_DUPLICATE = "duplicate"
 
 
 class _Record(BaseModel):
@@ -100,8 +99,8 @@ class Drift(_Record):
 
     @property
     def bad_files(self) -> int:
-        """Newly quarantined files. A duplicate is no news, but nothing is wrong with it: it does not count."""
-        return sum(count for reason, count in self.quarantined.items() if reason != _DUPLICATE)
+        """Newly quarantined files. Nothing is wrong with duplicates and with what is to be forgotten: they do not count."""
+        return sum(count for reason, count in self.quarantined.items() if reason not in FAULTLESS)
 
     @property
     def bad_fraction(self) -> float:

@@ -42,6 +42,9 @@ ROWS_SCHEMA = pa.schema(
     ]
 )
 Split = Literal["train", "holdout"]
+DUPLICATE, FORGOTTEN = "duplicate", "forgotten"
+FAULTLESS = (DUPLICATE, FORGOTTEN)
+"""Reasons for which a file is no row though nothing is wrong with it."""
 
 
 class _Record(BaseModel):

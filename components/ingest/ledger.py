@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.shards import Split
+from ..data.shards import DUPLICATE, FORGOTTEN, Split
 from .listing import LISTING_SCHEMA, UNSEEN, printable
 
-DUPLICATE = "duplicate"
 UNREADABLE = "unreadable"
 OUTCOME_SCHEMA = pa.schema(
     [
@@ -48,13 +47,14 @@ class Recalled:
     decode: np.ndarray
 
 
-def recall(listing: pa.Table, ledger: pa.Table, shards: Collection[str], *, keep_duplicates: bool) -> Recalled:
+def recall(listing: pa.Table, ledger: pa.Table, shards: Collection[str], *, keep_duplicates: bool, forgotten: Collection[bytes] = ()) -> Recalled:
     """Finds what need not be done again.
 
     Args:
         listing: LISTING_SCHEMA.
         ledger: LEDGER_SCHEMA.
         shards: names of the shards that are there whole.
+        forgotten: SHA-256 of images to leave out; one that no longer is needs a row again.
     """
     found = pc.call_function("index_in", [listing["path"]], pc.SetLookupOptions(ledger["path"].combine_chunks()))
     at = found.fill_null(-1).to_numpy().astype(np.int64)
@@ -65,6 +65,7 @@ def recall(listing: pa.Table, ledger: pa.Table, shards: Collection[str], *, keep
     is_duplicate = _equal_to(old["reason"], DUPLICATE)
     has_row = _is_null(old["reason"]) & pc.call_function("is_in", [old["file"]], pc.SetLookupOptions(pa.array(list(shards), pa.string()))).to_numpy()
     lost = is_known & ((_is_null(old["reason"]) & ~has_row) | (is_duplicate & keep_duplicates))
+    lost |= is_known & _equal_to(old["reason"], FORGOTTEN) & ~_is_in(old["sha256"], forgotten)
     # A duplicate needs a row of its own once the file that stood for it is gone.
     stands = is_same & ~lost & (has_row | is_duplicate)
     orphaned = np.zeros(len(listing), bool)
@@ -73,12 +74,22 @@ def recall(listing: pa.Table, ledger: pa.Table, shards: Collection[str], *, keep
     return Recalled(np.where(is_known, at, -1), ~is_same | lost | orphaned, lost | orphaned | ~is_known | (is_duplicate & ~is_same))
 
 
-def settle(listing: pa.Table, ledger: pa.Table, recalled: Recalled, outcomes: pa.Table, unchanged: np.ndarray, *, keep_duplicates: bool) -> pa.Table:
+def settle(
+    listing: pa.Table,
+    ledger: pa.Table,
+    recalled: Recalled,
+    outcomes: pa.Table,
+    unchanged: np.ndarray,
+    *,
+    keep_duplicates: bool,
+    forgotten: Collection[bytes] = (),
+) -> pa.Table:
     """Joins what was known with what was found; of equal contents only the first keeps its row. Returns LEDGER_SCHEMA.
 
     Args:
         outcomes: OUTCOME_SCHEMA, one line for each file to do, in the order of the listing.
         unchanged: (len(outcomes),) whether the content was found to be the one that the ledger knows.
+        forgotten: SHA-256 of images to leave out.
     """
     position = recalled.at.copy()
     done = np.flatnonzero(recalled.todo)
@@ -86,7 +97,13 @@ def settle(listing: pa.Table, ledger: pa.Table, recalled: Recalled, outcomes: pa
     position[done[fresh]] = len(ledger) + np.flatnonzero(fresh)
     joined = pa.concat_tables([ledger.select(OUTCOME_SCHEMA.names), outcomes.select(OUTCOME_SCHEMA.names)]).take(pa.array(position))
     settled = pa.table([*listing.columns, *joined.columns], schema=LEDGER_SCHEMA)
+    settled = _without_forgotten(settled, forgotten)
     return settled if keep_duplicates else _without_duplicates(settled)
+
+
+def _without_forgotten(settled: pa.Table, forgotten: Collection[bytes]) -> pa.Table:
+    mask = _is_in(settled["sha256"], forgotten)
+    return _set_aside(settled, mask, FORGOTTEN, ["it is to be forgotten"] * int(mask.sum()))
 
 
 def _without_duplicates(settled: pa.Table) -> pa.Table:
@@ -97,13 +114,19 @@ def _without_duplicates(settled: pa.Table) -> pa.Table:
     if not repeats.any():
         return settled
     paths = settled["path"].take(pa.array(candidates[first[repeats]]))
-    details = pa.array([f"the same content as {printable(os.fsdecode(path))}"[:400] for path in paths.to_pylist()], pa.string())
     mask = np.zeros(len(settled), bool)
     mask[candidates[repeats]] = True
+    return _set_aside(settled, mask, DUPLICATE, [f"the same content as {printable(os.fsdecode(path))}"[:400] for path in paths.to_pylist()])
+
+
+def _set_aside(settled: pa.Table, mask: np.ndarray, reason: str, details: Sequence[str]) -> pa.Table:
+    """Returns the ledger with some lines that are no rows, for a reason, with a detail for each."""
+    if not mask.any():
+        return settled
     values = {
         "pixels": pa.nulls(len(details), pa.binary(16)),
-        "reason": pa.array([DUPLICATE] * len(details)),
-        "detail": details,
+        "reason": pa.array([reason] * len(details)),
+        "detail": pa.array(details, pa.string()),
         "file": pa.nulls(len(details), pa.string()),
         "row": pa.nulls(len(details), pa.int32()),
     }
@@ -204,6 +227,10 @@ def rows_digest(definition: str, settled: pa.Table, held_out: np.ndarray) -> str
 
 def _nulls(count: int) -> pa.Table:
     return pa.table([pa.nulls(count, field.type) for field in LEDGER_SCHEMA], schema=LEDGER_SCHEMA)
+
+
+def _is_in(column: pa.ChunkedArray, hashes: Collection[bytes]) -> np.ndarray:
+    return pc.call_function("is_in", [column], pc.SetLookupOptions(pa.array(sorted(hashes), pa.binary(32)))).to_numpy()
 
 
 def _is_null(column: pa.ChunkedArray) -> np.ndarray:

@@ -7,6 +7,7 @@ that is slow or away costs training nothing, and a line is delivered once.
 import contextlib
 import itertools
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -15,7 +16,9 @@ from rich.markup import escape
 
 from cluster.config import HeadLostError
 from cluster.key_value_store import KeyValueStore, StoreLostError
-from components.model.retention import damage_of, damaged_checkpoints
+from cluster.metrics import RunMetrics
+from components.model.manifest import MANIFEST
+from components.model.retention import checkpoints, damage_of, damaged_checkpoints
 from components.scratch import scratch
 from components.storage import Location
 from pipeline.context import StageContext
@@ -31,6 +34,9 @@ DELIVER_EVERY_S = 5.0
 LAST_DELIVERY_S, LEAVING_S = 60.0, 5.0
 PICTURES_KEY = "samples"
 _DELIVERED = ".delivered"
+_LINES_LOOKED_AT = 200
+"""Points of the curve among which the last measurement of each kind is looked for."""
+EXPORT_EVERY_S = 5.0
 
 
 def samples_folder(folder: Location) -> Location:
@@ -51,6 +57,7 @@ class MetricsRelay:
         self._reader, self._store = open_metrics(context.folder), KeyValueStore(str(context.folder))
         self._before = attempts_so_far(context.folder)
         self._delivery = Delivery(context.folder, tracking, run_id)
+        self._metrics = RunMetrics(context.run_name)
         self._damaged = set(damaged_checkpoints(context.folder))
         self._ended, self._late = threading.Event(), threading.Event()
         self._told: set[str] = set()
@@ -75,7 +82,7 @@ class MetricsRelay:
             self._context.reporter.line(f"  [yellow]warning[/] MLflow does not have all metrics yet; the rest is kept in {self._context.folder}")
 
     def _show(self) -> None:
-        done, attempt = self._last_step(), self._before
+        done, attempt, exported = self._last_step(), self._before, 0.0
         with self._context.reporter.progress("train", self._steps, "steps", done, start="starting the workers") as advance:
             while not self._ended.wait(LOOK_LOCAL_S if self._context.folder.is_local else LOOK_REMOTE_S):
                 self._report_damaged()
@@ -89,6 +96,23 @@ class MetricsRelay:
                 now = max(self._last_step(), 0 if beat is None else beat.step)
                 advance(max(0, now - done))
                 done = max(done, now)
+                if time.monotonic() - exported >= EXPORT_EVERY_S:
+                    exported = time.monotonic()
+                    self._export(done)
+
+    def _export(self, step: int) -> None:
+        """Tells Prometheus how far the training is."""
+        with contextlib.suppress(OSError):
+            lines, newest = self._reader.lines(), next(iter(checkpoints(self._context.folder)), None)
+            found = {name: value for line in lines[-_LINES_LOOKED_AT:] for name, value in line.metrics.items()}
+            self._metrics.set("ddpm_training_step", step)
+            self._metrics.set("ddpm_training_steps", self._steps)
+            self._metrics.set("ddpm_training_loss", found.get("train/loss"))
+            self._metrics.set("ddpm_validation_loss", found.get("validation/loss"))
+            self._metrics.set("ddpm_images_per_second", found.get("perf/images_per_second"))
+            self._metrics.set("ddpm_restarts", len(restarts_of(self._context.folder)))
+            if newest is not None and (written := (newest / MANIFEST).modified()):
+                self._metrics.set("ddpm_checkpoint_timestamp_seconds", written)
 
     def _report_damaged(self) -> None:
         """Says which checkpoints workers have set aside since the last look."""

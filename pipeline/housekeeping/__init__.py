@@ -1,0 +1,1 @@
+"""What a storage root holds, what of it is needed, and removing the rest."""
