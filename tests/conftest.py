@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from servers import S3Server, s3_server
+from servers import Conditions, S3Server, s3_server
 from support import Finished, ddpm
 
 
@@ -38,6 +39,20 @@ def command() -> Callable[..., Finished]:
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def s3_of_kind(tmp_path_factory: pytest.TempPathFactory, s3: S3Server) -> Iterator[Callable[[Conditions], S3Server]]:
+    """Returns a function that gives a store by what it makes of conditional writes, started when it is first asked for."""
+    made: dict[Conditions, S3Server] = {"honoured": s3}
+    with ExitStack() as stack:
+
+        def start(conditions: Conditions) -> S3Server:
+            if conditions not in made:
+                made[conditions] = stack.enter_context(s3_server(tmp_path_factory.mktemp(conditions), conditions=conditions))
+            return made[conditions]
+
+        yield start
 
 
 @pytest.fixture

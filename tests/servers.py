@@ -11,11 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import keeper
 from support import ROOT
 
+Conditions = Literal["honoured", "writes", "ignored", "refused"]
+"""What a store makes of conditional writes and deletions; `writes` are honoured alone."""
+
 SERVE = ROOT / "cluster" / "mlflow" / "serve.sh"
+MOTO = Path(__file__).with_name("moto_store.py")
 _FETCH = """
 import sys, urllib.request
 method, url, token = sys.argv[1:]
@@ -93,7 +98,7 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def s3_server(folder: Path, *, host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> Iterator[S3Server]:
+def s3_server(folder: Path, *, host: str = "127.0.0.1", prefix: Sequence[str] = (), conditions: Conditions = "honoured") -> Iterator[S3Server]:
     """Starts moto's server with one empty bucket.
 
     Args:
@@ -109,7 +114,7 @@ def s3_server(folder: Path, *, host: str = "127.0.0.1", prefix: Sequence[str] = 
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     port = url.rpartition(":")[2]
-    with _server([sys.executable, "-m", "moto.server", "-H", host, "-p", port], folder / "moto.log", f"{url}/moto-api/", {}, prefix):
+    with _server([sys.executable, "-P", str(MOTO), host, port, conditions], folder / "moto.log", f"{url}/moto-api/", {}, prefix):
         fetch(f"{url}/bucket", method="PUT", prefix=prefix)
         yield S3Server(url, "bucket", env)
 

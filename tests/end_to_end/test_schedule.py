@@ -8,8 +8,8 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ import keeper
 import psutil
 import pytest
 import requests
-from servers import environment, free_ports
+from servers import Conditions, S3Server, environment, free_ports, mlflow_server
 from support import ROOT, TINY, ddpm_command
 
 from components.ingest.sources import DataConfig
+from components.storage import Location
 from workflows.preset_files import PRESETS
 from workflows.schedule.attempt import STAGES
 from workflows.schedule.plan import Plan, When
@@ -69,8 +70,8 @@ class Scheduler:
         launch = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "workflows.schedule.supervisor", plan.model_dump_json(), str(self.folder)]
         return self.keep(launch)
 
-    def keep(self, command: Sequence[str]) -> keeper.Kept:
-        kept = keeper.start(["env", "-C", str(self.home), *command], log=self.home / f"schedule-{len(self.starts)}.log", env=environment({}))
+    def keep(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> keeper.Kept:
+        kept = keeper.start(["env", "-C", str(self.home), *command], log=self.home / f"schedule-{len(self.starts)}.log", env=environment(env or {}))
         self.starts.append(kept)
         return kept
 
@@ -366,3 +367,35 @@ def test_the_command_itself_retrains_promotes_and_then_skips(tmp_path: Path):
         assert (second["state_type"], second["state"]["name"]) == ("COMPLETED", "Skipped"), second["state"]
         assert [stage for stage, _ in scheduler.tasks(second["id"])] == ["preprocess"]
         assert f"{second['name']} skipped: nothing new since" in kept.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("conditions", ["honoured", "ignored"])
+def test_two_schedulers_on_one_bucket_make_one_attempt(
+    conditions: Conditions, s3_of_kind: Callable[[Conditions], S3Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two machines share the bucket and MLflow, and no folder; both are asked at the same moment."""
+    s3, storage = s3_of_kind(conditions), f"s3://bucket/{tmp_path.name}"
+    with ExitStack() as stack:
+        env = s3.env | {"MLFLOW_TRACKING_URI": stack.enter_context(mlflow_server(tmp_path / "mlflow"))}
+        machines = []
+        for name, port in zip(("one", "other"), free_ports(2), strict=True):
+            machine = stack.enter_context(kept_together(Scheduler(tmp_path / name, port, tmp_path / name / "own" / "schedule" / "digits")))
+            machine.home.mkdir()
+            settings = [*TINY, "cluster.num_workers=1", f"cluster.storage={storage}", "--storage", str(machine.home / "own")]
+            machine.keep(ddpm_command("schedule", "digits", *settings, "--cron", "0 0 29 2 *", "--port", str(port)), env)
+            machines.append(machine)
+        for machine in machines:
+            machine.ready(machine.starts[0])
+        asked = [machine.run_now() for machine in machines]
+        states = [machine.finished(run_id, 900)["state"] for machine, run_id in zip(machines, asked, strict=True)]
+        assert sorted(state["name"] for state in states) == ["Promoted", "Skipped"], states
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        journal = Location.of(storage) / "retrain" / "digits" / "attempts"
+        assert [json.loads((journal / number / "attempt.json").read_text())["outcome"] for number in journal.folders()] == ["promoted"]
+        import mlflow
+
+        versions = mlflow.MlflowClient(env["MLFLOW_TRACKING_URI"]).search_model_versions()
+        assert [version.version for version in versions] == ["1"]
