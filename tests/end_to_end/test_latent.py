@@ -166,6 +166,7 @@ def trained(place: Path) -> str:
     return f"{pin['checkpoint']}#{pin['weights']}"
 
 
+@pytest.mark.slow
 def test_one_worker_draws_the_same_of_the_posteriors_as_two(place: Path, first: dict[str, Any], command: Command):
     changed = settings(place, "cluster.num_workers=1", "data.autoencoder=" + trained(place))
     source = f"data.source={place / 'few'}"

@@ -113,6 +113,7 @@ def test_a_run_in_progress_keeps_what_it_works_on(home: Path):
         assert [item for item in items if not item.needed and item.kind in ("dataset", "shards", "samples", "cache")] == []
 
 
+@pytest.mark.slow
 def test_a_removal_that_is_killed_leaves_nothing_half_and_goes_on(home: Path, command: Command):
     storage, _ = registry(home)
     arguments_ = ["prune", "--keep-days", "0", "--keep-versions", "1", "--storage", str(storage)]
@@ -131,6 +132,7 @@ def test_a_removal_that_is_killed_leaves_nothing_half_and_goes_on(home: Path, co
     check_versions(home)
 
 
+@pytest.mark.slow
 def test_of_many_versions_the_last_and_those_with_an_alias_stay_and_all_of_them_load(home: Path, command: Command):
     storage, tracking = registry(home)
     for number in (3, 4):
@@ -147,6 +149,7 @@ def test_of_many_versions_the_last_and_those_with_an_alias_stay_and_all_of_them_
     assert command("prune", "--keep-days", "0", "--keep-versions", "1", "--json", cwd=home).json["removed"] == []
 
 
+@pytest.mark.slow
 def test_retraining_goes_on_behind_it_and_removes_by_itself_where_its_settings_say_so(home: Path, command: Command):
     again = command("retrain", *arguments(home), "--json", cwd=home)
     assert again.json["outcome"] == "skipped", again.stderr  # the images are those of the last attempt
