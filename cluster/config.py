@@ -59,6 +59,11 @@ class ClusterConfig(BaseModel):
     metrics_port: int | None = Field(None, ge=1, le=65535)
     """Port on which a Ray of this machine serves numbers of the run for Prometheus, on all of its addresses; by default one that Ray finds. A cluster's nodes
     have their own (`ray start --metrics-export-port`)."""
+    price_per_hour: float | None = Field(None, ge=0.0)
+    """What one device costs in an hour, in your currency; a device is what a training worker computes on: its GPU, or its share of a node's CPUs.
+    `ddpm plan` then says what a run costs."""
+    max_hours: float | None = Field(None, gt=0.0)
+    """Device-hours that the plan of a run may come to, workers times hours, all stages together; `--plan-first` refuses a run beyond. None by default."""
     cache: str | None = None
     """Folder on each node for copies of what lies on s3://; by default below the node's temporary folder."""
     cache_bytes: int = Field(20 << 30, ge=1 << 20)

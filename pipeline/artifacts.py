@@ -112,6 +112,10 @@ class TrainedModel(Receipt):
     mlflow_run_id: str
     start: str | None = None
     """The weights that training started from, in words; None for fresh ones."""
+    host_bytes: int | None = None
+    """Most memory that the first worker's process held; None where nobody looked."""
+    gpu_bytes: int | None = None
+    """Most memory of its GPU that was reserved; None on a CPU."""
     stopped_at: int | None = None
     """Step at which held-out rows ended the training, whose best checkpoint this is; None where it went on to its end."""
 

@@ -129,7 +129,7 @@ def preprocess(config: DataConfig, listed: ListedSource, *, context: StageContex
     Raises:
         DataError: if more than `data.max_bad_fraction` of the files are bad.
     """
-    folder = context.storage / "datasets" / _digest(listed.identity, _definition(config), config.shard_bytes)
+    folder = dataset_folder(config, listed, context.storage)
     if listed.listing.splits is not None:
         context.reporter.line(f"  splits of the source: {listed.listing.splits.in_words}")
     with alone(folder / ".lock", context.reporter, "makes a dataset of this source"):
@@ -142,6 +142,20 @@ def preprocess(config: DataConfig, listed: ListedSource, *, context: StageContex
     manifest = read_manifest(folder / version)
     _check_bad(config, manifest, folder / version)
     return _receipt(folder / version, manifest, counts, context.inputs)
+
+
+def files_to_open(config: DataConfig, listed: ListedSource, context: StageContext) -> int:
+    """Returns how many files `preprocess` would open: those that are new or changed since the source was made a dataset of."""
+    folder = dataset_folder(config, listed, context.storage)
+    if _finished(folder, listed.plan):
+        return 0
+    making = _Making(config, listed, folder, context, anew=False)
+    return int(recall(making.listing, making.ledger, making.shards, keep_duplicates=config.duplicates == "keep").todo.sum())
+
+
+def dataset_folder(config: DataConfig, listed: ListedSource, storage: Location) -> Location:
+    """Returns where the datasets of a source lie."""
+    return storage / "datasets" / _digest(listed.identity, _definition(config), config.shard_bytes)
 
 
 def _digest(*parts: object) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,11 @@ from pipeline.artifacts import STAGES, AnyReceipt, ChampionTest, Evaluation, Rec
 from pipeline.autoencoder import PRESET, check_network, check_start, resolve_autoencoder
 from pipeline.config import RunConfig, config_digest, digest_of, flat, flat_result_fields, model_name_of, result_fields
 from pipeline.context import Reporter, StageContext
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RegistryError
 from pipeline.measurement.extractors import check_extractor
 from pipeline.measurement.paired_test import Rival, compare_with_champion
+from pipeline.planning.history import as_tags, speeds_of_run
+from pipeline.planning.records import note_actual
 from pipeline.preflight import LISTING, preflight
 from pipeline.registry.decide import Champion
 from pipeline.registry.versions import champion_of_other_images, fetch_checkpoint
@@ -43,6 +46,7 @@ class StageReport(BaseModel):
 
     Attributes:
         parts: seconds of each part of the work, in the order in which they began.
+        planned_seconds: what the run's plan says, None without one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,10 +56,12 @@ class StageReport(BaseModel):
     reason: str
     seconds: float
     parts: dict[str, float] = {}
+    planned_seconds: float | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Returns the receipt's fields with `skipped`, `reason` and `seconds` among them."""
-        return self.receipt.model_dump(mode="json") | {"skipped": self.skipped, "reason": self.reason, "seconds": round(self.seconds, 3)}
+        """Returns the receipt's fields with `skipped`, `reason` and `seconds` among them, and where there is a plan `planned_seconds`."""
+        planned = {} if self.planned_seconds is None else {"planned_seconds": round(self.planned_seconds, 3)}
+        return self.receipt.model_dump(mode="json") | {"skipped": self.skipped, "reason": self.reason, "seconds": round(self.seconds, 3)} | planned
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,17 @@ class Pipeline:
         self.reports[stage] = StageReport(receipt=receipt, skipped=stored is not None, reason=reason, seconds=seconds, parts=parts)
         return receipt
 
+    def stored(
+        self,
+        stage: StageName,
+        kind: type[AnyReceipt],
+        inputs: str,
+        intact: Callable[[AnyReceipt], bool],
+        why_not: Callable[[AnyReceipt], str] = lambda receipt: "",
+    ) -> AnyReceipt | None:
+        """Returns the receipt for which the stage would be skipped; None where it would be run."""
+        return self._stored(self.context(stage, inputs), stage, kind, intact, why_not)[0]
+
     def forced(self, stage: StageName) -> bool:
         """Tells whether --from asks for the stage."""
         return self.start_from is not None and STAGES.index(stage) >= STAGES.index(self.start_from)
@@ -186,7 +203,7 @@ def run(
 
 def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName) -> None:
     if tracking is not None:
-        pipeline.autoencoder = _find_autoencoder(pipeline, tracking)
+        pipeline.autoencoder = autoencoder_of(pipeline, tracking)
     shards = _preprocess(pipeline)
     if until == "preprocess" or tracking is None:
         return
@@ -200,21 +217,25 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
         _warn_about_other_images(pipeline, tracking, shards)
     done = pipeline.given.model if pipeline.given else None
     if done is None:
-        pipeline.start = _start(pipeline, tracking)
+        pipeline.start = start_of(pipeline, tracking)
         pipeline.perceptual = perceptual_digest(pipeline.config.train)
     if pipeline.start is not None:
         check_start(Location.of(pipeline.start.checkpoint), pipeline.start.model, _latent_space(pipeline))
-    inputs = _train_inputs(pipeline, shards) if done is None else done.inputs
-    metrics = RunMetrics(pipeline.name, pipeline.config.registry.model_name)
+    inputs = train_inputs(pipeline, shards) if done is None else done.inputs
     with TrackedRun(pipeline.config, pipeline.context("train", inputs), tracking, shards) as tracked:
-        model = _train(pipeline, shards, tracked, inputs)
-        if until == "train":
-            return
-        evaluation = _evaluate(pipeline, model, shards, tracked)
-        metrics.set("ddpm_candidate_distance", evaluation.metric.value, evaluation.metric.name)
-        if until == "register":
-            registration = _register(pipeline, shards, model, evaluation, tracked)
-            metrics.set("ddpm_champion_distance", _champion_value(registration), registration.metric.name)
+        _from_training_on(pipeline, shards, tracked, inputs, until)
+        _note_times(pipeline, tracked)
+
+
+def _from_training_on(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: str, until: StageName) -> None:
+    model = _train(pipeline, shards, tracked, inputs)
+    if until == "train":
+        return
+    evaluation, metrics = _evaluate(pipeline, model, shards, tracked), RunMetrics(pipeline.name, pipeline.config.registry.model_name)
+    metrics.set("ddpm_candidate_distance", evaluation.metric.value, evaluation.metric.name)
+    if until == "register":
+        registration = _register(pipeline, shards, model, evaluation, tracked)
+        metrics.set("ddpm_champion_distance", _champion_value(registration), registration.metric.name)
 
 
 def _champion_value(registration: Registration) -> float | None:
@@ -222,6 +243,28 @@ def _champion_value(registration: Registration) -> float | None:
     if registration.promoted:
         return registration.metric.value
     return registration.champion_test.test.champion if registration.champion_test else None
+
+
+def _note_times(pipeline: Pipeline, tracked: TrackedRun) -> None:
+    """Puts what the stages took beside what was planned, and tells MLflow both, and the speed for plans to come."""
+    seconds = {stage: report.seconds for stage, report in pipeline.reports.items() if not report.skipped}
+    model = pipeline.reports["train"].receipt
+    assert isinstance(model, TrainedModel)
+    digest, folder = config_digest(pipeline.config), pipeline.storage / "runs" / pipeline.name
+    plan = note_actual(folder, digest, seconds, model.images_per_second if "train" in seconds else None)
+    planned = {} if plan is None else {stage.stage: stage.seconds.value for stage in plan.stages}
+    for stage, report in pipeline.reports.items():
+        pipeline.reports[stage] = report.model_copy(update={"planned_seconds": planned.get(stage)})
+    if not tracked.is_open or not seconds:
+        return
+    values = {f"time/{stage}_seconds": taken for stage, taken in seconds.items()}
+    values |= {f"time/{stage}_planned_seconds": planned[stage] for stage in seconds if stage in planned}
+    receipts = {stage: report.receipt for stage, report in pipeline.reports.items()}
+    speeds = speeds_of_run(pipeline.config, receipts, seconds, use_gpu=model.gpu_bytes is not None)
+    with suppress(RegistryError):  # of numbers about the run, which are no part of its result
+        tracked.tracking.log_metrics(tracked.open(), [(time.time_ns() // 1_000_000, model.steps, values)])
+        if speeds is not None:
+            tracked.tracking.tag_run(tracked.open(), as_tags(speeds))
 
 
 def _warn_about_other_images(pipeline: Pipeline, tracking: Tracking, shards: ShardSet) -> None:
@@ -237,7 +280,7 @@ def _warn_about_other_images(pipeline: Pipeline, tracking: Tracking, shards: Sha
         )
 
 
-def _start(pipeline: Pipeline, tracking: Tracking) -> Start | None:
+def start_of(pipeline: Pipeline, tracking: Tracking) -> Start | None:
     """Returns the weights to start from: those of an attempt at retraining, or those that the settings name."""
     if pipeline.given is not None and pipeline.given.start is not None:
         return pipeline.given.start
@@ -245,7 +288,7 @@ def _start(pipeline: Pipeline, tracking: Tracking) -> Start | None:
         return find_init(pipeline.config.train, folder=pipeline.storage / "runs" / pipeline.name, tracking=tracking, storage=pipeline.storage)
 
 
-def _train_inputs(pipeline: Pipeline, shards: ShardSet) -> str:
+def train_inputs(pipeline: Pipeline, shards: ShardSet) -> str:
     """Returns the digest of all that decides what a step does; the folder of the training is called by it.
 
     At which step it ends is no part of it, so that a longer run goes on where a shorter one ended.
@@ -279,7 +322,7 @@ def _of_older_version(trainings: Location, settings: Mapping[str, str]) -> str |
 
 
 def _train_settings(pipeline: Pipeline, shards: ShardSet) -> dict[str, str]:
-    """Returns what `_train_inputs` is the digest of, for messages."""
+    """Returns what `train_inputs` is the digest of, for messages."""
     config, start = pipeline.config, pipeline.start
     settings = flat_result_fields(model=config.model, diffusion=config.diffusion) | flat("train", _of_steps(config.train))
     by_checksum = {"start": start.sha256 if start else None, "perceptual": pipeline.perceptual}
@@ -297,14 +340,19 @@ def _preprocess(pipeline: Pipeline) -> ShardSet:
     return pipeline.stage(
         "preprocess",
         ShardSet,
-        digest_of(listed.plan, config.max_bad_fraction),
+        preprocess_inputs(pipeline.config, listed),
         preprocess_stage.is_intact,
         lambda context: preprocess_stage.preprocess(config, listed, context=context, anew=pipeline.forced("preprocess")),
         lambda context: None,
     )
 
 
-def _find_autoencoder(pipeline: Pipeline, tracking: Tracking) -> AutoencoderFiles | None:
+def preprocess_inputs(config: RunConfig, listed: preprocess_stage.ListedSource) -> str:
+    """Returns the digest of all that decides a dataset."""
+    return digest_of(listed.plan, config.data.max_bad_fraction)
+
+
+def autoencoder_of(pipeline: Pipeline, tracking: Tracking) -> AutoencoderFiles | None:
     """Returns the autoencoder in whose latents the run works, which the network takes; None where it works on rows as they are."""
     data, storage, address = pipeline.config.data, pipeline.storage, pipeline.autoencoder_address
     if address is None:
@@ -324,8 +372,7 @@ def _encode(pipeline: Pipeline, shards: ShardSet) -> ShardSet | None:
     """Returns the latents that the denoiser works on; None where it works on rows as they are."""
     if pipeline.autoencoder is None:
         return None
-    found = pipeline.autoencoder
-    space = encode_stage.space_of(shards, found, mirrors=pipeline.config.train.flip, copies=_copies(pipeline.config.train))
+    found, space = pipeline.autoencoder, encoded_space(pipeline, shards)
     return pipeline.stage(
         "encode",
         ShardSet,
@@ -334,6 +381,13 @@ def _encode(pipeline: Pipeline, shards: ShardSet) -> ShardSet | None:
         lambda context: encode_stage.encode(shards, space, found, context=context, anew=pipeline.forced("encode")),
         lambda context: None,
     )
+
+
+def encoded_space(pipeline: Pipeline, shards: ShardSet) -> LatentSpace:
+    """Returns the space of the latents that the run works on."""
+    assert pipeline.autoencoder is not None
+    train = pipeline.config.train
+    return encode_stage.space_of(shards, pipeline.autoencoder, mirrors=train.flip, copies=_copies(train))
 
 
 def _copies(train: TrainConfig) -> tuple[int, int]:
@@ -364,10 +418,10 @@ def _train(pipeline: Pipeline, shards: ShardSet, tracked: TrackedRun, inputs: st
         )
         return trained.model_copy(update={"dataset_digest": shards.digest})  # of the images, by which models are compared
 
-    return pipeline.stage("train", TrainedModel, inputs, train_stage.is_intact, call, _set_finished_aside, _why_other_steps(config.train.steps))
+    return pipeline.stage("train", TrainedModel, inputs, train_stage.is_intact, call, _set_finished_aside, why_other_steps(config.train.steps))
 
 
-def _why_other_steps(steps: int) -> Callable[[TrainedModel], str]:
+def why_other_steps(steps: int) -> Callable[[TrainedModel], str]:
     """Returns what says why a training is not what a number of steps means, nothing where it is."""
     return lambda receipt: "" if is_as_long(receipt, steps) else f"it has {receipt.steps} steps, and {steps} are asked for"
 
@@ -378,12 +432,18 @@ def _set_finished_aside(context: StageContext) -> None:
         train_stage.set_aside(context.folder)
 
 
+def evaluate_inputs(pipeline: Pipeline, model: TrainedModel, shards: ShardSet) -> str:
+    """Returns the digest of all that decides an evaluation."""
+    config = pipeline.config.evaluate
+    return digest_of(model.weights_sha256, shards.digest, config, evaluate_stage.decided_by(config, model))
+
+
 def _evaluate(pipeline: Pipeline, model: TrainedModel, shards: ShardSet, tracked: TrackedRun) -> Evaluation:
     config = pipeline.config.evaluate
     evaluation = pipeline.stage(
         "evaluate",
         Evaluation,
-        digest_of(model.weights_sha256, shards.digest, config, evaluate_stage.decided_by(config, model)),
+        evaluate_inputs(pipeline, model, shards),
         evaluate_stage.is_intact,
         lambda context: evaluate_stage.evaluate(config, model, shards, context=context, latents=pipeline.latents),
         lambda context: evaluate_stage.forget(context.folder),
@@ -399,9 +459,15 @@ def _publish(pipeline: Pipeline, evaluation: Evaluation, model: TrainedModel, tr
         evaluate_stage.publish(evaluation, model, tracked.tracking, run_id)
 
 
+def register_inputs(pipeline: Pipeline, evaluation: Evaluation, tracking: Tracking) -> str:
+    """Returns the digest of all that decides a version."""
+    metric, samples, uri = evaluation.metric.model_dump(mode="json"), evaluation.samples_sha256, public_uri(tracking.uri)
+    return digest_of(evaluation.inputs, metric, samples, pipeline.config.registry, uri, pipeline.name)
+
+
 def _register(pipeline: Pipeline, shards: ShardSet, model: TrainedModel, evaluation: Evaluation, tracked: TrackedRun) -> Registration:
     config, tracking = pipeline.config.registry, tracked.tracking
-    inputs = digest_of(evaluation.inputs, evaluation.metric.model_dump(mode="json"), evaluation.samples_sha256, config, public_uri(tracking.uri), pipeline.name)
+    inputs = register_inputs(pipeline, evaluation, tracking)
 
     def call(context: StageContext) -> Registration:
         _publish(pipeline, evaluation, model, tracked)

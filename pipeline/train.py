@@ -99,7 +99,36 @@ def train(
     placement = place(context.cluster, context.reporter.line)
     if (fewer := fewer_for_gpus(context.cluster, placement)) is not None:
         context.reporter.line(fewer)
-    plan = TrainPlan(
+    plan = _plan(config, model, diffusion, shards, placement, context, settings=settings, start=start, perceptual=perceptual)
+    before = attempts_so_far(context.folder)
+    if start is not None and not before:
+        check_start(start, model, diffusion, config, shards, context)
+    context.reporter.line(_derived(config, placement, None if before else start, shards.space.noun))
+    report_unfinished(context, settings)
+    if (ended := receipt_in(context.folder)) is not None and not is_as_long(ended, config.steps):
+        record_end(context.folder, f"the run was made longer, from {ended.steps} to {config.steps} steps")
+    _sweep(context.folder)
+    with MetricsRelay(context, tracking, run_id, config.steps):
+        outcome = _fit(plan, placement, context, before)
+    _sweep(context.folder)
+    with suppress(OSError):  # the last worker to write may have been killed before it did this
+        prune(context.folder, config.keep_last, Location.of(outcome.checkpoint), config.keep_every, steps_to_keep(Location.of(outcome.checkpoint)))
+    return _receipt(outcome, config, shards, context, tracking.uri, run_id, config_digest, start)
+
+
+def _plan(
+    config: TrainConfig,
+    model: NetworkConfig,
+    diffusion: DiffusionConfig,
+    shards: ShardSet,
+    placement: Placement,
+    context: StageContext,
+    *,
+    settings: Mapping[str, str],
+    start: Start | None,
+    perceptual: str | None,
+) -> TrainPlan:
+    return TrainPlan(
         train=config,
         model=model,
         diffusion=diffusion,
@@ -115,20 +144,28 @@ def train(
         start=start,
         perceptual=perceptual,
     )
-    before = attempts_so_far(context.folder)
-    if start is not None and not before:
-        check_start(start, model, diffusion, config, shards, context)
-    context.reporter.line(_derived(config, placement, None if before else start, shards.space.noun))
-    report_unfinished(context, settings)
-    if (ended := receipt_in(context.folder)) is not None and not is_as_long(ended, config.steps):
-        record_end(context.folder, f"the run was made longer, from {ended.steps} to {config.steps} steps")
-    _sweep(context.folder)
-    with MetricsRelay(context, tracking, run_id, config.steps):
-        outcome = _fit(plan, placement, context, before)
-    _sweep(context.folder)
-    with suppress(OSError):  # the last worker to write may have been killed before it did this
-        prune(context.folder, config.keep_last, Location.of(outcome.checkpoint), config.keep_every, steps_to_keep(Location.of(outcome.checkpoint)))
-    return _receipt(outcome, config, shards, context, tracking.uri, run_id, config_digest, start)
+
+
+def rehearse(
+    config: TrainConfig,
+    model: NetworkConfig,
+    diffusion: DiffusionConfig,
+    shards: ShardSet,
+    *,
+    placement: Placement,
+    context: StageContext,
+    perceptual: str | None = None,
+) -> TrainOutcome:
+    """Trains as `train` does, workers, threads and checkpoint alike, without telling anybody: what it takes is in the metrics log of the folder.
+
+    Args:
+        config: with as many steps as are to be timed.
+
+    Raises:
+        ConfigError: where training would.
+    """
+    plan = _plan(config, model, diffusion, shards, placement, context, settings={}, start=None, perceptual=perceptual)
+    return _fit(plan, placement, context, 0)
 
 
 def _derived(config: TrainConfig, placement: Placement, start: Start | None, noun: str) -> str:
@@ -255,6 +292,8 @@ def _receipt(
         mlflow_run_id=run_id,
         start=None if start is None else f"{start.weights} of {start.model}",
         stopped_at=outcome.stopped_at,
+        host_bytes=outcome.host_bytes,
+        gpu_bytes=outcome.gpu_bytes,
     )
 
 

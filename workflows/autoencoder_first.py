@@ -47,19 +47,33 @@ def run_with_autoencoder(
 def _trained(config: RunConfig, preset: str, reporter: Reporter) -> str:
     """Returns the address of a preset's autoencoder, which is trained and registered the first time."""
     own, name = autoencoder_config(config, preset), Path(preset).stem
-    folder = check_storage(config.cluster.storage) / "runs" / name
-    pin, reporter_line = folder / f"trained-{config_digest(own)}.json", f"[bold]autoencoder[/] {name}"
-    with suppress(OSError, ValidationError):
-        kept = _Trained.model_validate_json(pin.read_text())
-        if is_complete(Location.of(kept.checkpoint)):
-            reporter.line(f"{reporter_line} is trained")
-            return kept.address
+    folder, reporter_line = check_storage(config.cluster.storage) / "runs" / name, f"[bold]autoencoder[/] {name}"
+    if (address := trained_address(own, folder)) is not None:
+        reporter.line(f"{reporter_line} is trained")
+        return address
     reporter.line(reporter_line)
     measured = run(own, name, reporter=reporter)["evaluate"].receipt
     assert isinstance(measured, Evaluation)
     kept = _Trained(checkpoint=measured.checkpoint, weights=measured.weights)
-    pin.write_text(kept.model_dump_json(indent=2) + "\n")
+    _pin(own, folder).write_text(kept.model_dump_json(indent=2) + "\n")
     return kept.address
+
+
+def trained_address(own: RunConfig, folder: Location) -> str | None:
+    """Returns where the autoencoder of some settings lies, as `data.autoencoder` takes it; None where it is not trained.
+
+    Args:
+        folder: of its run.
+    """
+    with suppress(OSError, ValidationError):
+        kept = _Trained.model_validate_json(_pin(own, folder).read_text())
+        if is_complete(Location.of(kept.checkpoint)):
+            return kept.address
+    return None
+
+
+def _pin(own: RunConfig, folder: Location) -> Location:
+    return folder / f"trained-{config_digest(own)}.json"
 
 
 class _Trained(BaseModel):

@@ -78,11 +78,59 @@ def run(
     overrides: Overrides = None,
     name: Name = None,
     start_from: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all later ones again, even if nothing changed.")] = None,
+    plan_first: Annotated[
+        bool, typer.Option("--plan-first", help="Make the plan first, print it, and refuse where it is over cluster.max_hours (exit code 2).")
+    ] = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Preprocess, encode, train, evaluate, register: finished stages are skipped, an interrupted one is resumed."""
+    if plan_first:
+        _plan_first(preset, overrides, name)
     _run(preset, overrides, name, "register", start_from, as_json, verbose)
+
+
+def _plan_first(preset: str, overrides: list[str] | None, name: str | None) -> None:
+    """Prints the plan of a run to stderr, beside the lines of its progress.
+
+    Raises:
+        ConfigError: if it is over `cluster.max_hours`.
+    """
+    config, run_name = _load(preset, overrides, name)
+    from workflows.plan import check_budget, plan_run, say_plan
+
+    with stdout_to_stderr() as stdout, _resumable(stdout, "interrupted; nothing was begun"):
+        plan = plan_run(config, run_name)
+    say_plan(sys.stderr, plan, as_json=False)
+    check_budget(config, plan)
+
+
+@app.command(rich_help_panel="Run")
+def plan(
+    preset: Preset,
+    overrides: Overrides = None,
+    name: Name = None,
+    address: Annotated[str | None, typer.Option(metavar="URL", help="Of the run on a Ray cluster: its dashboard, such as http://HEAD:8265.")] = None,
+    last: Annotated[
+        bool, typer.Option("--last", help="Try nothing: take what the last training of these settings on such a device took, from MLflow.")
+    ] = False,
+    packages: Annotated[str, typer.Option(help="With --address: image or lock, as for submit.")] = "image",
+    pass_env: Annotated[list[str] | None, typer.Option("--pass-env", metavar="VARIABLE", help="With --address: send a variable, visibly, too.")] = None,
+    as_job: Annotated[bool, typer.Option("--job", hidden=True)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, the plan in SI units, as the only thing on stdout.")] = False,
+) -> None:
+    """Say what a run will take before it is begun: time, memory, storage, cost. Some steps of every stage are tried on the machines that would do it."""
+    config, run_name = _load(preset, overrides, name)
+    from workflows.plan import plan_on_cluster, plan_run, say_plan
+
+    with stdout_to_stderr() as stdout:
+        with _resumable(stdout, "interrupted; nothing was begun"):
+            if address is None:
+                made = plan_run(config, run_name, last=last)
+            else:
+                made = plan_on_cluster(config, run_name, address=address, last=last, packages=packages_of(packages), pass_env=pass_env or [])
+        with unread_is_fine(stdout):
+            say_plan(stdout, made, as_json=as_json, as_job=as_job)
 
 
 @app.command(rich_help_panel="Run")
@@ -203,11 +251,20 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", help="Print the job's log until it ends; Ctrl-C detaches.")] = False,
     packages: Annotated[str, typer.Option(help="image: the nodes have the packages of requirements.lock; lock: install them for this job by uv.")] = "image",
     pass_env: Annotated[list[str] | None, typer.Option("--pass-env", metavar="VARIABLE", help="Send a variable of this environment, visibly, too.")] = None,
+    plan_first: Annotated[
+        bool, typer.Option("--plan-first", help="Make the plan there first, print it, and refuse where it is over cluster.max_hours (exit code 2).")
+    ] = False,
 ) -> None:
     """Run all stages on a Ray cluster; this machine may disconnect. Submitting the same name again attaches to a running job, or resumes the run."""
     settings, run_name = _load(preset, overrides, name)
     from workflows.submit import submit as submit_run
 
+    if plan_first:
+        from workflows.plan import check_budget, plan_on_cluster, say_plan
+
+        made = plan_on_cluster(settings, run_name, address=address, last=False, packages=packages_of(packages), pass_env=pass_env or [])
+        say_plan(sys.stderr, made, as_json=False)
+        check_budget(settings, made)
     with detaching():
         raise typer.Exit(submit_run(settings, run_name, address=address, packages=packages_of(packages), pass_env=pass_env or [], follow=follow))
 

@@ -28,14 +28,16 @@ def print_summary(out: IO[str], reports: Mapping[StageName, StageReport], name: 
     Args:
         all_parts: print the times of the shorter parts, too.
     """
-    console, table = _console(out), _table(f"run {name}", "stage", "time", "result")
+    planned = any(report.planned_seconds is not None for report in reports.values())
+    console, table = console_for(out), table_of(f"run {name}", "stage", "time", *(["planned"] if planned else []), "result")
     shards = reports["preprocess"].receipt if "preprocess" in reports else None
     noun = shards.space.noun if isinstance(shards, ShardSet) else "row"
     for stage, report in reports.items():
-        table.add_row(stage, "skipped" if report.skipped else f"{report.seconds:.1f} s", _result(report, noun))
+        beside = [] if not planned else ["" if report.planned_seconds is None else f"{report.planned_seconds:.1f} s"]
+        table.add_row(stage, "skipped" if report.skipped else f"{report.seconds:.1f} s", *beside, _result(report, noun))
         for what, seconds in report.parts.items():
             if all_parts or seconds >= LONG_S:
-                table.add_row("", f"{seconds:.1f} s", f"  {what}", style="dim")
+                table.add_row("", f"{seconds:.1f} s", *([""] if planned else []), f"  {what}", style="dim")
     console.print(table)
     for line in _where_to_look(reports, config):
         console.print(line, soft_wrap=True, markup=False)
@@ -100,11 +102,13 @@ def print_config(config: RunConfig) -> None:
     sys.stdout.write("\n".join([*lines, f"# digest {config_digest(config)} (of all but the sections retrain and cluster)", ""]))
 
 
-def _console(out: IO[str]) -> Console:
+def console_for(out: IO[str]) -> Console:
+    """Returns a console for a person where the output is a terminal, 140 columns wide elsewhere."""
     return Console(file=out, highlight=False, force_terminal=out.isatty(), width=None if out.isatty() else 140)
 
 
-def _table(title: str, *columns: str) -> Table:
+def table_of(title: str, *columns: str) -> Table:
+    """Returns a table without rows."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -113,11 +117,11 @@ def _table(title: str, *columns: str) -> Table:
 
 def print_models(out: IO[str], models: Mapping[str, Sequence[VersionFacts]]) -> None:
     """Prints registered models with their versions."""
-    console = _console(out)
+    console = console_for(out)
     if not models:
         console.print("no models yet; ddpm run digits makes one")
     for name, versions in models.items():
-        table = _table(name, "version", "aliases", "metric", "value", "run", "decision")
+        table = table_of(name, "version", "aliases", "metric", "value", "run", "decision")
         for version in versions:
             name_of = version.metric.name if version.metric else ""
             table.add_row(str(version.version), ", ".join(version.aliases), name_of, _value(version.metric), version.run or "", version.decision or "")
@@ -130,8 +134,8 @@ def _value(metric: Metric | None) -> str:
 
 def print_version(out: IO[str], facts: VersionFacts, moves: Sequence[Move], uri: str) -> None:
     """Prints all that is known of a version, the moves that concern it, and how to use it."""
-    console, tags = _console(out), facts.tags
-    table = _table(f"{facts.name} {facts.label}", "", "")
+    console, tags = console_for(out), facts.tags
+    table = table_of(f"{facts.name} {facts.label}", "", "")
     table.show_header = False
     unit = facts.metric.unit if facts.metric else None
     rows = {
@@ -164,8 +168,8 @@ def print_version(out: IO[str], facts: VersionFacts, moves: Sequence[Move], uri:
 
 def print_contrast(out: IO[str], name: str, found: VersionDiff) -> None:
     """Prints versions side by side: numbers, then the settings that differ."""
-    console = _console(out)
-    table = _table(name, "", *(version.label for version in found.versions))
+    console = console_for(out)
+    table = table_of(name, "", *(version.label for version in found.versions))
     rows = {
         "metric": [version.metric.name if version.metric else "none" for version in found.versions],
         "value": [_value(version.metric) for version in found.versions],
@@ -191,18 +195,18 @@ def _rows(tags: Mapping[str, str]) -> str:
 
 def print_moves(out: IO[str], name: str, moves: Sequence[Move]) -> None:
     """Prints the log of a model, oldest first."""
-    table = _table(name, "when", "what", "champion", "who", "why")
+    table = table_of(name, "when", "what", "champion", "who", "why")
     for move in moves:
         about = "" if move.version is None else f"v{move.version} "
         table.add_row(move.when[:19].replace("T", " "), f"{about}{move.kind}", "none" if move.champion is None else f"v{move.champion}", move.who, move.why)
-    _console(out).print(table)
+    console_for(out).print(table)
 
 
 def print_data(out: IO[str], found: Sequence[tuple[VersionFacts, str | None]]) -> None:
     """Prints the datasets that a version and those that it started from were trained on, each with where it lies."""
-    table = _table("what it learned from", "version", "dataset", "source", "rows", "where it lies")
+    table = table_of("what it learned from", "version", "dataset", "source", "rows", "where it lies")
     for version, place in found:
         tags = version.tags
         known = (tags.get("dataset.digest", "unknown"), tags.get("dataset.source", ""), tags.get("dataset.rows", ""))
         table.add_row(f"{version.name}/{version.version}", *known, place or "no longer here")
-    _console(out).print(table)
+    console_for(out).print(table)

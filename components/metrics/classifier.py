@@ -112,7 +112,7 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Classifier(pixels.shape[1], int(classes.max()) + 1).to(device)
-    epochs = int(np.clip(IMAGES_SEEN // max(1, len(train)), MIN_EPOCHS, MAX_EPOCHS))
+    epochs = _epochs(len(train))
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = epochs * max(1, len(train) // BATCH_SIZE)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2)
@@ -129,6 +129,16 @@ def train_classifier(
     save_file(network.cpu().state_dict(), folder / WEIGHTS)
     record = {"recipe": RECIPE, "channels": pixels.shape[1], "num_classes": int(classes.max()) + 1, "accuracy": accuracy}
     (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+
+def images_seen(rows: int) -> int:
+    """Returns how many images a classifier sees while it is trained on so many rows."""
+    train = rows - rows // 10
+    return _epochs(train) * train
+
+
+def _epochs(rows: int) -> int:
+    return int(np.clip(IMAGES_SEEN // max(1, rows), MIN_EPOCHS, MAX_EPOCHS))
 
 
 def _shifted(x: torch.Tensor, draw: np.random.Generator) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cluster.key_value_store import KeyValueStore
-from cluster.machine import cpu_model
+from cluster.machine import cpu_model, peak_memory
 from components.counts import counted
 from components.data.batches import Batch, BatchPlan, on_device
 from components.data.reader import RowReader
@@ -180,6 +180,8 @@ def _outcome(trainer: Trainer, checkpoint: Location, world: int, device: torch.d
         compiled=trainer.arithmetic.compiled,
         num_workers=world,
         device=_name_of(device),
+        host_bytes=peak_memory(),
+        gpu_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
     )
 
 

@@ -51,6 +51,10 @@ class TrainOutcome(BaseModel):
     compiled: bool
     num_workers: int
     device: str
+    host_bytes: int | None = None
+    """Most memory that its process held."""
+    gpu_bytes: int | None = None
+    """Most memory of its GPU that was reserved; None on a CPU."""
 
 
 class TrainFailure(BaseModel):
