@@ -43,6 +43,8 @@ def start_in_background(config: ClusterConfig, modules: Sequence[str]) -> None:
         modules: third-party ones that the training workers will import, which their processes then do before they are needed. Left out on machines
             where Ray holds more processes ready than will train, and on those with GPUs, which a process is to look for when it has been given one.
     """
+    if is_actor():
+        return
     few = (os.cpu_count() or 1) <= config.max_workers + 1
 
     def start() -> None:
@@ -76,6 +78,12 @@ def _connect(config: ClusterConfig) -> None:
 
     if not ray.is_initialized():
         _start(config)
+
+
+def is_actor() -> bool:
+    """Tells whether this process is an actor of a Ray that another process is connected to, whose connection is not ours to end."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
 
 
 def disconnect() -> None:

@@ -210,3 +210,72 @@ def save_intervals(path: Path, intervals: Sequence[Interval], metric: str, refer
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         _label(axes, metric, "")
+
+
+class Column(NamedTuple):
+    """An axis of parallel coordinates: the value of every line, a number, a name, or None where a line has none."""
+
+    name: str
+    values: tuple[float | str | None, ...]
+
+
+def save_parallel_coordinates(path: Path, columns: Sequence[Column], best: int | None = None) -> None:
+    """Writes lines across upright axes, each with its own scale, coloured by the last axis: what was tried, and what came of it.
+
+    Args:
+        columns: axes from left to right, the last a number of which lower is better.
+        best: the line that stands out.
+    """
+    from matplotlib import colormaps
+
+    places, last = [_on_axis(column.values) for column in columns], columns[-1].name
+    with _axes(path, f"Trials, coloured by {last}; the best is the thick line", 4.0) as axes:
+        for line in sorted(range(len(places[0])), key=lambda index: index == best):
+            points = [(x, column[line]) for x, column in enumerate(places) if math.isfinite(column[line])]
+            value, stands_out = places[-1][line], line == best
+            colour = COLOURS[1] if stands_out else colormaps["viridis"](value) if math.isfinite(value) else RULE
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, linewidth=2.6 if stands_out else 1.2)
+        _name_axes(axes, columns)
+
+
+def _name_axes(axes: "Axes", columns: Sequence[Column]) -> None:
+    """Draws the axes of parallel coordinates, with the values that stand at their ends, or of names all."""
+    axes.set_xticks(range(len(columns)), [plain(shortened(column.name).replace(".", ".\n").replace("/", "/\n")) for column in columns])
+    axes.set_yticks([])
+    axes.set_ylim(-0.08, 1.08)
+    axes.set_xlim(-0.3, len(columns) - 0.4)
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False)
+    for x, column in enumerate(columns):
+        axes.axvline(x, color=PALE_INK, linewidth=0.8, zorder=0)
+        for place, text in _ends(column.values):
+            axes.annotate(plain(text), (x, place), (4, 3), textcoords="offset points", fontsize=8, color=PALE_INK)
+
+
+def _numbers(values: Sequence[float | str | None]) -> list[float]:
+    return [value for value in values if not isinstance(value, str) and value is not None and math.isfinite(value)]
+
+
+def _names(values: Sequence[float | str | None]) -> list[str]:
+    """Returns the names of an axis in order, none where it has numbers alone."""
+    return sorted({str(value) for value in values if value is not None}) if any(isinstance(value, str) for value in values) else []
+
+
+def _on_axis(values: Sequence[float | str | None]) -> list[float]:
+    """Returns where values stand, from 0 to 1; not finite where there is none. Numbers of several orders of magnitude stand by their logarithms."""
+    if names := _names(values):
+        return [math.nan if value is None else names.index(str(value)) / max(1, len(names) - 1) for value in values]
+    numbers = _numbers(values)
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
+    scale = math.log if low > 0 and high > LOG_RATIO * low else float
+    span = scale(high) - scale(low) if numbers else 0.0
+    kept = [value if not isinstance(value, str) and value is not None and math.isfinite(value) else None for value in values]
+    return [math.nan if value is None else (scale(value) - scale(low)) / span if span else 0.5 for value in kept]
+
+
+def _ends(values: Sequence[float | str | None]) -> list[tuple[float, str]]:
+    if names := _names(values):
+        return [(index / max(1, len(names) - 1), name) for index, name in enumerate(names)]
+    numbers = _numbers(values)
+    ends = sorted({min(numbers), max(numbers)}) if numbers else []
+    return [(0.5 if len(ends) == 1 else float(index), f"{value:.4g}") for index, value in enumerate(ends)]

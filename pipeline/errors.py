@@ -8,5 +8,9 @@ class ConfigError(Exception):
         return "\n".join(map(str, self.args))
 
 
+class TrainingError(ConfigError):
+    """Raised when a training cannot go on with its settings, whenever it is tried."""
+
+
 class RegistryError(Exception):
     """Raised when the tracking server or model registry cannot do what was asked. The message says what would be right."""

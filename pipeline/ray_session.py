@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from cluster.config import ClusterConfig
-from cluster.connect import LONGEST_FOLDER, disconnecting, session_in
+from cluster.connect import LONGEST_FOLDER, disconnecting, is_actor, session_in
 from components.scratch import scratch
 from components.storage import Location
 
@@ -24,10 +24,15 @@ _RUN, _ROOM = "run.txt", len("/ddpm-ray-01234567")
 def ray_session(config: ClusterConfig, storage: Location, name: str, report: Callable[[str], None]) -> Iterator[None]:
     """Disconnects from Ray after a block; of one that the block started on this machine only its logs stay, `KEPT_SESSIONS` of them.
 
+    In an actor, such as one that trains a sweep's trials, Ray belongs to whoever made the actor, and the block uses it as it is.
+
     Args:
         name: of the run, part of the logs' name.
         tell: is given a line that says where the logs are, where the block fails.
     """
+    if is_actor():
+        yield
+        return
     if config.address != "local":
         with disconnecting():
             yield

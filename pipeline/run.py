@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -92,6 +92,7 @@ class Pipeline:
     listed: preprocess_stage.ListedSource | None = None
     given: FixedInputs | None = None
     start: Start | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
     perceptual: str | None = None
     autoencoder_address: str | None = None
     autoencoder: AutoencoderFiles | None = None
@@ -178,12 +179,14 @@ def run(
     reporter: Reporter | None = None,
     given: FixedInputs | None = None,
     autoencoder: str | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> dict[StageName, StageReport]:
     """Runs the stages up to `until`; those from `start_from` on are run even where their receipts match.
 
     Args:
         given: dataset and weights of an attempt at retraining, whose champion is measured anew beside the candidate, on equal terms.
         autoencoder: where that lies which `data.autoencoder` names by a preset.
+        tags: further ones of the MLflow run.
 
     Raises:
         ConfigError, DataError, ClusterError, RegistryError: before anything expensive starts where possible.
@@ -195,7 +198,7 @@ def run(
     begins_at_training = start_from is not None and STAGES.index(start_from) <= STAGES.index("train")
     with preflight(config, name, until, reporter, lists=given is None, trains_anew=begins_at_training) as ready:
         pipeline = Pipeline(ready.config, name, start_from, reporter, ready.storage, {}, ready.listed, given)
-        pipeline.autoencoder_address = address
+        pipeline.autoencoder_address, pipeline.tags = address, tags or {}
         ready.listed = None
         _run_stages(pipeline, ready.tracking, until)
     return pipeline.reports
@@ -222,7 +225,7 @@ def _run_stages(pipeline: Pipeline, tracking: Tracking | None, until: StageName)
     if pipeline.start is not None:
         check_start(Location.of(pipeline.start.checkpoint), pipeline.start.model, _latent_space(pipeline))
     inputs = train_inputs(pipeline, shards) if done is None else done.inputs
-    with TrackedRun(pipeline.config, pipeline.context("train", inputs), tracking, shards) as tracked:
+    with TrackedRun(pipeline.config, pipeline.context("train", inputs), tracking, shards, pipeline.tags) as tracked:
         _from_training_on(pipeline, shards, tracked, inputs, until)
         _note_times(pipeline, tracked)
 

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,8 +72,13 @@ class TrackedRun:
         is_new: whether this call made it, because the store had none.
     """
 
-    def __init__(self, config: RunConfig, context: StageContext, tracking: Tracking, shards: ShardSet) -> None:
-        """Prepares a run for the training whose context it is; MLflow is not asked yet."""
+    def __init__(self, config: RunConfig, context: StageContext, tracking: Tracking, shards: ShardSet, tags: Mapping[str, str]) -> None:
+        """Prepares a run for the training whose context it is; MLflow is not asked yet.
+
+        Args:
+            tags: further ones than those that every run has.
+        """
+        self._tags = tags
         self.tracking, self._config, self._context, self._shards = tracking, config, context, shards
         self._run_id: str | None = None
         self.is_new = False
@@ -117,7 +122,7 @@ class TrackedRun:
         config, shards = self._config, self._shards
         tags = {"config.digest": config_digest(config), "dataset.digest": shards.digest, "git.commit": git_commit(), "ddpm.folder": str(self._context.folder)}
         tags["train.steps"] = str(config.train.steps)  # a setting is written once, and a run may be made longer
-        self.tracking.describe_run(run_id, flatten(config), tags)
+        self.tracking.describe_run(run_id, flatten(config), tags | dict(self._tags))
         dataset = Location.of(shards.path)
         manifest = read_manifest(dataset)
         name = Location(shards.source).name or "images"

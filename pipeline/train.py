@@ -29,7 +29,7 @@ from components.scratch import scratch
 from components.storage import TEMPORARY, Location
 from pipeline.artifacts import ShardSet, TrainedModel
 from pipeline.context import StageContext
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.retraining.attempts import Start
 from pipeline.tracking import Tracking, public_uri
 from pipeline.training.config import TrainConfig
@@ -224,7 +224,7 @@ def _fit(plan: TrainPlan, placement: Placement, context: StageContext, before: i
             result: Any = trainer.fit()
     outcome = TypeAdapter(TrainOutcome | TrainFailure).validate_json(result.return_value)
     if isinstance(outcome, TrainFailure):
-        raise ConfigError(outcome.failure)
+        raise TrainingError(outcome.failure)
     return outcome
 
 
@@ -270,7 +270,7 @@ def _receipt(
     speeds = [line.metrics["perf/images_per_second"] for line in lines if "perf/images_per_second" in line.metrics]
     losses = [line.metrics["train/loss"] for line in lines if "train/loss" in line.metrics]
     if not losses:
-        raise ConfigError("train.lr: no step had a finite loss; lower it, or use train.precision=float32")
+        raise TrainingError("train.lr: no step had a finite loss; lower it, or use train.precision=float32")
     return TrainedModel(
         inputs=context.inputs,
         path=outcome.checkpoint,

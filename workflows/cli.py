@@ -198,6 +198,29 @@ def retrain(
     raise typer.Exit(code)
 
 
+@app.command("sweep", rich_help_panel="Run")
+def sweep_command(
+    preset: Preset,
+    settings: Annotated[
+        list[str], typer.Argument(metavar="SECTION.KEY=VALUES...", help="What is varied, such as 'train.lr=[1e-4,2e-4]' or model.dropout=0..0.2, and settings.")
+    ],
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials; by default all combinations of the choices.")] = None,
+    metric: Annotated[str, typer.Option(help="What the best is lowest in: validation/loss, validation/distance or evaluation.")] = "validation/loss",
+    search: Annotated[str, typer.Option(help="random, or optuna, which learns from the trials before (extra sweep).")] = "random",
+    max_hours: Annotated[float | None, typer.Option("--max-hours", metavar="HOURS", help="Hours of work after which nothing more is begun.")] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Trials at once, on a cluster that has room for their workers.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Decides which settings are drawn.")] = 0,
+    name: Annotated[str | None, typer.Option("--name", help="What to call the sweep; PRESET-sweep by default. Trials are called NAME-000 and so on.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, the table, as the only thing on stdout.")] = False,
+) -> None:
+    """Try settings out by Ray Tune: each trial is an ordinary run, poor ones end early, the best is registered and competes like any other."""
+    from workflows.sweep import run_sweep, wanted_of
+
+    wanted = wanted_of(find_preset(preset), settings, name=name, trials=trials, metric=metric, search=search, max_hours=max_hours, parallel=parallel, seed=seed)
+    with stdout_to_stderr() as stdout, _resumable(stdout, "interrupted; run the same command again to resume the sweep"):
+        run_sweep(stdout, wanted, as_json=as_json)
+
+
 def _run(preset: str, overrides: list[str] | None, name: str | None, until: "StageName", start_from: str | None, as_json: bool, verbose: bool) -> None:
     config, run_name = _load(preset, overrides, name)
     from pipeline.artifacts import STAGES

@@ -17,6 +17,7 @@ from pipeline.config import RunConfig, config_digest, section_fields
 from pipeline.registry.browse import VersionDiff, VersionFacts
 from pipeline.registry.move import Move
 from pipeline.run import StageReport
+from pipeline.sweeping.results import SweepResult
 from pipeline.tracking import public_uri, ui_fragment
 
 LONG_S = 5.0
@@ -41,6 +42,28 @@ def print_summary(out: IO[str], reports: Mapping[StageName, StageReport], name: 
     console.print(table)
     for line in _where_to_look(reports, config):
         console.print(line, soft_wrap=True, markup=False)
+
+
+def print_sweep(out: IO[str], result: SweepResult) -> None:
+    """Prints the trials of a sweep, the best one marked, and where its picture is."""
+    keys = list(dict.fromkeys(key for trial in result.trials for key in trial.settings))
+    numbers = list(dict.fromkeys([result.decides, result.metric]))
+    table = table_of(f"sweep {result.name}", "run", *keys, "steps", *numbers, "state")
+    for trial in result.trials:
+        values = [trial.decided_by, trial.value][: len(numbers)]
+        said = [_setting(trial.settings.get(key)) for key in keys] + [str(trial.steps), *("" if value is None else f"{value:.5g}" for value in values)]
+        is_best = trial.trial == result.best
+        table.add_row(
+            trial.run, *said, "best" if is_best else f"{trial.state}{f': {trial.failure}' if trial.failure else ''}", style="bold" if is_best else None
+        )
+    console = console_for(out)
+    console.print(table)
+    if result.limit is not None:
+        console.print(result.limit, soft_wrap=True, markup=False)
+
+
+def _setting(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
 def _result(report: StageReport, noun: str) -> str:

@@ -10,7 +10,18 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from components.charts import DPI, WIDTH, Interval, StepsPoint, save_intervals, save_loss_curve, save_steps_chart, save_timestep_losses
+from components.charts import (
+    DPI,
+    WIDTH,
+    Column,
+    Interval,
+    StepsPoint,
+    save_intervals,
+    save_loss_curve,
+    save_parallel_coordinates,
+    save_steps_chart,
+    save_timestep_losses,
+)
 
 POINTS = [StepsPoint("ddim", 50, 4.0, 0.1), StepsPoint("ancestral", 50, 7.0, 0.3), StepsPoint("ddim", 10, 9.0, 0.2), StepsPoint("ancestral", 250, 3.5, 0.0)]
 
@@ -110,3 +121,17 @@ def test_the_training_loss_is_drawn_with_its_running_mean(drawn: SamplingSummary
     assert xs == steps[1:]
     np.testing.assert_allclose(ys, (np.asarray(losses[1:]) + losses[:-1]) / 2)
     assert list(lines(drawn(save_loss_curve, steps[:5], losses[:5]))) == ["loss"]
+
+
+def test_parallel_coordinates_have_a_line_for_each_trial_each_axis_with_its_own_scale_and_the_best_on_top(drawn: SamplingSummary):
+    columns = [
+        Column("train.lr", (1e-4, 2e-3, 4e-2)),
+        Column("train.optimizer", ("adamw", "muon", "sgd")),
+        Column("steps", (90.0, 90.0, 90.0)),
+        Column("validation/loss", (0.3, None, 0.4)),
+    ]
+    axes = drawn(save_parallel_coordinates, columns, 0)
+    lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
+    assert [list(np.round(line.get_ydata(), 6)) for line in lines] == [[0.5, 0.5, 0.5], [1.0, 1.0, 0.5, 1.0], [0.0, 0.0, 0.5, 0.0]]
+    assert lines[-1].get_linewidth() > lines[0].get_linewidth()
+    assert {text.get_text() for text in axes.texts} == {"0.0001", "0.04", "adamw", "muon", "sgd", "90", "0.3", "0.4"}
