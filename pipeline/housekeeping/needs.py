@@ -70,7 +70,7 @@ class Needs:
         newest = run.newest_training
         if training.receipt is None and (newest is None or newest.written < training.written):
             return "its training can go on"
-        if training is newest and not registered:
+        if training is newest and not registered and run.name not in self.records.trials:
             return "the only copy of what its run trained"
         return self.young(training.written)
 

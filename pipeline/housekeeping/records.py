@@ -89,12 +89,17 @@ class JournalRecords:
 
 @dataclass(frozen=True)
 class Records:
-    """All of it."""
+    """All of it.
+
+    Attributes:
+        trials: runs that were trials of a sweep which has ended: the best of them is registered.
+    """
 
     storage: Location
     runs: tuple[RunRecords, ...]
     journals: tuple[JournalRecords, ...]
     problems: tuple[str, ...] = field(default=())
+    trials: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, storage: Location, mine: frozenset[Location] = frozenset()) -> "Records":
@@ -114,7 +119,8 @@ class Records:
             except DataError as error:
                 problems.append(str(error))
                 journals.append(JournalRecords(name, ()))
-        return cls(storage, runs, tuple(journals), tuple(problems))
+        ended = [storage / "sweeps" / name for name in (storage / "sweeps").folders() if (storage / "sweeps" / name / "sweep.json").is_file()]
+        return cls(storage, runs, tuple(journals), tuple(problems), frozenset(trial for sweep in ended for trial in sweep.folders()))
 
 
 def read_run(folder: Location, mine: frozenset[Location]) -> RunRecords:
