@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Tree = Literal["datasets", "latents"]
 _KIND: dict[Tree, Kind] = {"datasets": "dataset", "latents": "latents"}
 _OF_DATASETS = ("features", "references", "classifiers")
-_WITH_ITEMS = ("mlflow", "runs", "datasets", "latents", "autoencoders", "samples", "cache", "ray-logs")
+_WITH_ITEMS = ("mlflow", "runs", "datasets", "latents", "autoencoders", "samples", "cache", "ray-logs", "plans")
 
 
 def take_inventory(
@@ -66,7 +66,8 @@ def _items(records: Records, needs: Needs) -> Iterator[Item]:
     for kind in (storage / "cache").folders():
         for place in _children(storage / "cache" / kind):
             yield from _folder("cache", place, _of_cache(kind, place, digests, needs), needs)
-    yield from _of_children("logs", storage / "ray-logs", {}, needs)
+    for folder in ("ray-logs", "plans"):  # rehearsals of plans that were killed
+        yield from _of_children("logs", storage / folder, {}, needs)
     for place in _children(storage):
         if place.name not in _WITH_ITEMS:
             yield from _folder("other", place, "kept always", always=True)
