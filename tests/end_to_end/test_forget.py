@@ -17,6 +17,7 @@ from components.data.reader import RowReader
 from components.data.shards import QUARANTINE, column_rows, read_checked_shard, read_rows, shard_location
 from components.storage import Location
 
+pytestmark = pytest.mark.slow
 Command = Callable[..., Finished]
 NAME = "faces"
 
@@ -107,7 +108,6 @@ def test_an_image_whose_tombstone_is_taken_away_comes_back(place: Path, command:
     assert made.json["preprocess"]["quarantined"] == {"forgotten": 3}
 
 
-@pytest.mark.slow
 def test_it_retrains_from_fresh_weights_where_asked_to(place: Path, command: Command):
     settings = [part for setting in arguments(place)[1:] for part in ("--set", setting)]
     done = command("data", "forget", "a/013.png", "--retrain", "digits", *settings, "--name", "without", "--json", cwd=place)

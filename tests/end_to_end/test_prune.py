@@ -25,6 +25,7 @@ from pipeline.housekeeping.prune import look, prune
 from pipeline.lease import held
 from pipeline.tracking import Tracking, connect
 
+pytestmark = pytest.mark.slow
 Command = Callable[..., Finished]
 NAME = "photos"
 
@@ -113,7 +114,6 @@ def test_a_run_in_progress_keeps_what_it_works_on(home: Path):
         assert [item for item in items if not item.needed and item.kind in ("dataset", "shards", "samples", "cache")] == []
 
 
-@pytest.mark.slow
 def test_a_removal_that_is_killed_leaves_nothing_half_and_goes_on(home: Path, command: Command):
     storage, _ = registry(home)
     arguments_ = ["prune", "--keep-days", "0", "--keep-versions", "1", "--storage", str(storage)]
@@ -132,7 +132,6 @@ def test_a_removal_that_is_killed_leaves_nothing_half_and_goes_on(home: Path, co
     check_versions(home)
 
 
-@pytest.mark.slow
 def test_of_many_versions_the_last_and_those_with_an_alias_stay_and_all_of_them_load(home: Path, command: Command):
     storage, tracking = registry(home)
     for number in (3, 4):
@@ -149,7 +148,6 @@ def test_of_many_versions_the_last_and_those_with_an_alias_stay_and_all_of_them_
     assert command("prune", "--keep-days", "0", "--keep-versions", "1", "--json", cwd=home).json["removed"] == []
 
 
-@pytest.mark.slow
 def test_retraining_goes_on_behind_it_and_removes_by_itself_where_its_settings_say_so(home: Path, command: Command):
     again = command("retrain", *arguments(home), "--json", cwd=home)
     assert again.json["outcome"] == "skipped", again.stderr  # the images are those of the last attempt
@@ -167,7 +165,6 @@ def test_an_empty_storage_root_says_so(tmp_path: Path, command: Command):
     assert (done.code, done.json["items"]) == (0, []), done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_month_of_attempts_with_retention_stays_within_bounds(tmp_path: Path, command: Command):
     arrive(tmp_path / "source", 0, 150)
@@ -184,7 +181,6 @@ def test_a_month_of_attempts_with_retention_stays_within_bounds(tmp_path: Path, 
     assert sizes[-1] < 1.25 * max(sizes[5:10])
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_after_any_sequence_of_runs_and_removals_every_version_loads_samples_and_names_its_data(seed: int, tmp_path: Path, command: Command):
