@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
 
 
 def arguments(place: Path, *more: str) -> list[str]:
-    return ["digits", *TINY, f"data.source={place / 'source'}", "data.shard_bytes=1000", f"registry.model_name={NAME}", *more]
+    return ["digits", *TINY, f"data.source={place / 'source'}", "data.shard_bytes=1024", f"registry.model_name={NAME}", *more]
 
 
 def test_which_models_learned_from_a_dataset_and_which_data_a_model(place: Path, command: Command):

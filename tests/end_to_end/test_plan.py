@@ -67,10 +67,12 @@ def test_the_price_is_that_of_all_device_hours(planned: dict[str, Any]):
     assert plan.cost.value == pytest.approx(2.5 * plan.device_hours.value)
 
 
+@pytest.mark.slow
 def test_the_plan_leaves_nothing_behind_but_itself(place: Path, planned: dict[str, Any], ran: dict[str, Any]):
     assert not list((place / "storage" / "plans").glob("*"))
 
 
+@pytest.mark.slow
 def test_checkpoints_are_as_large_as_planned(planned: dict[str, Any], ran: dict[str, Any]):
     folders = list(Path(ran["train"]["folder"]).glob("step_*"))
     sizes = [sum(file.stat().st_size for file in folder.iterdir() if file.name != "manifest.json") for folder in folders]
@@ -78,6 +80,7 @@ def test_checkpoints_are_as_large_as_planned(planned: dict[str, Any], ran: dict[
     assert sum(sizes) == pytest.approx(planned["checkpoints_bytes"]["value"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_run_says_what_was_planned_and_what_it_took(place: Path, planned: dict[str, Any], ran: dict[str, Any]):
     import mlflow
 
@@ -94,6 +97,7 @@ def test_the_run_says_what_was_planned_and_what_it_took(place: Path, planned: di
     assert kept.actual_images_per_second == ran["train"]["images_per_second"]
 
 
+@pytest.mark.slow
 def test_stages_that_are_done_take_no_time(place: Path, command: Command, ran: dict[str, Any]):
     done = command("plan", "digits", *SETTINGS, "--json", cwd=place)
     assert done.code == 0, done.stderr
@@ -103,6 +107,7 @@ def test_stages_that_are_done_take_no_time(place: Path, command: Command, ran: d
     assert plan.images.value == ran["preprocess"]["num_train"]
 
 
+@pytest.mark.slow
 def test_the_last_training_of_the_same_settings_tells_the_speed(place: Path, command: Command, ran: dict[str, Any]):
     done = command("plan", "digits", *SETTINGS, "train.steps=24", "--name", "longer", "--last", "--json", cwd=place)
     assert done.code == 0, done.stderr
@@ -117,6 +122,7 @@ def test_the_last_training_of_the_same_settings_tells_the_speed(place: Path, com
     assert "--last: no training of these settings" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_run_over_its_budget_is_refused_before_anything_is_trained(place: Path, command: Command, ran: dict[str, Any]):
     over = [*SETTINGS, "train.steps=1000000000", "cluster.max_hours=0.5", "--name", "over"]
     done = command("run", "digits", *over, "--plan-first", cwd=place)

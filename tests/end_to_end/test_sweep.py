@@ -43,6 +43,7 @@ def done(home: Path, command: Command) -> Finished:
     return found
 
 
+@pytest.mark.slow
 def test_the_best_trial_is_the_lowest_of_those_that_trained_for_longest_and_becomes_champion(home: Path, done: Finished):
     trials = done.json["trials"]
     assert sorted(trial["settings"]["train.lr"] for trial in trials) == [1e-6, 1e-3, 1e-2]
@@ -55,6 +56,7 @@ def test_the_best_trial_is_the_lowest_of_those_that_trained_for_longest_and_beco
     assert (champion.tags["ddpm.run"], champion.run_id) == (best["run"], best["mlflow_run_id"])
 
 
+@pytest.mark.slow
 def test_trials_share_one_dataset_and_are_runs_beneath_one_run_of_mlflow(home: Path, done: Finished):
     assert [entry.name for entry in (home / "storage/runs").iterdir() if (entry / "preprocess").is_dir()] == ["digits-sweep"]
     assert done.json["stages"]["preprocess"]["skipped"]
@@ -76,6 +78,7 @@ def test_trials_share_one_dataset_and_are_runs_beneath_one_run_of_mlflow(home: P
     assert [float(row["validation/loss"]) for row in rows] == [trial["value"] for trial in done.json["trials"]]
 
 
+@pytest.mark.slow
 def test_the_same_command_again_skips_everything_and_has_the_same_table(home: Path, done: Finished, command: Command):
     again = command("sweep", "digits", *SMALL, RATES, "--json", cwd=home, timeout=600)
     assert again.code == 0, again.stderr

@@ -111,7 +111,7 @@ def test_prometheus_scrapes_a_training_and_an_alert_fires_on_a_killed_worker(run
         alert = wait_for(lambda: ask('ALERTS{alertname="TrainingRestarted",alertstate="firing"}'), kept)
         assert alert[0]["metric"]["run"] == "digits"
         restarted = wait_for(lambda: command("status", "digits", "--json", cwd=tmp_path).json["runs"][0]["restart"], kept)
-        assert "with 1 worker: " in restarted
+        assert "with 2 workers: worker " in restarted
     finally:
         prometheus.end()
 
