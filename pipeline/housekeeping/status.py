@@ -102,7 +102,9 @@ def _stage(run: RunRecords, training: Training | None) -> str:
     if training is not None and training.receipt is None:
         return "train"
     encodes = bool((run.settings.get("data") or {}).get("autoencoder"))
-    return next((stage for stage in STAGES if stage not in done and (stage != "encode" or encodes)), "done")
+    # A run whose dataset was given to it, such as an attempt at retraining, has no receipt of the first stages.
+    first = max((STAGES.index(stage) + 1 for stage in done), default=0)
+    return next((stage for stage in STAGES[first:] if stage != "encode" or encodes), "done")
 
 
 def _speed(lines: list[MetricsLine]) -> float | None:
