@@ -181,15 +181,29 @@ def test_one_worker_draws_the_same_of_the_posteriors_as_two(place: Path, first: 
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-def test_what_does_not_fit_is_one_clear_line(place: Path, first: dict[str, Any], command: Command):
-    for changed, message in (
+def check_refused(place: Path, command: Command, changed: list[str], message: str) -> None:
+    done = command("train", "digits", *settings(place, *changed), "--name", "wrong", cwd=place)
+    assert (done.code, message in done.stderr) == (2, True), (changed, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
         (["data.autoencoder=nowhere"], "data.autoencoder=nowhere is no folder of a diffusers AutoencoderKL"),
-        (["model.patch_size=3"], "model: the latents are 4x4 of 4 channels: model.patch_size=3 does not divide height 4 and width 4; use 1, 2, 4"),
-        (["data.mode=L", "data.autoencoder=" + trained(place)], "takes images of 3 channels, and these have 1; use data.mode=RGB"),
         (["train.rotation=10"], "of augmentation latents know mirrors and crop_jitter"),
         (["data.autoencoder=preset:digits"], "data.autoencoder=preset:digits is no preset of `kind: autoencoder`"),
+    ],
+)
+def test_what_is_no_autoencoder_or_means_nothing_to_one_is_one_clear_line(place: Path, command: Command, changed: list[str], message: str):
+    check_refused(place, command, changed, message)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_an_autoencoder_is_one_clear_line(place: Path, first: dict[str, Any], command: Command):
+    for changed, message in (
+        (["model.patch_size=3"], "model: the latents are 4x4 of 4 channels: model.patch_size=3 does not divide height 4 and width 4; use 1, 2, 4"),
+        (["data.mode=L", "data.autoencoder=" + trained(place)], "takes images of 3 channels, and these have 1; use data.mode=RGB"),
         ([f"train.init_from={first['train']['path']}", "data.autoencoder=null"], "works on latents of autoencoder"),
     ):
-        done = command("train", "digits", *settings(place, *changed), "--name", "wrong", cwd=place)
-        assert (done.code, message in done.stderr) == (2, True), (changed, done.stderr)
-        assert "Traceback" not in done.stderr
+        check_refused(place, command, changed, message)

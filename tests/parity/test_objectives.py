@@ -193,8 +193,11 @@ def test_hybrid_loss_trains_the_mean_by_the_simple_loss_alone_and_the_variance_b
     assert whole[3:].abs().max() > 0
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x_0", "v", "posterior_mean"])
-@pytest.mark.parametrize("betas", ["linear", "cosine"])
+_ALL = [(betas, prediction) for betas in ("linear", "cosine") for prediction in ("eps", "x_0", "v", "posterior_mean")]
+_QUICK = (("linear", "eps"), ("cosine", "v"))
+
+
+@pytest.mark.parametrize(("betas", "prediction"), [pytest.param(*pair, marks=[] if pair in _QUICK else pytest.mark.slow) for pair in _ALL])
 def test_the_bound_with_the_true_variance_is_the_exact_likelihood_of_gaussian_data(prediction: Any, betas: Any):
     """Of data N(0, s^2) every q(x_{t-1} | x_t) is Gaussian: a network that says its mean and variance has a tight bound, the entropy of the data."""
     deviation, num_steps = 0.6, 60
