@@ -70,7 +70,8 @@ class Needs:
         newest = run.newest_training
         if training.receipt is None and (newest is None or newest.written < training.written):
             return "its training can go on"
-        if training is newest and not registered and run.name not in self.records.trials:
+        was_registered = bool(registered) or run.registered >= training.written  # whose version may have been deleted since
+        if training is newest and not was_registered and run.name not in self.records.trials:
             return "the only copy of what its run trained"
         return self.young(training.written)
 

@@ -3,9 +3,11 @@
 Killed at any point and called again it goes on: what makes a thing exist (a manifest, a receipt) goes first, and what is left is then needed by nobody.
 """
 
+import json
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -14,15 +16,18 @@ from pipeline.context import Reporter
 from pipeline.errors import RegistryError
 from pipeline.housekeeping.inventory import take_inventory
 from pipeline.housekeeping.items import Inventory, Item, Kind, Retention
+from pipeline.housekeeping.needs import DAY_S
 from pipeline.lease import LeaseHeldError, alone, held
 from pipeline.registry.browse import list_models
 from pipeline.registry.gate import delete_version
 from pipeline.registry.ledger import Ledger
+from pipeline.registry.versions import has_version
 from pipeline.tracking import NOT_THERE, Tracking, translated
 
 PRUNE_LOCK = "prune"
 _FIRST = ("manifest.json", "receipt.json", "state.json")
 GC_TIMEOUT_S = 600
+MOST_MODELS = 1000
 _ORDER: tuple[tuple[Kind, ...], ...] = (("training",), ("run",), ("dataset", "latents"), ("shards",), ("autoencoder", "samples", "cache", "logs"))
 
 
@@ -73,8 +78,10 @@ class _Pruning:
         for item in before.spare:
             if item.kind == "version":
                 self._remove_version(item)
-        if self.tracking is not None and self.tracking.uri.startswith("sqlite:///"):
-            self._collect_garbage()
+        if self.tracking is not None:
+            self._remove_models_of_gone_versions(self.tracking)
+            if self.tracking.uri.startswith("sqlite:///"):
+                self._collect_garbage()
         for kinds in _ORDER:
             self._remove_kinds(kinds)
         freed = sum(item.bytes for item in self.removed)
@@ -110,9 +117,19 @@ class _Pruning:
             version = client.get_model_version(name, number)
             with suppress(RegistryError):
                 delete_version(Ledger.of(self.tracking, name), int(number))
-                self._gone(lambda: client.delete_logged_model(version.model_id) if version.model_id else None)
                 self._gone(lambda: client.delete_run(version.run_id) if version.run_id else None)
                 self.removed.append(item)
+
+    def _remove_models_of_gone_versions(self, tracking: Tracking) -> None:
+        """Marks MLflow's models as deleted whose versions are, by this command or by a person: they hold the weights."""
+        client, oldest = tracking.client, time.time() - self.retention.keep_days * DAY_S
+        with translated(tracking.uri):
+            for experiment in client.search_experiments():
+                for model in client.search_logged_models([experiment.experiment_id], max_results=MOST_MODELS):
+                    named = _versions_of(model.tags or {})
+                    gone = bool(named) and not any(has_version(tracking, name, version) for name, version in named)
+                    if gone and (model.creation_timestamp or 0) / 1000 < oldest:
+                        self._gone(lambda model=model: client.delete_logged_model(model.model_id))
 
     def _gone(self, delete: Callable[[], None]) -> None:
         from mlflow.exceptions import MlflowException
@@ -137,6 +154,14 @@ class _Pruning:
         freed = before - sum(size for _, size, _ in place.tree())
         if freed > 0:
             self.removed.append(Item("mlflow", "deleted runs and models", (), freed, 0.0))
+
+
+def _versions_of(tags: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Returns the registered versions that a model of MLflow says it became, as `register` notes them."""
+    try:
+        return [(str(one["name"]), int(one["version"])) for one in json.loads(tags.get("mlflow.modelVersions", "[]"))]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 def remove(place: Location) -> None:

@@ -59,6 +59,7 @@ class RunRecords:
         busy: whether a process works on it.
         settings: what it was last called with; empty where that cannot be read.
         pins: texts of the files that say what names in its settings meant.
+        registered: when its last receipt of a registered version was written, seconds since 1970; 0 where it has none. The version may be deleted since.
         unreadable: receipts that cannot be read.
     """
 
@@ -71,6 +72,7 @@ class RunRecords:
     latents: tuple[Kept[ShardSet], ...]
     trainings: tuple[Training, ...]
     evaluations: tuple[Kept[Evaluation], ...]
+    registered: float = 0.0
     unreadable: tuple[Location, ...] = ()
 
     @property
@@ -141,6 +143,7 @@ def read_run(folder: Location, mine: frozenset[Location]) -> RunRecords:
         latents=tuple(_receipts(folder / "encode", ShardSet, unreadable)),
         trainings=tuple(_training(folder / "train" / name, unreadable) for name in (folder / "train").folders()),
         evaluations=tuple(_receipts(folder / "evaluate", Evaluation, unreadable)),
+        registered=max(((folder / "register" / name / RECEIPT).modified() for name in (folder / "register").folders()), default=0.0),
         unreadable=tuple(unreadable),
     )
 
