@@ -122,13 +122,14 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """Prints one line."""
-        self._said = time.monotonic()
         if self.log_format == "json":
             self._write({}, Text.from_markup(text).plain)
-        else:
-            self.console.print(text, soft_wrap=True)
+            return
+        self._said = time.monotonic()
+        self.console.print(text, soft_wrap=True)
 
     def _write(self, facts: Mapping[str, object], message: str) -> None:
+        self._said = time.monotonic()
         self.console.file.write(json_line(message, facts))
         self.console.file.flush()
 
@@ -196,7 +197,6 @@ class Reporter:
             if self._parts[-1] is part and time.monotonic() - self._said >= (LINE_EVERY_S if text else FIRST_LINE_S):
                 text = True
                 if self.log_format == "json":
-                    self._said = time.monotonic()
                     self._write(facts() if facts else {}, say())
                 else:
                     self.line(f"  {escape(say())}")

@@ -1,6 +1,5 @@
 """`ddpm data forget` and its relatives: what learned from an image, and keeping it out of every dataset from now on."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from components.data.catalog import Catalog, Dataset
 from components.data.shards import read_rows
 from components.errors import DataError
 from components.ingest.forgotten import is_sha256, write_tombstone
+from components.model.manifest import sha256_of
 from components.storage import Location
 from pipeline.config import load_config
 from pipeline.housekeeping.records import Records
@@ -128,8 +128,7 @@ def _hashes_of(address: str, rows: "list[tuple[Dataset, pa.Table]]") -> set[str]
     with suppress(OSError):
         path = Path(address).expanduser()
         if path.is_file():
-            with path.open("rb") as file:
-                found.add(hashlib.file_digest(file, "sha256").hexdigest())
+            found.add(sha256_of(path))
     return found
 
 

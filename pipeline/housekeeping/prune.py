@@ -169,14 +169,7 @@ def remove(place: Location) -> None:
     if place.is_file():
         place.remove()
         return
-    for first in _FIRST:
-        for name, _, _ in place.tree():
-            if name.rpartition("/")[2] == first:
-                _below(place, name).remove()
+    names = [name for name, _, _ in place.tree() if name.rpartition("/")[2] in _FIRST]
+    for name in sorted(names, key=lambda name: _FIRST.index(name.rpartition("/")[2])):
+        (place / name).remove()
     place.remove_tree()
-
-
-def _below(place: Location, name: str) -> Location:
-    for part in name.split("/"):
-        place = place / part
-    return place

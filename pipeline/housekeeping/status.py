@@ -1,6 +1,7 @@
 """What goes on below a storage root: every run's stage, step, speed, last checkpoint and last restart, from what the run itself wrote down."""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -62,13 +63,10 @@ def status_of(run: RunRecords, now: float) -> RunStatus:
     Args:
         now: seconds since 1970.
     """
-    training = max(run.trainings, key=_last_touched, default=None)
+    training, lines = max(((training, _lines(training)) for training in run.trainings), key=_last_touched, default=(None, []))
     stage = _stage(run, training)
     if training is None:
         return RunStatus(run.name, run.busy, stage)
-    lines: list[MetricsLine] = []
-    with suppress(OSError, ValueError):
-        lines = list(open_metrics(training.folder).lines())
     steps = run.settings.get("train", {}).get("steps")
     ended = training.receipt is not None
     speed = None if ended or not run.busy else _speed(lines)
@@ -89,10 +87,14 @@ def status_of(run: RunRecords, now: float) -> RunStatus:
     )
 
 
-def _last_touched(training: Training) -> float:
-    lines = []
+def _lines(training: Training) -> Sequence[MetricsLine]:
     with suppress(OSError, ValueError):
-        lines = open_metrics(training.folder).lines()
+        return open_metrics(training.folder).lines()
+    return []
+
+
+def _last_touched(of: tuple[Training, Sequence[MetricsLine]]) -> float:
+    training, lines = of
     return max(training.written, lines[-1].timestamp_ms / 1000 if lines else 0.0)
 
 
@@ -107,7 +109,7 @@ def _stage(run: RunRecords, training: Training | None) -> str:
     return next((stage for stage in STAGES[first:] if stage != "encode" or encodes), "done")
 
 
-def _speed(lines: list[MetricsLine]) -> float | None:
+def _speed(lines: Sequence[MetricsLine]) -> float | None:
     recent = lines[-_RECENT:]
     if len(recent) < 2:
         return None
@@ -115,5 +117,5 @@ def _speed(lines: list[MetricsLine]) -> float | None:
     return (recent[-1].step - recent[0].step) / seconds if seconds > 0 else None
 
 
-def _newest(lines: list[MetricsLine], metric: str) -> float | None:
+def _newest(lines: Sequence[MetricsLine], metric: str) -> float | None:
     return next((line.metrics[metric] for line in reversed(lines) if metric in line.metrics), None)

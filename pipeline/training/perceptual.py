@@ -1,7 +1,7 @@
 """The files of `train.perceptual_weights` and `perceptual_layers`: checked before anything is trained, known by content, read by every worker."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ def perceptual_digest(config: TrainConfig) -> str | None:
     if config.perceptual_weights is None:
         return None
     with _files(config) as files:
-        return "+".join(sha256_of(file) for file in files)
+        return _digest(files)
 
 
 def load_perceptual(config: TrainConfig, digest: str) -> "Perceptual":
@@ -40,7 +40,7 @@ def load_perceptual(config: TrainConfig, digest: str) -> "Perceptual":
     from components.diffusion import perceptual
 
     with _files(config) as files:
-        if "+".join(sha256_of(file) for file in files) != digest:
+        if _digest(files) != digest:
             raise DataError("the files of train.perceptual_weights are no longer what they were when the training began; bring them back")
         return perceptual.load_perceptual(*files)
 
@@ -51,8 +51,16 @@ def check_perceptual(config: TrainConfig) -> None:
     Raises:
         DataError: if one is missing, or another one.
     """
-    if config.perceptual_weights is not None:
-        load_perceptual(config, perceptual_digest(config) or "")
+    if config.perceptual_weights is None:
+        return
+    from components.diffusion import perceptual
+
+    with _files(config) as files:
+        perceptual.load_perceptual(*files)
+
+
+def _digest(files: list[Path]) -> str:
+    return "+".join(sha256_of(file) for file in files)
 
 
 @contextmanager
@@ -61,10 +69,5 @@ def _files(config: TrainConfig) -> Iterator[list[Path]]:
     for key, file in named.items():
         if not file.is_file():
             raise DataError(f"train.{key}={file} does not exist; name a .pth or .safetensors file")
-    first, *more = named.values()
-    with first.parent.local_copy([first.name]) as folder:
-        if not more:
-            yield [folder / first.name]
-            return
-        with more[0].parent.local_copy([more[0].name]) as other:
-            yield [folder / first.name, other / more[0].name]
+    with ExitStack() as stack:
+        yield [stack.enter_context(file.parent.local_copy([file.name])) / file.name for file in named.values()]
