@@ -12,14 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
-from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from support import TINY
+from support import TINY, write_digits
 
 from components.storage import Location
 
@@ -37,7 +34,7 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         for night in range(options.nights):
-            _arrive(Path(work) / "source", 150 + night * options.new if night else 0, 150 + (night + 1) * options.new)
+            write_digits(Path(work) / "source", 150 + night * options.new if night else 0, 150 + (night + 1) * options.new)
             for kind, found in sizes.items():
                 retention = [f"retrain.keep_versions={options.keep_versions}", "retrain.keep_days=0"] if kind == WITH else []
                 found.append(_attempt(Path(work), kind, retention))
@@ -54,14 +51,6 @@ def _draw(file: Path, sizes: dict[str, list[int]]) -> None:
     axes.set(xlabel="night", ylabel="MB below the storage root", ylim=(0, None))
     axes.legend()
     figure.savefig(file, dpi=120)
-
-
-def _arrive(source: Path, first: int, last: int) -> None:
-    pixels, labels = load_digits(return_X_y=True)
-    for index in range(first, last):
-        file = source / str(labels[index]) / f"{index:04d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels[index].reshape(8, 8) * 15.9).astype(np.uint8)).save(file)
 
 
 def _attempt(work: Path, kind: str, retention: list[str]) -> int:

@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
+from sklearn.datasets import load_digits
 
+from components.data.catalog import Dataset
 from components.data.shards import (
     QUARANTINE_SCHEMA,
     ROWS_SCHEMA,
@@ -21,6 +24,9 @@ from components.data.shards import (
     Manifest,
     Shard,
     Split,
+    column_rows,
+    read_checked_shard,
+    shard_location,
     shard_table,
     write_manifest,
     write_quarantine,
@@ -188,3 +194,21 @@ def a_manifest(recipe: Space, num_rows: int, *, rows_file: str, rows_sha256: str
         rows_sha256=rows_sha256,
         shards=shards,
     )
+
+
+def write_digits(source: Path, first: int, last: int) -> None:
+    """Writes some of the 1,797 digits as PNG files, a folder for each label."""
+    pixels, labels = load_digits(return_X_y=True)
+    for index in range(first, last):
+        file = source / str(labels[index]) / f"{index:04d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels[index].reshape(8, 8) * 15.9).astype(np.uint8)).save(file)
+
+
+def shard_pixels(dataset: Dataset) -> set[bytes]:
+    """Returns the pixels of every row of every shard of a dataset, whether its list of rows names it or not."""
+    space, found = dataset.manifest.space, set()
+    for shard in dataset.manifest.shards:
+        table = read_checked_shard(shard_location(dataset.folder, shard.name))
+        found |= {row.tobytes() for row in column_rows(table.column(space.column), space)}
+    return found

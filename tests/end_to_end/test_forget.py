@@ -10,10 +10,10 @@ import mlflow
 import numpy as np
 import pytest
 from PIL import Image
-from support import TINY, Finished
+from support import TINY, Finished, shard_pixels
 
 from components.data.catalog import Catalog, Dataset
-from components.data.shards import QUARANTINE, column_rows, read_checked_shard, read_rows, shard_location
+from components.data.shards import QUARANTINE, read_rows
 from components.storage import Location
 
 pytestmark = pytest.mark.slow
@@ -24,15 +24,6 @@ NAME = "faces"
 def write(file: Path, number: int) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)).save(file)
-
-
-def pixels_of(dataset: Dataset) -> set[bytes]:
-    """Returns the pixels of every row of every shard of a dataset, whether its list of rows names it or not."""
-    space, found = dataset.manifest.space, set()
-    for shard in dataset.manifest.shards:
-        table = read_checked_shard(shard_location(dataset.folder, shard.name))
-        found |= {row.tobytes() for row in column_rows(table.column(space.column), space)}
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +59,7 @@ def test_a_forgotten_image_comes_into_no_dataset_again_whatever_it_is_called(pla
     before = next(one for one in Catalog.of(storage).datasets if one.manifest.source.endswith("source"))
     sha256 = hashlib.sha256((place / "source" / "a" / "007.png").read_bytes()).hexdigest()
     gone = np.asarray(Image.open(place / "source" / "a" / "007.png")).tobytes()
-    assert gone in pixels_of(before)
+    assert gone in shard_pixels(before)
     done = command("data", "forget", "a/007.png", sha256.upper(), str(place / "source" / "a" / "011.png"), "--why", "asked for", "--json", cwd=place)
     assert done.code == 0, done.stderr
     assert len(done.json["forgotten"]) == 2
@@ -86,7 +77,7 @@ def test_a_forgotten_image_comes_into_no_dataset_again_whatever_it_is_called(pla
         assert receipt["num_opened"] == (102 if more else 1)
         now = Dataset.of(Location.of(receipt["path"]))
         assert sha256 not in {value.hex() for value in read_rows(now.folder, now.manifest)["sha256"].to_pylist()}
-        assert gone not in pixels_of(now)
+        assert gone not in shard_pixels(now)
         assert now.manifest.num_rows == 98
         assert (now.folder / QUARANTINE).is_file()
 

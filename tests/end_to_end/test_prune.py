@@ -9,13 +9,10 @@ from typing import Any
 
 import keeper
 import mlflow
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 from servers import environment
-from sklearn.datasets import load_digits
-from support import TINY, Finished, ddpm_command
+from support import TINY, Finished, ddpm_command, write_digits
 
 from components.data.catalog import Catalog
 from components.data.shards import check_whole
@@ -28,15 +25,6 @@ from pipeline.tracking import Tracking, connect
 pytestmark = pytest.mark.slow
 Command = Callable[..., Finished]
 NAME = "photos"
-
-
-def arrive(source: Path, first: int, last: int) -> None:
-    """Writes some of the 1,797 digits as PNG files, a folder for each label."""
-    pixels, labels = load_digits(return_X_y=True)
-    for index in range(first, last):
-        file = source / str(labels[index]) / f"{index:04d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels[index].reshape(8, 8) * 15.9).astype(np.uint8)).save(file)
 
 
 def arguments(home: Path, *more: str) -> list[str]:
@@ -75,7 +63,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     """Three attempts, each on more images."""
     home = tmp_path_factory.mktemp("prune")
     for number in range(3):
-        arrive(home / "source", 100 * number, 100 * number + 100)
+        write_digits(home / "source", 100 * number, 100 * number + 100)
         done = command("retrain", *arguments(home), "--json", cwd=home)
         assert done.code in (0, 10), done.stderr
     return home
@@ -135,7 +123,7 @@ def test_a_removal_that_is_killed_leaves_nothing_half_and_goes_on(home: Path, co
 def test_of_many_versions_the_last_and_those_with_an_alias_stay_and_all_of_them_load(home: Path, command: Command):
     storage, tracking = registry(home)
     for number in (3, 4):
-        arrive(home / "source", 100 * number, 100 * number + 100)
+        write_digits(home / "source", 100 * number, 100 * number + 100)
         assert command("retrain", *arguments(home), "--json", cwd=home).code in (0, 10)
     before = sum(size for _, size, _ in storage.tree())
     dry = command("prune", "--keep-days", "0", "--keep-versions", "1", "--dry-run", "--json", cwd=home)
@@ -151,7 +139,7 @@ def test_of_many_versions_the_last_and_those_with_an_alias_stay_and_all_of_them_
 def test_retraining_goes_on_behind_it_and_removes_by_itself_where_its_settings_say_so(home: Path, command: Command):
     again = command("retrain", *arguments(home), "--json", cwd=home)
     assert again.json["outcome"] == "skipped", again.stderr  # the images are those of the last attempt
-    arrive(home / "source", 500, 560)
+    write_digits(home / "source", 500, 560)
     more = command("retrain", *arguments(home), "retrain.keep_days=0", "retrain.keep_versions=1", "--json", cwd=home)
     assert more.code in (0, 10), more.stderr
     assert 6 in check_versions(home)
@@ -167,10 +155,10 @@ def test_an_empty_storage_root_says_so(tmp_path: Path, command: Command):
 
 @pytest.mark.timeout(1800)
 def test_a_month_of_attempts_with_retention_stays_within_bounds(tmp_path: Path, command: Command):
-    arrive(tmp_path / "source", 0, 150)
+    write_digits(tmp_path / "source", 0, 150)
     sizes = []
     for night in range(30):
-        arrive(tmp_path / "source", 150 + 20 * night, 170 + 20 * night)
+        write_digits(tmp_path / "source", 150 + 20 * night, 170 + 20 * night)
         done = command("retrain", *arguments(tmp_path), "retrain.keep_days=0", "retrain.keep_versions=3", "--json", cwd=tmp_path)
         assert done.code in (0, 10), done.stderr
         sizes.append(sum(size for _, size, _ in Location.of(tmp_path / "storage").tree()))
@@ -184,11 +172,11 @@ def test_a_month_of_attempts_with_retention_stays_within_bounds(tmp_path: Path, 
 @pytest.mark.timeout(1800)
 def test_after_any_sequence_of_runs_and_removals_every_version_loads_samples_and_names_its_data(tmp_path: Path, command: Command):
     draw, images = random.Random(0), 120
-    arrive(tmp_path / "source", 0, images)
+    write_digits(tmp_path / "source", 0, images)
     for step in range(10):
         what = draw.choice(["retrain", "retrain", "run", "rollback", "prune", "killed prune"]) if step > 1 else "retrain"
         if what == "retrain":
-            arrive(tmp_path / "source", images, images + 15)
+            write_digits(tmp_path / "source", images, images + 15)
             images += 15
             assert command("retrain", *arguments(tmp_path), "--json", cwd=tmp_path).code in (0, 10)
         elif what == "run":

@@ -15,14 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 from browser import CHROMIUM, read_page
-from PIL import Image
 from servers import environment, free_ports, mlflow_server
-from sklearn.datasets import load_digits
-from support import TINY, Finished, ddpm_command
+from support import TINY, Finished, ddpm_command, write_digits
 
 from components.storage import Location
 from pipeline.lease import held
@@ -71,15 +68,6 @@ class Week:
         assert found == expected, {day: done.stderr[-2000:] for day, done in self.days.items()}
 
 
-def arrive(source: Path, first: int, last: int) -> None:
-    """Writes some of the 1,797 digits as PNG files, a folder for each label."""
-    pixels, labels = load_digits(return_X_y=True)
-    for index in range(first, last):
-        folder = source / str(labels[index])
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels[index].reshape(8, 8) * 15.9).astype(np.uint8)).save(folder / f"{index:04d}.png")
-
-
 @contextmanager
 def webhook(week: Week) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
@@ -125,7 +113,7 @@ def week(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Iterator
     with webhook(week) as url, ExitStack() as later:
         week.arguments = ["digits", *TINY, "cluster.num_workers=1", "data.source=source", "retrain.alert_after=2", f"retrain.webhook={url}"]
         with mlflow_server(home / "mlflow", port=port):
-            arrive(source, 0, 600)
+            write_digits(source, 0, 600)
             week.retrain("monday")
             with held(Location.of(home / "storage" / "retrain" / "digits" / ".lock"), wait=False):
                 week.retrain("monday, another at once")
@@ -135,7 +123,7 @@ def week(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Iterator
             week.retrain("wednesday")
             for file in source.glob("3/broken*"):
                 file.unlink()
-        arrive(source, 600, 900)
+        write_digits(source, 600, 900)
         week.retrain("thursday")
         later.enter_context(mlflow_server(home / "mlflow", port=port))
         kill_in_mid_training(week)
@@ -153,7 +141,7 @@ def weekend(week: Week) -> Week:
 @pytest.fixture(scope="module")
 def next_week(weekend: Week) -> Week:
     told = len(weekend.messages)
-    arrive(weekend.home / "source", 900, 950)
+    write_digits(weekend.home / "source", 900, 950)
     weekend.retrain("over budget", "retrain.max_hours=1e-9")
     weekend.retrain("another network", "model.base_channels=16")
     weekend.retrain("left open", "--until", "preprocess")

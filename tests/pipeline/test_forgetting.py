@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support import shard_pixels
 
 from components.data.catalog import Dataset
-from components.data.shards import column_rows, read_checked_shard, read_rows, shard_location
+from components.data.shards import read_rows
 from components.errors import DataError
 from components.storage import Location
 from pipeline.artifacts import ShardSet
@@ -35,15 +36,6 @@ def preprocessed(place: Path, *, anew: bool = False) -> ShardSet:
     return receipt
 
 
-def pixels_of(dataset: Dataset) -> set[bytes]:
-    """Returns the pixels of every row of every shard of a dataset, whether its list of rows names it or not."""
-    space, found = dataset.manifest.space, set()
-    for shard in dataset.manifest.shards:
-        table = read_checked_shard(shard_location(dataset.folder, shard.name))
-        found |= {row.tobytes() for row in column_rows(table.column(space.column), space)}
-    return found
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     for number in range(60):
@@ -57,7 +49,7 @@ def test_a_forgotten_image_comes_into_no_dataset_again_whatever_it_is_called(pla
     before = Dataset.of(Location.of(preprocessed(place).path))
     sha256 = hashlib.sha256((place / "source" / "a" / "007.png").read_bytes()).hexdigest()
     gone = np.asarray(Image.open(place / "source" / "a" / "007.png")).tobytes()
-    assert gone in pixels_of(before)
+    assert gone in shard_pixels(before)
     found = forget(storage, None, ["a/007.png", sha256.upper(), str(place / "source" / "a" / "011.png")], "asked for")
     assert set(found.hashes) == found.fresh == {sha256, hashlib.sha256((place / "source" / "a" / "011.png").read_bytes()).hexdigest()}
     assert [(dataset.name, rows) for dataset, rows in found.datasets] == [(before.name, 2)]
@@ -67,7 +59,7 @@ def test_a_forgotten_image_comes_into_no_dataset_again_whatever_it_is_called(pla
         assert (receipt.quarantined, receipt.num_opened, receipt.num_rows) == ({"forgotten": 4}, opened, 58)
         now = Dataset.of(Location.of(receipt.path))
         assert sha256 not in {value.hex() for value in read_rows(now.folder, now.manifest)["sha256"].to_pylist()}
-        assert gone not in pixels_of(now)
+        assert gone not in shard_pixels(now)
     assert forget(storage, None, [sha256], "again").fresh == set()
 
 
